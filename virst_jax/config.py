@@ -1,0 +1,276 @@
+"""Configuration of the network: frozen dataclasses and named presets. Imports no JAX module.
+
+Every size of the network (image sizes, feature grids, widths, depths, frame counts) follows from here.
+The numbers of `virst_7b` are those of the release: model/config.json, model/sam2/configs/
+sam2.1_hiera_l_virst.yaml, utils/argument.py, model/videochat/vision_tower_builder.py.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from virst_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How to compute, as opposed to what: precision, attention kernels, rematerialisation."""
+
+    dtype: str = "float32"  # of activations
+    param_dtype: str = "float32"
+    attention: str = "auto"  # see ops.attention.IMPLEMENTATIONS
+    remat: str = "none"  # none | full | dots: what a layer's backward pass recomputes
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 64  # 0: no adapters
+    alpha: float = 16.0
+    dropout: float = 0.05
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    """Qwen2 decoder."""
+
+    vocab_size: int = 151647  # 152064 rows cut to the tokenizer's length with `[SEG]`
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_layers: int = 28
+    num_heads: int = 28
+    num_kv_heads: int = 4
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    lora: LoraConfig = LoraConfig()
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """UMT video encoder and the token-merging projector behind it (umt-hd-large, tome16_mlp_hd64)."""
+
+    hidden_size: int = 1024
+    depth: int = 24
+    select_layer: int = -2  # the layer whose output is used; later ones are never built
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    image_size: int = 448
+    patch_size: int = 16
+    clip_frames: int = 4
+    pretrained_grid: int = 14  # position tables are interpolated from this grid ...
+    pretrained_frames: int = 4  # ... and this clip length
+    tokens_per_frame: int = 16  # of a clip, after merging
+    tokens_per_image: int = 64  # of a still image, after merging
+
+    @property
+    def num_layers(self) -> int:
+        return self.depth + self.select_layer + 1
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class HieraConfig:
+    embed_dim: int = 144
+    num_heads: int = 2
+    stages: tuple[int, ...] = (2, 6, 36, 4)
+    global_att_blocks: tuple[int, ...] = (23, 33, 43)
+    window_spec: tuple[int, ...] = (8, 4, 16, 8)
+    window_pos_embed_bkg_spatial_size: tuple[int, int] = (7, 7)
+    q_pool: int = 3  # how many stage changes halve the grid
+    mlp_ratio: float = 4.0
+
+    @property
+    def stage_dims(self) -> tuple[int, ...]:
+        return tuple(self.embed_dim * 2**i for i in range(len(self.stages)))
+
+
+@dataclass(frozen=True)
+class Sam2Config:
+    """SAM 2.1: image encoder, prompt encoder, mask decoder, memory attention, memory encoder."""
+
+    hiera: HieraConfig = HieraConfig()
+    image_size: int = 1024
+    hidden_size: int = 256
+    memory_dim: int = 64
+    fpn_top_down_levels: tuple[int, ...] = (2, 3)
+    # memory attention
+    memory_layers: int = 4
+    memory_mlp_dim: int = 2048
+    memory_heads: int = 1
+    rope_theta: float = 10000.0
+    # mask decoder
+    decoder_layers: int = 2
+    decoder_heads: int = 8
+    decoder_mlp_dim: int = 2048
+    num_multimask: int = 3
+    iou_head_dim: int = 256
+    mask_prompt_channels: int = 16
+    stability_delta: float = 0.05
+    stability_threshold: float = 0.98
+    # memory bank
+    num_maskmem: int = 7  # temporal codes: six previous frames and the anchors
+    max_anchors_attended: int = 3  # -1: all
+    max_pointers: int = 16
+    mem_sigmoid_scale: float = 20.0
+    mem_sigmoid_bias: float = -10.0
+    memory_kernel: int = 7  # of the memory encoder's depthwise convolutions
+    memory_fuser_layers: int = 2
+
+    @property
+    def feature_size(self) -> int:
+        """Side of the stride-16 feature map."""
+        return self.image_size // 16
+
+    @property
+    def low_res_size(self) -> int:
+        """Side of the mask logits."""
+        return self.image_size // 4
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Spatio-temporal fusion: both its initial (embedding side) and second (prompt side) half."""
+
+    num_heads: int = 8
+    num_layers: int = 2
+    max_frames: int = 100
+    dropout: float = 0.1
+    initial: bool = False  # the release's evaluation leaves the initial fusion off
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    ce: float = 1.0
+    bce: float = 2.0
+    dice: float = 0.5
+    iou: float = 0.05
+    occ: float = 0.05
+
+
+@dataclass(frozen=True)
+class VirstConfig:
+    name: str = "virst_7b"
+    llm: QwenConfig = QwenConfig()
+    vision: VisionConfig = VisionConfig()
+    sam2: Sam2Config = Sam2Config()
+    fusion: FusionConfig = FusionConfig()
+    loss: LossConfig = LossConfig()
+    compute: Compute = Compute()
+    seg_token_id: int = 151646
+    num_seg_tokens: int = 10
+    max_video_frames: int = 64
+    max_seg_frames: int = 32
+    frames_per_anchor: int = 4  # at evaluation: one anchor for so many segmentation frames
+    train_anchors: int = 3
+
+    @property
+    def max_anchors(self) -> int:
+        """Anchor slots that a tracker needs at evaluation."""
+        return max(1, self.max_seg_frames // self.frames_per_anchor)
+
+
+def virst_7b() -> VirstConfig:
+    return VirstConfig()
+
+
+def tiny() -> VirstConfig:
+    """The same structure, small enough to train on a CPU."""
+    return VirstConfig(
+        name="tiny",
+        llm=QwenConfig(
+            vocab_size=2048,
+            hidden_size=128,
+            intermediate_size=384,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            lora=LoraConfig(rank=0),
+        ),
+        vision=VisionConfig(hidden_size=96, depth=4, num_heads=4, image_size=112),
+        sam2=Sam2Config(
+            hiera=HieraConfig(
+                embed_dim=16, num_heads=1, stages=(1, 2, 3, 2), global_att_blocks=(4, 5), window_spec=(8, 4, 8, 4)
+            ),
+            image_size=256,
+            hidden_size=64,
+            memory_dim=16,
+            memory_layers=2,
+            memory_mlp_dim=256,
+            decoder_heads=4,
+            decoder_mlp_dim=256,
+            iou_head_dim=64,
+        ),
+        fusion=FusionConfig(num_heads=4),
+        seg_token_id=2047,
+        max_video_frames=16,
+        max_seg_frames=16,
+    )
+
+
+PRESETS: dict[str, Callable[[], VirstConfig]] = {"virst_7b": virst_7b, "tiny": tiny}
+
+
+def get_preset(name: str) -> VirstConfig:
+    """A preset by its name.
+
+    Raises:
+      UserError: the name is unknown.
+    """
+    if name not in PRESETS:
+        raise UserError(f"unknown config {name!r}: choose one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]()
+
+
+def to_json(config: Any) -> str:
+    """A config as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> VirstConfig:
+    """The config that `to_json` wrote.
+
+    Raises:
+      UserError: not JSON, an unknown key, or a value of another type; names `where`.
+    """
+    try:
+        return _build(VirstConfig, json.loads(text), where, "")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error}); write it again or copy it from a preset") from error
+
+
+def _build(cls: type, data: Any, where: str, path: str) -> Any:
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: {path or 'the file'} must be an object, not {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise UserError(f"{where}: unknown key {path + unknown[0]!r}: known are {', '.join(sorted(fields))}")
+    default = cls()
+    values = {}
+    for name, value in data.items():
+        old = getattr(default, name)
+        if dataclasses.is_dataclass(old):
+            values[name] = _build(type(old), value, where, f"{path}{name}.")
+        elif isinstance(old, tuple) and isinstance(value, list):
+            values[name] = tuple(value)
+        elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+            values[name] = float(value)
+        elif type(value) is type(old):
+            values[name] = value
+        else:
+            raise UserError(
+                f"{where}: {path + name!r} must be {type(old).__name__}, not {type(value).__name__} {value!r}"
+            )
+    return cls(**values)

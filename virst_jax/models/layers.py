@@ -1,0 +1,140 @@
+"""Building blocks that carry logical axis names, shared by all modules.
+
+Every parameter names its axes with words from AXES; sharding.py maps the words to mesh axes.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from virst_jax.config import Compute
+
+AXES = frozenset(
+    {
+        "layers",  # stacked layers of a scan
+        "vocab",
+        "embed",  # residual stream
+        "mlp",
+        "heads",  # heads times head width
+        "kv_heads",
+        "qkv",  # the three of a fused projection
+        "lora",
+        "norm",
+        "token",  # rows of small learned tables
+        "grid",  # positions of learned position tables
+        "kernel",  # a convolution's spatial extent
+        "conv_in",
+        "conv_out",
+    }
+)
+
+# PyTorch's default for linear layers and convolutions: uniform in +-1/sqrt(fan_in).
+default_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def named(init: Callable[..., Any], *axes: str) -> Callable[..., Any]:
+    """An initializer whose parameter carries logical axis names; an unknown name raises."""
+    unknown = set(axes) - AXES
+    if unknown:
+        raise ValueError(f"unknown logical axis {sorted(unknown)}; known are {sorted(AXES)}")
+    return nn.with_logical_partitioning(init, axes)
+
+
+def dense(
+    compute: Compute,
+    features: int,
+    axes: tuple[str, str],
+    *,
+    use_bias: bool = True,
+    init: Callable[..., Any] = default_init,
+    name: str | None = None,
+) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=jnp.dtype(compute.dtype),
+        param_dtype=jnp.dtype(compute.param_dtype),
+        kernel_init=named(init, *axes),
+        bias_init=named(nn.initializers.zeros, axes[-1]),
+        name=name,
+    )
+
+
+def layer_norm(compute: Compute, eps: float = 1e-5, *, name: str | None = None) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=eps,
+        use_fast_variance=False,  # E[x^2]-E[x]^2 loses digits against the release
+        dtype=jnp.dtype(compute.dtype),
+        param_dtype=jnp.dtype(compute.param_dtype),
+        scale_init=named(nn.initializers.ones, "norm"),
+        bias_init=named(nn.initializers.zeros, "norm"),
+        name=name,
+    )
+
+
+def conv(
+    compute: Compute,
+    features: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    name: str | None = None,
+) -> nn.Conv:
+    """2-D convolution over [B, H, W, C] with explicit symmetric padding, as PyTorch pads."""
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        feature_group_count=groups,
+        dtype=jnp.dtype(compute.dtype),
+        param_dtype=jnp.dtype(compute.param_dtype),
+        kernel_init=named(default_init, "kernel", "kernel", "conv_in", "conv_out"),
+        bias_init=named(nn.initializers.zeros, "conv_out"),
+        name=name,
+    )
+
+
+class Mlp(nn.Module):
+    """Linear layers with an activation between them (SAM 2's MLP).
+
+    Source: model/sam2/modeling/sam2_utils.py, class MLP.
+    """
+
+    compute: Compute
+    widths: Sequence[int]  # of every layer's output
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    sigmoid_output: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """dtype[..., D] -> dtype[..., widths[-1]]"""
+        last = len(self.widths) - 1
+        for i, width in enumerate(self.widths):
+            axes = ("mlp", "embed") if i == last else ("embed", "mlp")
+            x = dense(self.compute, width, axes, name=f"layer{i}")(x)
+            if i < last:
+                x = self.activation(x)
+        return nn.sigmoid(x) if self.sigmoid_output else x
+
+
+gelu = functools.partial(nn.gelu, approximate=False)
+
+
+def remat(module: type[nn.Module], policy: str, **kwargs: Any) -> type[nn.Module]:
+    """`module` with its activations recomputed in the backward pass as `policy` says.
+
+    policy: "none" keeps all, "full" recomputes all, "dots" keeps the outputs of matrix products with weights.
+    """
+    if policy == "none":
+        return module
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if policy not in policies:
+        raise ValueError(f"unknown remat policy {policy!r}: choose none, full or dots")
+    return nn.remat(module, policy=policies[policy], prevent_cse=False, **kwargs)
