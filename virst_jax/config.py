@@ -13,6 +13,9 @@ from typing import Any
 
 from virst_jax.errors import UserError
 
+IMAGE_TOKEN = -200  # in input_ids: the visual tokens go here
+IGNORE = -100  # in labels: no loss here
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -201,7 +204,11 @@ def tiny() -> VirstConfig:
         vision=VisionConfig(hidden_size=96, depth=4, num_heads=4, image_size=112),
         sam2=Sam2Config(
             hiera=HieraConfig(
-                embed_dim=16, num_heads=1, stages=(1, 2, 3, 2), global_att_blocks=(4, 5), window_spec=(8, 4, 8, 4)
+                embed_dim=16,
+                num_heads=1,
+                stages=(1, 2, 3, 2),
+                global_att_blocks=(4, 5),
+                window_spec=(8, 4, 8, 4),
             ),
             image_size=256,
             hidden_size=64,
@@ -247,7 +254,9 @@ def from_json(text: str, where: str = "config.json") -> VirstConfig:
     try:
         return _build(VirstConfig, json.loads(text), where, "")
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); write it again or copy it from a preset") from error
+        raise UserError(
+            f"{where}: not valid JSON ({error}); write it again or copy it from a preset"
+        ) from error
 
 
 def _build(cls: type, data: Any, where: str, path: str) -> Any:

@@ -1,0 +1,119 @@
+"""Builds our parameter tree from named tensors of the release, and takes it apart again."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from conversion.rules import TRANSFORMS, Target
+from virst_jax.errors import UserError
+
+Allocate = Callable[[str, tuple[int, ...], np.dtype], np.ndarray]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": x}} -> {"a/b": x}"""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, path + "/") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}"""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def listing(names: Iterable[str], limit: int = 12) -> str:
+    """Names on one line, those that differ in a number only once."""
+    groups: dict[str, int] = {}
+    for name in sorted(names):
+        pattern = re.sub(r"\d+", "*", name)
+        groups[pattern] = groups.get(pattern, 0) + 1
+    shown = [f"{name} ({count})" if count > 1 else name for name, count in list(groups.items())[:limit]]
+    rest = len(groups) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more kinds" if rest > 0 else "")
+
+
+def assemble(
+    table: Mapping[str, Target],
+    names: Iterable[str],
+    read: Callable[[str], np.ndarray],
+    *,
+    where: str,
+    partial: bool = False,
+    expected: Mapping[str, tuple[int, ...]] | None = None,
+    dtype: Callable[[str, np.dtype], np.dtype] = lambda path, given: given,
+    allocate: Allocate = lambda path, shape, dtype: np.empty(shape, dtype),
+) -> dict[str, Any]:
+    """Fills a parameter tree; every name is used once and every place filled once.
+
+    Args:
+      table: from `rules.rule_table`.
+      names: of the tensors at hand.
+      read: gives one of them; it is called once a name.
+      where: named in errors.
+      partial: names may be missing, but not slots of a stacked target.
+      expected: shapes of the whole tree by path; a tensor of another shape raises.
+      dtype: (path, dtype of the tensor) -> dtype to store.
+      allocate: where the tree lies.
+
+    Raises:
+      UserError: unknown or missing names, or a wrong shape; lists the names.
+    """
+    names = list(names)
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise UserError(f"{where}: {len(unknown)} names belong to no parameter of this config: {listing(unknown)}")
+    missing = set(table) - set(names)
+    if missing and not partial:
+        raise UserError(f"{where}: {len(missing)} parameters are missing: {listing(missing)}")
+    slots: dict[str, list[int | None]] = {}
+    for name in names:
+        slots.setdefault(table[name].path, []).append(table[name].slot)
+    for path, filled in slots.items():
+        if filled != [None] and sorted(s for s in filled if s is not None) != list(range(len(filled))):
+            raise UserError(f"{where}: {path} has gaps or repeats among its layers: {filled}")
+
+    flat: dict[str, np.ndarray] = {}
+    for name in names:
+        target = table[name]
+        try:
+            value = TRANSFORMS[target.transform].to_jax(read(name))
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{where}: {name} has a shape that cannot be right ({error})") from error
+        shape = value.shape if target.slot is None else (len(slots[target.path]), *value.shape)
+        if expected is not None and expected[target.path] != shape:
+            raise UserError(
+                f"{where}: {name} gives {target.path} the shape {list(shape)}, but the config asks for "
+                f"{list(expected[target.path])}: choose the config that the checkpoint was trained with"
+            )
+        if target.path not in flat:
+            flat[target.path] = allocate(target.path, shape, dtype(target.path, value.dtype))
+        whole = flat[target.path]
+        if whole.shape != shape:
+            raise UserError(f"{where}: {name} has another shape than its sister layers")
+        whole[() if target.slot is None else target.slot] = value
+    return unflatten(flat)
+
+
+def take_apart(table: Mapping[str, Target], params: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """The release's names of a parameter tree, each with a function that gives its tensor in the release's layout."""
+    flat = flatten(params)
+    for name, target in table.items():
+
+        def tensor(target: Target = target) -> np.ndarray:
+            value = np.asarray(flat[target.path])
+            value = value if target.slot is None else value[target.slot]
+            return np.ascontiguousarray(TRANSFORMS[target.transform].to_torch(value))
+
+        yield name, tensor

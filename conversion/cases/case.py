@@ -1,0 +1,148 @@
+"""A parity case on disk, and what comparing an output with ours gives.
+
+A case is NAME.json (config, manifest of parameter names and shapes, how inputs are made) and NAME.npz (outputs of the
+PyTorch release, channels first). Weights and inputs follow from names and shapes by weights_rule.py, or, in recorded
+cases, come from a converted checkpoint and from the case's arrays.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from conversion.assemble import assemble, flatten, unflatten
+from conversion.rules import Rule
+from conversion.weights_rule import make_input, make_state
+from virst_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Check:
+    """One compared output. Errors that do not apply are None."""
+
+    output: str
+    passed: bool
+    max_abs: float | None = None
+    relative: float | None = None  # L2 error over L2 norm
+    iou: float | None = None  # of masks, the worst frame's
+    note: str = ""
+
+
+def close(output: str, ours: Any, theirs: Any, relative: float = 1e-4) -> Check:
+    """Equal up to a relative L2 error."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape:
+        return Check(output, False, note=f"shape {list(ours.shape)}, expected {list(theirs.shape)}")
+    error, norm = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
+    value = float(error / norm) if norm else float(error)
+    return Check(output, value <= relative, float(np.abs(ours - theirs).max(initial=0)), value)
+
+
+def within(output: str, ours: Any, theirs: Any, bound: float, note: str = "") -> Check:
+    """Equal up to an absolute error."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape:
+        return Check(output, False, note=f"shape {list(ours.shape)}, expected {list(theirs.shape)}")
+    error = float(np.abs(ours - theirs).max(initial=0))
+    return Check(output, error <= bound, error, note=note)
+
+
+def exact(output: str, ours: Any, theirs: Any, note: str = "") -> Check:
+    """Equal in every element."""
+    passed = ours == theirs if not isinstance(ours, np.ndarray) else np.array_equal(ours, theirs)
+    return Check(output, bool(passed), 0.0 if passed else None, note=note)
+
+
+def same_masks(output: str, ours: np.ndarray, theirs: np.ndarray, least: float = 0.998) -> Check:
+    """bool[T, H, W] whose intersection over union reaches `least` on every frame; empty equals empty."""
+    if ours.shape != theirs.shape:
+        return Check(output, False, note=f"shape {list(ours.shape)}, expected {list(theirs.shape)}")
+    overlap, union = (ours & theirs).sum((1, 2)), (ours | theirs).sum((1, 2))
+    iou = float(np.where(union > 0, overlap / np.maximum(union, 1), 1.0).min())
+    return Check(output, iou >= least, iou=iou, note=f"{int((ours != theirs).sum())} pixels differ")
+
+
+@dataclass
+class Case:
+    """A case of a directory, with what the runner was given beside it."""
+
+    name: str
+    meta: dict[str, Any]
+    outputs: Mapping[str, np.ndarray]
+    dtype: str = "float32"
+    tokenizer: Path | None = None
+    checkpoint: Path | None = None  # a converted one, for recorded cases
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def salt(self) -> int:
+        return self.meta.get("salt", 0)
+
+    @property
+    def text(self) -> str:
+        """How the inputs are made, in words."""
+        return self.meta.get("inputs", "")
+
+    def input(self, name: str, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
+        return make_input(name, shape, self.salt, scale)
+
+    def number(self, pattern: str, default: int) -> int:
+        """A number in the words about the inputs: the pattern's first group."""
+        match = re.search(pattern, self.text)
+        return int(match.group(1)) if match else default
+
+    def params(self, rules: "list[Rule]", prefix: str = "") -> dict[str, Any]:
+        """The tree of the case's own weights. Its names lack `prefix`."""
+        table = {name.removeprefix(prefix): target for name, target in rules}
+        state = make_state(self.meta["manifest"], self.salt)
+        return assemble(table, state, state.__getitem__, where=self.name, partial=True)
+
+    def complete(self, params: dict[str, Any], module: nn.Module, *args: Any) -> dict[str, Any]:
+        """A module's whole tree: what the case does not hold is NaN, so that using it shows."""
+        shapes = flatten(parameter_shapes(module, *args))
+        given = flatten(params)
+        return unflatten({k: given.get(k, np.full(s.shape, np.nan, np.float32)) for k, s in shapes.items()})
+
+
+def parameter_shapes(module: nn.Module, *args: Any) -> dict[str, Any]:
+    """The shapes of a module's parameters, without computing them."""
+    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
+    return nn.meta.unbox(boxed)
+
+
+def load_case(folder: Path, name: str, **given: Any) -> Case:
+    """Reads NAME.json and NAME.npz, of which one may be missing.
+
+    Raises:
+      UserError: neither exists, or one is damaged.
+    """
+    meta_file, output_file = folder / f"{name}.json", folder / f"{name}.npz"
+    if not meta_file.exists() and not output_file.exists():
+        raise UserError(f"{folder}: no case {name!r}; there are {', '.join(case_names(folder)) or 'none'}")
+    meta: Any = {}
+    outputs: dict[str, np.ndarray] = {}
+    try:
+        if meta_file.exists():
+            meta = json.loads(meta_file.read_text())
+        if output_file.exists():
+            with np.load(output_file, allow_pickle=False) as arrays:
+                outputs = {key: arrays[key] for key in arrays.files}
+    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{folder / name}: damaged ({error}); copy the case again") from error
+    meta = meta if isinstance(meta, dict) else {"rows": meta}
+    return Case(name, meta, outputs, **given)
+
+
+def case_names(folder: Path) -> list[str]:
+    """Names of all cases of a directory."""
+    return sorted({path.stem for path in folder.iterdir() if path.suffix in (".json", ".npz")})
+
+
+Runner = Callable[[Case], None]

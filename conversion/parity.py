@@ -1,0 +1,144 @@
+"""Compares our network with recorded outputs of the PyTorch release, case by case.
+
+    python -m conversion.parity CASE_DIR [--case NAME ...] [--dtype float32] [--json FILE]
+
+Exit status: 0 all outputs pass; 1 an output fails, a case is unknown or a file is damaged; 2 bad arguments.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from conversion.cases import modules, network, tables
+from conversion.cases.case import Case, Check, Runner, case_names, load_case
+from virst_jax.errors import UserError
+
+RUNNERS: list[tuple[str, Runner]] = [
+    (r"qwen2.*", modules.run_qwen2),
+    (r"umt.*", modules.run_umt),
+    (r"token_merge.*", modules.run_token_merge),
+    (r"hiera.*", modules.run_hiera),
+    (r"memory.*", modules.run_memory),
+    (r"mask_decoder.*", modules.run_mask_decoder),
+    (r"st_fusion.*", modules.run_st_fusion),
+    (r"losses.*", modules.run_losses),
+    (r"anchors.*", tables.run_anchors),
+    (r"metrics.*", tables.run_metrics),
+    (r"prompts.*", tables.run_prompts),
+    (r"frame_indices.*", tables.run_frame_indices),
+    (r"transforms.*", tables.run_transforms),
+    (r"e2e_.*", network.run_e2e),
+    (r"train_loss.*", network.run_train_loss),
+]
+
+
+def runner_of(name: str) -> Runner:
+    """The function that runs a case, by the case's name.
+
+    Raises:
+      UserError: no kind of case has this name.
+    """
+    for pattern, runner in RUNNERS:
+        if re.fullmatch(pattern, name):
+            return runner
+    kinds = ", ".join(pattern.removesuffix(".*") for pattern, _ in RUNNERS)
+    raise UserError(f"{name}: unknown kind of case; names begin with one of {kinds}")
+
+
+def run_case(folder: Path, name: str, **given: Any) -> tuple[list[Check], float]:
+    """Runs one case in float32 products of full precision and returns its checks and the seconds it took.
+
+    What is wrong with the case itself becomes a failed check.
+    """
+    start = time.perf_counter()
+    case: Case | None = None
+    try:
+        case = load_case(folder, name, **given)
+        with jax.default_matmul_precision("highest"):
+            runner_of(name)(case)
+        checks = case.checks
+        if not checks:
+            raise UserError("nothing was compared")
+    except UserError as error:
+        checks = [*(case.checks if case else []), Check("-", False, note=str(error))]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        note = f"the case does not fit its kind ({type(error).__name__}: {error})"
+        checks = [*(case.checks if case else []), Check("-", False, note=note)]
+    return checks, time.perf_counter() - start
+
+
+def _row(name: str, check: Check, seconds: float | None) -> list[str]:
+    number = lambda x: "" if x is None else f"{x:.1e}"  # noqa: E731
+    return [
+        name,
+        check.output,
+        number(check.max_abs),
+        number(check.relative),
+        "" if check.iou is None else f"{check.iou:.4f}",
+        "[green]pass[/]" if check.passed else "[red]FAIL[/]",
+        "" if seconds is None else f"{seconds:.0f}",
+        check.note,
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m conversion.parity", description=__doc__.split("\n")[0])
+    parser.add_argument("case_dir", type=Path, metavar="CASE_DIR", help="directory of NAME.json and NAME.npz")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="run these cases only")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="Qwen2 tokenizer of the prompts case (default: CASE_DIR/../tokenizer)"
+    )
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="converted checkpoint, for recorded cases")
+    options = parser.parse_args(argv)
+    folder = options.case_dir
+    if not folder.is_dir():
+        print(f"error: {folder}: no such directory; give one that holds NAME.json and NAME.npz", file=sys.stderr)
+        return 2
+    names = options.case or case_names(folder)
+    if not names:
+        print(f"error: {folder}: holds no cases (NAME.json, NAME.npz)", file=sys.stderr)
+        return 2
+    beside = folder.resolve().parent / "tokenizer"
+    given = {
+        "dtype": options.dtype,
+        "tokenizer": options.tokenizer or (beside if beside.is_dir() else None),
+        "checkpoint": options.checkpoint,
+    }
+    console = Console()
+    table = Table("case", "output", "max abs", "rel L2", "IoU", "", "s", "note", box=None, header_style="bold")
+    results: list[dict[str, Any]] = []
+    with console.status("") as status:
+        for i, name in enumerate(names):
+            status.update(f"{name} ({i + 1} of {len(names)})")
+            checks, seconds = run_case(folder, name, **given)
+            for k, check in enumerate(checks):
+                table.add_row(*_row(name if k == 0 else "", check, seconds if k == 0 else None))
+            results.append({"case": name, "seconds": seconds, "checks": [dataclasses.asdict(c) for c in checks]})
+            if options.json:
+                _write_whole(options.json, json.dumps(results, indent=1) + "\n")
+    failed = sum(not check["passed"] for result in results for check in result["checks"])
+    total = sum(len(result["checks"]) for result in results)
+    console.print(table)
+    console.print(f"{len(results)} cases, {total} outputs, {failed} failed")
+    return 1 if failed else 0
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Memory attention and memory encoder.
+
+Axes: B objects, S = H*W tokens of a frame, F remembered frames, K = F*S + pointer tokens, C width, D memory width,
+R mask side (the image's).
+Source: model/sam2/modeling/{memory_attention,memory_encoder}.py, sam/transformer.py class RoPEAttention.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from virst_jax.config import Compute, Sam2Config
+from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, named, remat
+from virst_jax.ops.attention import attention
+from virst_jax.ops.position import axial_angles, rotate_pairs, sine_2d
+
+
+class RotaryAttention(nn.Module):
+    """Attention whose queries and keys are rotated by their 2-D position."""
+
+    cfg: Sam2Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None, unrotated: int = 0
+    ) -> jax.Array:
+        """q dtype[B, S, C], k and v dtype[B, K, ...], key_mask bool[B, K] -> dtype[B, S, C].
+
+        Keys are whole frames, which repeat the rotation of the queries, then `unrotated` others.
+        """
+        cfg, width = self.cfg, self.cfg.hidden_size
+        projected = (
+            dense(self.compute, width, ("embed", "heads"), name=f"{name}_proj")(x)
+            for name, x in (("q", q), ("k", k), ("v", v))
+        )
+        q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=cfg.memory_heads) for x in projected)
+        angles = axial_angles(cfg.feature_size, cfg.feature_size, width // cfg.memory_heads, cfg.rope_theta)
+        frames = (k.shape[1] - unrotated) // angles.shape[0]
+        key_angles = np.pad(np.tile(angles, (frames, 1)), ((0, unrotated), (0, 0)))
+        out = attention(
+            rotate_pairs(q, angles),
+            rotate_pairs(k, key_angles),
+            v,
+            key_mask=key_mask,
+            impl=self.compute.attention,
+        )
+        return dense(self.compute, width, ("heads", "embed"), name="out_proj")(
+            rearrange(out, "b n h d -> b n (h d)")
+        )
+
+
+class Layer(nn.Module):
+    cfg: Sam2Config
+    compute: Compute
+    pointer_tokens: int
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, memory: jax.Array, memory_pos: jax.Array, key_mask: jax.Array | None
+    ) -> tuple[jax.Array, None]:
+        cfg, compute = self.cfg, self.compute
+        norm = [layer_norm(compute, name=f"norm{i}") for i in range(1, 4)]
+        y = norm[0](x)
+        x = x + RotaryAttention(cfg, compute, name="self_attn")(y, y, y)
+        y = norm[1](x)
+        x = x + RotaryAttention(cfg, compute, name="cross_attn")(
+            y, memory + memory_pos, memory, key_mask, self.pointer_tokens
+        )
+        y = nn.relu(dense(compute, cfg.memory_mlp_dim, ("embed", "mlp"), name="linear1")(norm[2](x)))
+        return x + dense(compute, cfg.hidden_size, ("mlp", "embed"), name="linear2")(y), None
+
+
+class MemoryAttention(nn.Module):
+    cfg: Sam2Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self,
+        image: jax.Array,
+        image_pos: jax.Array,
+        memory: jax.Array,
+        memory_pos: jax.Array,
+        key_mask: jax.Array | None = None,
+        pointer_tokens: int = 0,
+    ) -> jax.Array:
+        """Conditions a frame's features on what is remembered.
+
+        Args:
+          image: dtype[B, S, C].
+          image_pos: float32[S, C] or float32[B, S, C].
+          memory: dtype[B, K, D], whole frames first, pointer tokens after them.
+          memory_pos: dtype[B, K, D].
+          key_mask: bool[B, K], which of the keys exist.
+          pointer_tokens: how many of the keys are pointer tokens.
+
+        Returns:
+          dtype[B, S, C].
+        """
+        dtype = jnp.dtype(self.compute.dtype)
+        layers: Any = nn.scan(
+            remat(Layer, self.compute.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            length=self.cfg.memory_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x = image.astype(dtype) + (0.1 * image_pos).astype(dtype)
+        x, _ = layers(self.cfg, self.compute, pointer_tokens, name="layers")(
+            x, memory.astype(dtype), memory_pos.astype(dtype), key_mask
+        )
+        return layer_norm(self.compute, name="norm")(x)
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution, padded to keep the size."""
+
+    compute: Compute
+    kernel_size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """dtype[B, H, W, C] -> dtype[B, H, W, C]"""
+        n, channels = self.kernel_size, x.shape[-1]
+        dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
+        init = named(default_init, "kernel", "kernel", "conv_in", "conv_out")
+        kernel = self.param("kernel", init, (n, n, 1, channels), param_dtype).astype(dtype)
+        bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (channels,), param_dtype).astype(
+            dtype
+        )
+        x = x.astype(dtype)
+        if jax.default_backend() == "cpu":
+            # XLA's depthwise convolution is some twenty times slower there than shifted multiply-adds
+            height, width = x.shape[1:3]
+            padded = jnp.pad(x, ((0, 0), (n // 2, n // 2), (n // 2, n // 2), (0, 0)))
+            return bias + sum(
+                padded[:, i : i + height, j : j + width] * kernel[i, j, 0] for i in range(n) for j in range(n)
+            )
+        return bias + jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=channels,
+        )
+
+
+class ConvNextBlock(nn.Module):
+    compute: Compute
+    kernel_size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        y = DepthwiseConv(self.compute, self.kernel_size, name="dwconv")(x)
+        y = layer_norm(self.compute, 1e-6, name="norm")(y)
+        y = gelu(dense(self.compute, 4 * width, ("embed", "mlp"), name="pwconv1")(y))
+        y = dense(self.compute, width, ("mlp", "embed"), name="pwconv2")(y)
+        init = named(nn.initializers.constant(1e-6), "norm")
+        gamma = self.param("gamma", init, (width,), jnp.dtype(self.compute.param_dtype))
+        return x + gamma.astype(y.dtype) * y
+
+
+class MemoryEncoder(nn.Module):
+    cfg: Sam2Config
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, image: jax.Array, mask: jax.Array) -> jax.Array:
+        """Image features dtype[B or 1, H, W, C] and a mask float[B, R, R] in [-10, 10] -> memory dtype[B, H, W, D]."""
+        cfg, compute = self.cfg, self.compute
+        y = mask[..., None].astype(jnp.dtype(compute.dtype))
+        for i in range(4):
+            y = conv(compute, 4 ** (i + 1), 3, stride=2, padding=1, name=f"mask_conv{i}")(y)
+            y = gelu(layer_norm(compute, 1e-6, name=f"mask_norm{i}")(y))
+        y = conv(compute, cfg.hidden_size, 1, name="mask_proj")(y)
+        x = conv(compute, cfg.hidden_size, 1, name="image_proj")(image) + y
+        for i in range(cfg.memory_fuser_layers):
+            x = ConvNextBlock(compute, cfg.memory_kernel, name=f"fuser{i}")(x)
+        return conv(compute, cfg.memory_dim, 1, name="out_proj")(x)
+
+
+def memory_position(cfg: Sam2Config) -> np.ndarray:
+    """Spatial position encoding float32[S, D] of a memory."""
+    return sine_2d(cfg.feature_size, cfg.feature_size, cfg.memory_dim).reshape(-1, cfg.memory_dim)

@@ -1,0 +1,95 @@
+"""UMT video encoder: a ViT over clips of four frames, or over still images.
+
+Axes: B clips, T frames of a clip, N = T * grid * grid tokens, D width, S image side.
+Source: model/videochat/vision_tower_builder.py.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from virst_jax.config import Compute, VisionConfig
+from virst_jax.models.layers import default_init, dense, gelu, layer_norm, named, remat
+from virst_jax.ops.attention import attention
+from virst_jax.ops.position import sinusoid_table
+
+
+class Attention(nn.Module):
+    """Self-attention with biases on queries and values, none on keys."""
+
+    cfg: VisionConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width, dtype, param_dtype = (
+            x.shape[-1],
+            jnp.dtype(self.compute.dtype),
+            jnp.dtype(self.compute.param_dtype),
+        )
+        qkv = nn.DenseGeneral(
+            (3, width),
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=named(default_init, "embed", "qkv", "heads"),
+            name="qkv",
+        )(x)
+        zeros = named(nn.initializers.zeros, "heads")
+        q_bias = self.param("q_bias", zeros, (width,), param_dtype).astype(dtype)
+        v_bias = self.param("v_bias", zeros, (width,), param_dtype).astype(dtype)
+        q, k, v = (
+            rearrange(y, "b n (h d) -> b n h d", h=self.cfg.num_heads)
+            for y in (qkv[:, :, 0] + q_bias, qkv[:, :, 1], qkv[:, :, 2] + v_bias)
+        )
+        out = attention(q, k, v, impl=self.compute.attention)
+        return dense(self.compute, width, ("heads", "embed"), name="proj")(
+            rearrange(out, "b n h d -> b n (h d)")
+        )
+
+
+class Block(nn.Module):
+    cfg: VisionConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        norm1, norm2 = (layer_norm(self.compute, 1e-6, name=f"norm{i}") for i in (1, 2))
+        x = x + Attention(self.cfg, self.compute, name="attn")(norm1(x))
+        hidden = dense(self.compute, int(x.shape[-1] * self.cfg.mlp_ratio), ("embed", "mlp"), name="fc1")(
+            norm2(x)
+        )
+        return x + dense(self.compute, x.shape[-1], ("mlp", "embed"), name="fc2")(gelu(hidden)), None
+
+
+class VideoEncoder(nn.Module):
+    cfg: VisionConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """Normalised pixels float[B, T, S, S, 3] -> features dtype[B, N, D].
+
+        T = 1 is a still image, with a position table of its own.
+        """
+        cfg = self.cfg
+        frames = pixels.shape[1]
+        patches = rearrange(
+            pixels, "b t (h p) (w q) c -> b (t h w) (p q c)", p=cfg.patch_size, q=cfg.patch_size
+        ).astype(jnp.dtype(self.compute.dtype))
+        x = dense(self.compute, cfg.hidden_size, ("conv_in", "embed"), name="patch_embed")(patches)
+        pretrained = 1 if frames == 1 else cfg.pretrained_frames
+        table = sinusoid_table(cfg.grid, frames, cfg.hidden_size, cfg.pretrained_grid, pretrained)
+        x = x + table.astype(x.dtype)
+        blocks: Any = nn.scan(
+            remat(Block, self.compute.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=cfg.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = blocks(cfg, self.compute, name="layers")(x, None)
+        return layer_norm(self.compute, 1e-12, name="norm")(x)

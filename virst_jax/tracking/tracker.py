@@ -1,0 +1,247 @@
+"""The temporal dynamic anchor updater: anchors first, then a scan over the frames with fixed-size memories.
+
+A video of any length is tracked in chunks of frames by one compiled function: `track` takes the state that the
+chunk before has left, and all shapes stay the same. Objects of one video share its frames and anchors, so whether a
+frame is an anchor is one predicate for all of them and stays a real branch.
+
+Axes: O objects, A anchor slots, R remembered frames, P remembered pointers, T frames of a chunk, N prompt tokens,
+S = H*W positions of the feature grid, C width, D memory width, L mask side.
+Source: model/sam2/sam2_virst.py and sam2_base.py (_prepare_memory_conditioned_features).
+"""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from virst_jax.config import Sam2Config
+from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
+from virst_jax.tracking.anchors import select_anchors
+
+PROMPT_LOGIT_LIMIT = 32.0  # a mask prompt from an earlier anchor on the same frame is clamped so
+NO_FRAME = -(10**6)  # far from every frame
+
+
+@flax.struct.dataclass
+class Anchors:
+    """The prompted frames with all that the tracker keeps of them."""
+
+    frames: jax.Array  # int32[A]
+    valid: jax.Array  # bool[A]; False: an empty slot, or overruled by a later anchor on the same frame
+    prediction: Prediction  # leading axis A
+    memory: jax.Array  # [A, O, S, D]
+
+
+@flax.struct.dataclass
+class Recent:
+    """Ring buffers of the last frames; frame t lies in slot t modulo the size."""
+
+    memory_frames: jax.Array  # int32[R]
+    memory: jax.Array  # [R, O, S, D]
+    pointer_frames: jax.Array  # int32[P]
+    pointers: jax.Array  # [P, O, C]
+
+
+@flax.struct.dataclass
+class Tracked:
+    """One frame's outcome."""
+
+    prediction: Prediction
+    memory: jax.Array  # [O, S, D]
+
+
+class Tracker:
+    """Functions of (params, ...) over a Sam2 module; holds no state.
+
+    Args:
+      sam: the module.
+      training: as the release trains: the decoder's first mask, float32 memories, anchors enter when the scan
+        reaches them (the first is there from the start), pointers of anchors to come are seen, and every frame's
+        activations are recomputed in the backward pass. Otherwise as it evaluates: best of three masks, bfloat16
+        memories, all anchors there from the start, pointers only of the past.
+    """
+
+    def __init__(self, sam: Sam2, training: bool = False):
+        self.sam = sam
+        self.cfg: Sam2Config = sam.cfg
+        self.training = training
+        self.mode = "single" if training else "multimask"
+        self.memory_dtype = jnp.dtype(sam.compute.dtype) if training else jnp.dtype(jnp.bfloat16)
+
+    def _apply(self, params: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.sam.apply({"params": params}, *args, method=method, **kwargs)
+
+    def _remember(self, params: Any, frame: Features, prediction: Prediction) -> Tracked:
+        memory = self._apply(params, Sam2.remember, frame, prediction)
+        return Tracked(prediction, memory.astype(self.memory_dtype))
+
+    def prompt_anchors(
+        self, params: Any, features: Features, frames: jax.Array, live: jax.Array, prompts: jax.Array
+    ) -> Anchors:
+        """Segments the anchor frames from their prompts, without memory.
+
+        Args:
+          params: of the Sam2 module.
+          features: of the anchor frames, leading axis A.
+          frames: int32[A], their numbers in the video.
+          live: bool[A]; slots that are not cost nothing.
+          prompts: dtype[O, A, N, C], STF prompt tokens.
+        """
+        empty = self._empty(prompts.shape[0])
+        logits_shape = (frames.shape[0], *empty.prediction.low_res.shape)
+
+        def step(low_res: jax.Array, slot: tuple[Any, ...]) -> tuple[jax.Array, Tracked]:
+            index, frame, number, alive, tokens = slot
+
+            def segment() -> Tracked:
+                # an earlier anchor on this frame hands on its logits as a mask prompt
+                earlier = (frames == number) & live & (jnp.arange(frames.shape[0]) < index)
+                last = jnp.where(earlier, jnp.arange(frames.shape[0]), -1).max()
+                mask_prompt = jnp.clip(low_res[last], -PROMPT_LOGIT_LIMIT, PROMPT_LOGIT_LIMIT)
+                image = self._apply(params, Sam2.without_memory, frame, tokens.shape[0])
+                prediction = self._apply(
+                    params, Sam2.predict, image, frame, tokens, mask_prompt, last >= 0, mode=self.mode
+                )
+                return self._remember(params, frame, prediction)
+
+            out = jax.lax.cond(alive, segment, lambda: empty)
+            return low_res.at[index].set(out.prediction.low_res), out
+
+        if self.training:
+            step = jax.checkpoint(step, prevent_cse=False)
+        slots = (jnp.arange(frames.shape[0]), features, frames, live, prompts.swapaxes(0, 1))
+        _, out = jax.lax.scan(step, jnp.zeros(logits_shape), slots)
+        later = (
+            (frames[None] == frames[:, None]) & live[None] & jnp.triu(jnp.ones((len(frames),) * 2, bool), 1)
+        )
+        return Anchors(frames, live & ~later.any(1), out.prediction, out.memory)
+
+    def start(self, num_objects: int) -> Recent:
+        """The state before the first frame."""
+        cfg, empty = self.cfg, self._empty(num_objects)
+        memories, pointers = cfg.num_maskmem - 1, cfg.max_pointers - 1
+        return Recent(
+            memory_frames=jnp.full(memories, NO_FRAME, jnp.int32),
+            memory=jnp.zeros((memories, *empty.memory.shape), empty.memory.dtype),
+            pointer_frames=jnp.full(pointers, NO_FRAME, jnp.int32),
+            pointers=jnp.zeros((pointers, *empty.prediction.pointer.shape), empty.prediction.pointer.dtype),
+        )
+
+    def track(
+        self,
+        params: Any,
+        anchors: Anchors,
+        recent: Recent,
+        features: Features,
+        frames: jax.Array,
+        live: jax.Array,
+        num_frames: jax.Array,
+        keep_memory: bool = False,
+    ) -> tuple[Recent, Tracked]:
+        """Tracks a chunk of consecutive frames.
+
+        Args:
+          params: of the Sam2 module.
+          anchors: from `prompt_anchors`.
+          recent: from `start` or the chunk before.
+          features: of the chunk's frames, leading axis T.
+          frames: int32[T], their numbers in the video, rising.
+          live: bool[T]; the others (padding of the last chunk) are passed over.
+          num_frames: int[], length of the whole video: up to 16 it bounds the pointers.
+          keep_memory: also return every frame's memory (for comparisons; it is large).
+
+        Returns:
+          The state for the next chunk, and the outcome of every frame (leading axis T).
+        """
+        empty = self._empty(anchors.memory.shape[1])
+        slots = jnp.arange(anchors.frames.shape[0])
+
+        def step(recent: Recent, slot: tuple[Any, ...]) -> tuple[Recent, Tracked]:
+            frame, number, alive = slot
+            here = anchors.valid & (anchors.frames == number)
+
+            def from_anchor() -> Tracked:
+                index = here.argmax()
+                take = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+                return Tracked(jax.tree.map(take, anchors.prediction), take(anchors.memory))
+
+            def from_memory() -> Tracked:
+                there = anchors.valid & ((anchors.frames < number) | (slots == 0) | (not self.training))
+                image = self._condition(params, anchors, there, recent, frame, number, num_frames)
+                sparse = self._apply(params, Sam2.no_prompt, image.shape[0])
+                prediction = self._apply(params, Sam2.predict, image, frame, sparse, mode=self.mode)
+                return self._remember(params, frame, prediction)
+
+            def advance() -> tuple[Recent, Tracked]:
+                out = jax.lax.cond(here.any(), from_anchor, from_memory)
+                m, p = number % recent.memory_frames.shape[0], number % recent.pointer_frames.shape[0]
+                return Recent(
+                    recent.memory_frames.at[m].set(number),
+                    recent.memory.at[m].set(out.memory),
+                    recent.pointer_frames.at[p].set(number),
+                    recent.pointers.at[p].set(out.prediction.pointer),
+                ), out
+
+            recent, out = jax.lax.cond(alive, advance, lambda: (recent, empty))
+            return recent, out if keep_memory else out.replace(memory=jnp.zeros(()))
+
+        if self.training:
+            step = jax.checkpoint(step, prevent_cse=False)
+        return jax.lax.scan(step, recent, (features, frames, live))
+
+    def _condition(
+        self,
+        params: Any,
+        anchors: Anchors,
+        available: jax.Array,
+        recent: Recent,
+        frame: Features,
+        number: jax.Array,
+        num_frames: jax.Array,
+    ) -> jax.Array:
+        """Gathers what a frame attends to, and attends."""
+        cfg = self.cfg
+        slots, chosen = select_anchors(number, anchors.frames, available, cfg.max_anchors_attended)
+        chosen_frames = jnp.where(chosen, anchors.frames[slots], NO_FRAME)
+
+        # a chosen anchor is not attended to twice; an unchosen one counts as a tracked frame
+        def fresh(ring_frames: jax.Array) -> jax.Array:
+            return (ring_frames != NO_FRAME) & ~(ring_frames[:, None] == chosen_frames[None]).any(1)
+
+        age = number - recent.memory_frames
+        memory_mask = fresh(recent.memory_frames) & (age < cfg.num_maskmem)
+        max_pointers = jnp.minimum(num_frames, cfg.max_pointers)
+        distance = number - recent.pointer_frames
+        pointer_mask = fresh(recent.pointer_frames) & (distance < max_pointers)
+        anchor_distance = number - anchors.frames[slots]
+        anchor_pointer_mask = chosen & ((anchor_distance >= 0) | self.training)
+        time = jnp.concatenate([anchor_distance, distance]) / jnp.maximum(max_pointers - 1, 1)
+        mask = jnp.concatenate([anchor_pointer_mask, pointer_mask])
+        memory = jnp.concatenate([anchors.memory[slots], recent.memory])
+        pointers = jnp.concatenate([anchors.prediction.pointer[slots], recent.pointers])
+        return self._apply(
+            params,
+            Sam2.with_memory,
+            frame,
+            memory.swapaxes(0, 1),
+            jnp.concatenate(
+                [jnp.full(slots.shape, cfg.num_maskmem - 1), jnp.clip(age - 1, 0, cfg.num_maskmem - 2)]
+            ),
+            jnp.concatenate([chosen, memory_mask]),
+            pointers.swapaxes(0, 1),
+            jnp.where(mask, time, 0),  # empty slots lie far away: no huge angles
+            mask,
+        )
+
+    def _empty(self, num_objects: int) -> Tracked:
+        cfg = self.cfg
+        prediction = Prediction(
+            low_res=jnp.zeros((num_objects, cfg.low_res_size, cfg.low_res_size)),
+            pointer=jnp.zeros((num_objects, cfg.hidden_size), jnp.dtype(self.sam.compute.dtype)),
+            object_score=jnp.zeros(num_objects),
+            iou=jnp.zeros(num_objects),
+        )
+        memory = jnp.zeros((num_objects, cfg.feature_size**2, cfg.memory_dim), self.memory_dtype)
+        return Tracked(prediction, memory)
