@@ -1,0 +1,312 @@
+"""Folders of safetensors files: read lazily from memory maps, written in a stream.
+
+A `.safetensors` file is the size of its header (8 bytes, little endian), the header (JSON: dtype, shape and byte
+range of every tensor) and the values. A model of several such files (shards) has a model.safetensors.index.json that
+says which shard holds which tensor. Parsed here because the safetensors package knows no float8 for numpy.
+
+Source: model/builder.py (from_pretrained with use_safetensors) reads such folders.
+"""
+
+import json
+import mmap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import ml_dtypes
+import numpy as np
+
+from conversion.source import (
+    TensorSpec,
+    element_count,
+    map_file,
+    no_such_name,
+    some,
+    tensor_bytes,
+    written_whole,
+)
+from virst_jax.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype(np.complex64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+class _Entry(NamedTuple):
+    shard: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # in the file
+
+
+class SafetensorsDir:
+    """Tensors of a folder of safetensors files, or of one such file. A `TensorSource` and a context manager.
+
+    Raises:
+      UserError: nothing there, a missing or damaged shard, a name that the index and the shards disagree on.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.where = str(path)
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._tensors: dict[str, _Entry] = {}
+        try:
+            self._open(Path(path))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path) -> None:
+        listed = _find(path)
+        for shard in listed:
+            self._maps[shard] = map_file(shard)
+            for name, entry in _header(shard, self._maps[shard]).items():
+                if name in self._tensors:
+                    raise UserError(
+                        f"{self.where}: {name!r} is in {self._tensors[name].shard.name} and in {shard.name}; "
+                        "remove what does not belong to this checkpoint or download it again"
+                    )
+                self._tensors[name] = entry
+        for shard, names in listed.items():
+            absent = [n for n in names if n not in self._tensors or self._tensors[n].shard != shard]
+            if absent:
+                raise UserError(
+                    f"{self.where}: {INDEX} promises {some(absent)} in {shard.name}, which lacks it; "
+                    "download both again"
+                )
+
+    def _tensor(self, name: str) -> _Entry:
+        if name not in self._tensors:
+            raise no_such_name(self.where, name)
+        return self._tensors[name]
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the shards and their values."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. UserError: no such name."""
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor. UserError: no such name."""
+        return self._tensor(name).dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """dtype[shape]: a read-only view of the file, which stays valid after `close`.
+
+        Raises:
+          UserError: no such name.
+        """
+        entry = self._tensor(name)
+        if entry.shard not in self._maps:
+            raise ValueError(f"{self.where}: is closed")
+        if 0 in entry.shape:
+            return np.empty(entry.shape, entry.dtype)
+        return np.ndarray(entry.shape, entry.dtype, buffer=self._maps[entry.shard], offset=entry.start)
+
+    def close(self) -> None:
+        """Lets go of the files; what was read stays valid."""
+        self._maps.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _find(path: Path) -> dict[Path, list[str]]:
+    """The shards, each with the names that the index promises in it."""
+    if path.is_file():
+        return {path: []}
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; check the path")
+    if (path / INDEX).is_file():
+        return _read_index(path)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: holds no .safetensors files; check the path or download the checkpoint")
+    if len(files) > 1:
+        raise UserError(
+            f"{path}: {len(files)} .safetensors files but no {INDEX}; download that file too, or give the path of one"
+        )
+    return {files[0]: []}
+
+
+def _read_index(path: Path) -> dict[Path, list[str]]:
+    index = path / INDEX
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except OSError as error:
+        raise UserError(f"{index}: cannot be read ({error.strerror}); check its permissions") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index}: not an index of safetensors (JSON with a weight_map); download it again") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: its weight_map lists no tensors; download it again")
+    listed: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        # A path could lead out of the folder.
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+            raise UserError(f"{index}: {name!r} is not in a file of this folder but in {file!r:.80}; download it again")
+        listed.setdefault(path / file, []).append(name)
+    missing = sorted(shard.name for shard in listed if not shard.is_file())
+    if missing:
+        raise UserError(f"{path}: {INDEX} names {some(missing)}, which is missing; download the rest of the checkpoint")
+    return dict(sorted(listed.items()))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name that comes twice")
+    return dict(pairs)
+
+
+def _header(path: Path, data: mmap.mmap) -> dict[str, _Entry]:
+    """What a file says of its tensors, checked against its size, in the order of the values."""
+    size = int.from_bytes(data[:8], "little")
+    base = 8 + size
+    if len(data) < 8 or size > _MAX_HEADER or base > len(data):
+        raise UserError(f"{path}: truncated or not a safetensors file; download it again")
+    try:
+        header = json.loads(data[8:base].decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+        header.pop("__metadata__", None)
+        ranges = {name: _byte_range(name, value) for name, value in header.items()}
+        entries, end = {}, 0
+        for name in sorted(ranges, key=ranges.__getitem__):
+            first, last = ranges[name]
+            if first != end:
+                raise ValueError(f"a gap or an overlap before {name!r}")
+            entries[name] = _Entry(path, DTYPES[header[name]["dtype"]], tuple(header[name]["shape"]), base + first)
+            end = last
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its header is damaged ({reason}); download it again") from error
+    if base + end != len(data):
+        kind = "truncated" if base + end > len(data) else "longer than its header says"
+        raise UserError(f"{path}: {kind} ({len(data)} bytes for {base + end}); download it again")
+    return entries
+
+
+def _byte_range(name: str, value: Any) -> tuple[int, int]:
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"{name!r} has the unknown dtype {value['dtype']!r:.40}")
+    first, last = value["data_offsets"]
+    if type(first) is not int or type(last) is not int or not isinstance(value["shape"], list):
+        raise ValueError(f"the place or shape of {name!r} is not whole numbers")
+    if last - first != element_count(value["shape"]) * DTYPES[value["dtype"]].itemsize:
+        raise ValueError(f"the shape and byte range of {name!r} disagree")
+    return first, last
+
+
+def write_safetensors_dir(
+    path: str | Path,
+    tensors: Iterable[TensorSpec],
+    shard_bytes: int = 5_000_000_000,
+    on_tensor: Callable[[str], None] | None = None,
+) -> None:
+    """Writes model.safetensors, or shards of at most `shard_bytes` (or one tensor) with their index.
+
+    path: the folder; made if need be.
+    tensors: (name, shape, dtype, function that returns dtype[shape]) each; values are asked for once, one at a time.
+    on_tensor: called with the name of every tensor written.
+
+    Raises:
+      UserError: the folder holds safetensors already or cannot be written, the disk is full (nothing new is left
+        then), a name comes twice, or the format has no such dtype.
+      ValueError: values are not of the announced shape and dtype.
+    """
+    path = Path(path)
+    shards = _plan(path, tensors, shard_bytes)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); choose another folder") from error
+    if any(path.glob("*.safetensors")) or (path / INDEX).exists():
+        raise UserError(f"{path}: holds a checkpoint already; choose an empty folder")
+    single = len(shards) == 1
+    files = [
+        path / ("model.safetensors" if single else f"model-{i + 1:05}-of-{len(shards):05}.safetensors")
+        for i in range(len(shards))
+    ]
+    index = {
+        "metadata": {"total_size": sum(_size(spec) for shard in shards for spec in shard)},
+        "weight_map": {spec[0]: file.name for file, shard in zip(files, shards) for spec in shard},
+    }
+    try:
+        for file, shard in zip(files, shards):
+            _write_shard(file, shard, on_tensor)
+        if not single:
+            with written_whole(path / INDEX) as out:
+                out.write((json.dumps(index, indent=1) + "\n").encode())
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _size(spec: TensorSpec) -> int:
+    return element_count(spec[1]) * spec[2].itemsize
+
+
+def _plan(path: Path, tensors: Iterable[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    names: set[str] = set()
+    filled = 0
+    for name, shape, dtype, read in tensors:
+        spec = (name, tuple(int(n) for n in shape), np.dtype(dtype), read)
+        if name in names:
+            raise UserError(f"{path}: two tensors are named {name!r}; give every tensor a name of its own")
+        if spec[2] not in _DTYPE_NAMES:
+            raise UserError(f"{path}: {name!r} is {spec[2]}, which safetensors has not; convert it first")
+        if shards[-1] and filled + _size(spec) > shard_bytes:
+            shards.append([])
+            filled = 0
+        names.add(name)
+        shards[-1].append(spec)
+        filled += _size(spec)
+    return shards
+
+
+def _write_shard(path: Path, shard: list[TensorSpec], on_tensor: Callable[[str], None] | None) -> None:
+    shard = sorted(shard, key=lambda spec: -spec[2].itemsize)  # so that every tensor is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # readers of the reference library ask for it
+    end = 0
+    for spec in shard:
+        name, shape, dtype, _ = spec
+        first, end = end, end + _size(spec)
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [first, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with written_whole(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in shard:
+            file.write(tensor_bytes(spec))
+            if on_tensor is not None:
+                on_tensor(spec[0])

@@ -1,0 +1,137 @@
+"""What the converter asks of a checkpoint, whatever its format, and what the formats share."""
+
+import contextlib
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+
+from virst_jax.errors import UserError
+
+# A tensor that is yet to be written: name, shape, dtype, and how to get its values.
+TensorSpec = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
+
+MAX_DIMS = 64  # numpy's limit
+MAX_ELEMENTS = 1 << 48  # far above any tensor, far below an overflow of its size in bytes
+
+
+class TensorSource(Protocol):
+    """Named tensors, read one at a time."""
+
+    @property
+    def where(self) -> str:
+        """What error messages call the source."""
+        ...
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the file."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. UserError: no such name."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor; bfloat16 and float8 are those of ml_dtypes. UserError: no such name."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """dtype[shape], read-only. UserError: no such name, or damaged."""
+        ...
+
+
+def element_count(shape: Sequence[object]) -> int:
+    """Elements of a tensor of this shape.
+
+    Raises:
+      ValueError: no array can have this shape.
+    """
+    if len(shape) > MAX_DIMS:
+        raise ValueError(f"{len(shape)} dimensions")
+    count, extent = 1, 1
+    for n in shape:
+        if type(n) is not int or not 0 <= n <= MAX_ELEMENTS:
+            raise ValueError("a dimension that is negative, absurdly large or not a number")
+        count, extent = count * n, extent * max(n, 1)
+    if extent > MAX_ELEMENTS:
+        raise ValueError("an absurdly large shape")
+    return count
+
+
+def no_such_name(where: str, name: str) -> UserError:
+    return UserError(f"{where}: holds no tensor named {name!r}; is it the checkpoint of another model?")
+
+
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """The first names, for an error message."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(repr(n)[:80] for n in names[:limit]) + more
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file's bytes, mapped read-only.
+
+    Drop it rather than close it: arrays that view it would then read unmapped memory, since numpy keeps the object
+    alive but not its lock on the buffer.
+
+    Raises:
+      UserError: missing, a folder, unreadable, empty, or a Git LFS pointer.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise UserError(f"{path}: the file is empty; download it again")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder; give the path of a checkpoint file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    if mapped[:24] == b"version https://git-lfs.":
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself; fetch it with git lfs pull")
+    return mapped
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` once it is complete; after any error nothing of it is left.
+
+    Raises:
+      UserError: the system refuses to write (disk full, no such folder, no permission).
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be written ({reason}); free disk space or choose another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def tensor_bytes(spec: TensorSpec) -> memoryview:
+    """Values of a tensor as contiguous bytes.
+
+    Raises:
+      UserError: reading them fails.
+      ValueError: they are not of the announced shape and dtype.
+    """
+    name, shape, dtype, read = spec
+    try:
+        array = np.asarray(read())
+    except OSError as error:
+        raise UserError(f"{name}: its values cannot be read ({error.strerror or error})") from error
+    if array.shape != tuple(shape) or array.dtype != dtype:
+        raise ValueError(f"{name}: announced as {np.dtype(dtype)}{list(shape)}, is {array.dtype}{list(array.shape)}")
+    flat = np.ascontiguousarray(array).reshape(math.prod(shape))
+    return flat.view(np.uint8).data

@@ -1,0 +1,291 @@
+"""PyTorch checkpoint files (`.pt`) without torch: tensors read lazily from a memory map, files written in a stream.
+
+A `.pt` file is a zip archive of stored (uncompressed) entries: PREFIX/data.pkl, a pickle that describes the tensors,
+PREFIX/data/KEY, the values of one storage each, and PREFIX/byteorder. Nothing in the pickle is ever executed.
+
+Source: model/builder.py reads such files with torch.load, under the key "model_state_dict"; model/sam2/build_sam.py
+under "model".
+"""
+
+import mmap
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from conversion.source import (
+    TensorSpec,
+    element_count,
+    map_file,
+    no_such_name,
+    some,
+    tensor_bytes,
+    written_whole,
+)
+from conversion.torch_pickle import DTYPES, Tensor, dump_pickle, load_pickle
+from virst_jax.errors import UserError
+
+_MAX_REPEATED_BYTES = 1 << 30  # of a tensor that shows its storage more than once, as torch.expand does
+_ALIGNMENT = 64  # as torch.save
+_ZIP64_FROM = 1 << 30  # from this entry size on the zip64 form is used; necessary from 4 GiB
+
+
+class TorchFile:
+    """A `.pt` file's tensors, read one at a time. A `TensorSource` and a context manager.
+
+    root: the key of the top-level dict that holds the state dict; None: the top-level dict itself.
+
+    Raises:
+      UserError: missing, damaged or not a zip file; no such root (lists the keys there are); no tensors; a reference
+        to anything that is not part of a state dict (nothing of the file is ever run).
+    """
+
+    where: str
+    scalars: dict[str, int | float | str | None]  # plain values of the top level: epoch, step, ...
+
+    def __init__(self, path: str | Path, root: str | None = None) -> None:
+        self.where = str(path)
+        self._map: mmap.mmap | None = map_file(Path(path))
+        try:
+            self._open(root)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, root: str | None) -> None:
+        self._check_kind()
+        try:
+            with zipfile.ZipFile(self.where) as archive:
+                self._entries = {info.filename: info for info in archive.infolist()}
+        except Exception as error:  # zipfile lets many kinds through when the directory is damaged
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.where}: truncated or damaged ({reason}); get the file again") from error
+        lists = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(lists) != 1:
+            found = "no data.pkl" if not lists else "several data.pkl"
+            raise UserError(f"{self.where}: a zip file with {found}, so not a PyTorch checkpoint; check the path")
+        self._prefix = lists[0].removesuffix("data.pkl")
+        self._swap = self._byte_order() != sys.byteorder
+        top = load_pickle(bytes(self._entry("data.pkl")), self.where)
+        if not isinstance(top, dict):
+            kind = type(top).__name__
+            raise UserError(f"{self.where}: holds a {kind}, not a dict of tensors; save model.state_dict()")
+        state = self._pick(top, root)
+        self.scalars = {
+            key: value
+            for key, value in top.items()
+            if isinstance(key, str) and isinstance(value, int | float | str | None)
+        }
+        self._tensors: dict[str, Tensor] = {}
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                if not isinstance(name, str):
+                    raise UserError(f"{self.where}: a tensor is named by a {type(name).__name__}; use text")
+                self._check_tensor(name, value)
+                self._tensors[name] = value
+        if not self._tensors:
+            at = "at its top level" if root is None else f"under {root!r}"
+            raise UserError(f"{self.where}: no tensors {at}, {_keys(top)}; choose another root")
+
+    def _check_kind(self) -> None:
+        start = self._mapped()[:512]
+        if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+            return
+        tar = start[257:262] == b"ustar"
+        if tar or start[:1] == b"\x80":
+            raise UserError(
+                f"{self.where}: in PyTorch's old {'tar' if tar else 'pickle'} format; save it again where torch is "
+                f"installed: torch.save(torch.load(old, weights_only={not tar}), new)"
+            )
+        raise UserError(f"{self.where}: not a PyTorch checkpoint (not a zip file); check the path or download it again")
+
+    def _byte_order(self) -> str:
+        if self._prefix + "byteorder" not in self._entries:
+            return "little"  # files of before the entry existed
+        order = bytes(self._entry("byteorder")[:16])
+        if order not in (b"little", b"big"):
+            raise UserError(f"{self.where}: unknown byte order {order!r}; get the file again")
+        return order.decode()
+
+    def _entry(self, name: str) -> memoryview:
+        """The bytes of an entry, still in the file."""
+        start, size = self._locate(name)
+        return memoryview(self._mapped())[start : start + size]
+
+    def _info(self, name: str) -> zipfile.ZipInfo:
+        info = self._entries.get(self._prefix + name)
+        if info is None:
+            raise UserError(f"{self.where}: its entry {name!r} is missing; get the file again")
+        stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+        if not stored or info.flag_bits & 1:
+            raise UserError(
+                f"{self.where}: its entry {name!r} is compressed or encrypted, not as torch.save writes it; "
+                "use the original file or save it again"
+            )
+        return info
+
+    def _locate(self, name: str) -> tuple[int, int]:
+        """First byte and size of an entry."""
+        info, mapped = self._info(name), self._mapped()
+        at = info.header_offset
+        if 0 <= at <= len(mapped) - 30 and mapped[at : at + 4] == b"PK\x03\x04":
+            name_size, extra_size = struct.unpack_from("<HH", mapped, at + 26)
+            stored = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+            start = at + 30 + name_size + extra_size
+            if mapped[at + 30 : at + 30 + name_size] == stored and start + info.file_size <= len(mapped):
+                return start, info.file_size
+        raise UserError(f"{self.where}: its entry {name!r} is damaged; get the file again")
+
+    def _pick(self, top: dict[Any, Any], root: str | None) -> dict[Any, Any]:
+        if root is None:
+            return top
+        if root not in top:
+            raise UserError(f"{self.where}: no entry {root!r}, {_keys(top)}; choose another root")
+        state = top[root]
+        if not isinstance(state, dict):
+            kind = type(state).__name__
+            raise UserError(f"{self.where}: {root!r} is a {kind}, not a dict of tensors; {_keys(top)}")
+        return state
+
+    def _check_tensor(self, name: str, tensor: Tensor) -> None:
+        size = tensor.dtype.itemsize
+        stored = self._info(f"data/{tensor.storage.key}").file_size
+        item = tensor.storage.dtype.itemsize if tensor.storage.dtype is not None else 1
+        bad = None
+        try:
+            count = element_count(tensor.shape)
+        except ValueError as error:
+            raise UserError(f"{self.where}: tensor {name!r} has {error}; get the file again") from error
+        if tensor.storage.size * item > stored:
+            bad = f"is cut short: its storage has {stored} bytes"
+        elif len(tensor.strides) != len(tensor.shape) or min(tensor.strides, default=0) < 0:
+            bad = "has strides that do not fit its shape"
+        elif tensor.offset < 0 or (count and (tensor.offset + _last(tensor) + 1) * size > tensor.storage.size * item):
+            bad = "reaches beyond its storage"
+        elif count * size > max(stored, _MAX_REPEATED_BYTES):
+            bad = "repeats its storage to an absurd size"
+        if bad:
+            raise UserError(f"{self.where}: tensor {name!r} {bad}; get the file again")
+
+    def _mapped(self) -> mmap.mmap:
+        if self._map is None:
+            raise ValueError(f"{self.where}: is closed")
+        return self._map
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise no_such_name(self.where, name)
+        return self._tensors[name]
+
+    def names(self) -> list[str]:
+        """Names of all tensors of the state dict, in its order."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. UserError: no such name."""
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor, in native byte order. UserError: no such name."""
+        return self._tensor(name).dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """dtype[shape]: a read-only view of the file, with the strides it was saved with.
+
+        A file of the other byte order gives a copy. Views stay valid after `close`.
+
+        Raises:
+          UserError: no such name, or the entry of its values is damaged.
+        """
+        tensor = self._tensor(name)
+        start, _ = self._locate(f"data/{tensor.storage.key}")
+        if 0 in tensor.shape:
+            return np.empty(tensor.shape, tensor.dtype)
+        size = tensor.dtype.itemsize
+        view: np.ndarray = np.ndarray(
+            tensor.shape,
+            tensor.dtype,
+            buffer=self._mapped(),
+            offset=start + tensor.offset * size,
+            strides=[s * size if n > 1 else size for n, s in zip(tensor.shape, tensor.strides)],
+        )
+        if not self._swap or size == 1:
+            return view
+        if view.dtype.kind == "c":
+            return view.byteswap()
+        return view.view(f"u{size}").byteswap().view(tensor.dtype)  # ml_dtypes cannot swap
+
+    def close(self) -> None:
+        """Lets go of the file; what was read stays valid."""
+        self._map = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _last(tensor: Tensor) -> int:
+    """Index of the tensor's last element, from its first."""
+    return sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides))
+
+
+def _keys(top: dict[Any, Any]) -> str:
+    """What a checkpoint's top level holds, for an error message."""
+    keys = [key for key in top if isinstance(key, str)]
+    return f"found {some(keys)}" if keys else "found nothing there"
+
+
+def write_torch_file(
+    path: str | Path,
+    tensors: Iterable[TensorSpec],
+    root: str | None = "model_state_dict",
+    on_tensor: Callable[[str], None] | None = None,
+) -> None:
+    """Writes a file that torch.load(path, weights_only=True) reads, also with mmap=True, one tensor at a time.
+
+    tensors: (name, shape, dtype, function that returns dtype[shape]) each; asked for values once, in order.
+    root: the key under which the state dict lies; None: it is the top level itself.
+    on_tensor: called with the name of every tensor written.
+
+    Raises:
+      UserError: the disk is full or the folder cannot be written (nothing is left then), a name comes twice, or
+        PyTorch has no such dtype.
+      ValueError: values are not of the announced shape and dtype.
+    """
+    path = Path(path)
+    written: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
+
+        def add(entry: str, data: memoryview | bytes) -> None:
+            info = zipfile.ZipInfo(f"archive/{entry}")
+            zip64 = len(data) >= _ZIP64_FROM
+            # torch.load(mmap=True) views storages in place, so they start at multiples of the alignment. The gap
+            # before them is an extra field, behind the header (30 bytes, the name, in the zip64 form 20 bytes more)
+            # and its own id and size (4 bytes).
+            gap = -(file.tell() + 30 + len(info.filename) + 20 * zip64 + 4) % _ALIGNMENT
+            info.extra = struct.pack("<HH", 0x4246, gap) + b"Z" * gap
+            with archive.open(info, "w", force_zip64=zip64) as out:
+                out.write(data)
+
+        for name, shape, dtype, read in tensors:
+            shape, dtype = tuple(int(n) for n in shape), np.dtype(dtype)
+            if name in written:
+                raise UserError(f"{path}: two tensors are named {name!r}; give every tensor a name of its own")
+            if dtype not in DTYPES.values():
+                raise UserError(f"{path}: {name!r} is {dtype}, which PyTorch has not; convert it first")
+            add(f"data/{len(written)}", tensor_bytes((name, shape, dtype, read)))
+            written[name] = (shape, dtype)
+            if on_tensor is not None:
+                on_tensor(name)
+        add("data.pkl", dump_pickle(((name, *spec) for name, spec in written.items()), root))
+        add("byteorder", sys.byteorder.encode())
+        add("version", b"3\n")
