@@ -114,6 +114,6 @@ def take_apart(table: Mapping[str, Target], params: Mapping[str, Any]) -> Iterat
         def tensor(target: Target = target) -> np.ndarray:
             value = np.asarray(flat[target.path])
             value = value if target.slot is None else value[target.slot]
-            return np.ascontiguousarray(TRANSFORMS[target.transform].to_torch(value))
+            return np.require(TRANSFORMS[target.transform].to_torch(value), requirements="C")
 
         yield name, tensor

@@ -26,7 +26,7 @@ class Understanding:
     """What the language model made of a video and its expressions."""
 
     visual_tokens: jax.Array  # dtype[1, V, D]
-    inputs_embeds: jax.Array  # dtype[O, L, D]
+    inputs_embeds: jax.Array  # dtype[O, L, D], before the initial fusion
     seg_hidden: jax.Array  # dtype[O, N, D]
     prompts: jax.Array  # dtype[O, N, F, C]
     frame_scores: jax.Array  # float32[O, F]
@@ -67,13 +67,13 @@ class Network:
             def for_each(x: jax.Array) -> jax.Array:
                 return jnp.broadcast_to(x, (ids.shape[0], *x.shape[1:]))
 
-            embeds = apply(Virst.embed, ids, index, for_each(visual))
+            text = embeds = apply(Virst.embed, ids, index, for_each(visual))
             if self.cfg.fusion.initial:
                 embeds = apply(Virst.fuse_initially, embeds, seg, for_each(maps))
             hidden = apply(Virst.hidden, embeds, mask)
             prompts, scores = apply(Virst.prompts, hidden, seg, for_each(maps))
             rows = jnp.arange(ids.shape[0])[:, None]
-            return Understanding(visual, embeds, hidden[rows, seg], prompts, scores)
+            return Understanding(visual, text, hidden[rows, seg], prompts, scores)
 
         return jax.jit(understand)
 

@@ -1,0 +1,197 @@
+"""Converts the released PyTorch checkpoints to a model folder, and a model folder back to the release's names.
+
+    python -m conversion.convert --videochat DIR --sam2 FILE.pt --virst FILE.pt --out DIR
+    python -m conversion.convert --to-torch MODEL --out FILE.pt
+
+Nothing of the sources is executed; torch is not needed. The result appears whole or not at all. Exit status: 0, or 2
+with one line that says what is wrong.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from conversion.assemble import assemble, flatten, take_apart
+from conversion.release import Release
+from conversion.rules import rule_table
+from conversion.torch_file import write_torch_file
+from virst_jax import checkpoint
+from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset
+from virst_jax.errors import UserError
+
+DTYPES = ("bfloat16", "float32", "source")
+SCRATCH = "scratch"
+# The release runs this module in float32 whatever the rest computes in: it places points.
+FLOAT32 = "sam2/prompt_encoder/"
+
+
+def read_config(given: str) -> VirstConfig:
+    """A preset by name, or a config file.
+
+    Raises:
+      UserError: neither.
+    """
+    if given in PRESETS or not given.endswith(".json"):
+        return get_preset(given)
+    try:
+        return from_json(Path(given).read_text(), given)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{given}: cannot be read ({error}); give a preset or a config.json") from error
+
+
+def convert(
+    videochat: Path,
+    sam2: Path,
+    virst: Path,
+    out: Path,
+    *,
+    cfg: VirstConfig,
+    dtype: str = "bfloat16",
+    lora: str = "merge",
+    lora_alpha: float = 16.0,
+    tokenizer: Path | None = None,
+    progress: bool = True,
+) -> None:
+    """Writes the model folder `out` from the release's three files.
+
+    The parameters lie in memory-mapped scratch files until Orbax has written them, so memory need not hold them.
+
+    Args:
+      cfg: the network; its LoRA rank follows from the checkpoint and `lora`.
+      dtype: of the parameters, one of DTYPES; the prompt encoder stays float32 unless "source".
+      lora: "merge" or "keep".
+      tokenizer: folder of the tokenizer; None: `videochat`.
+
+    Raises:
+      UserError: a source is missing or damaged, names or shapes do not fit the config, or `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another folder or remove it first")
+    release = Release(videochat, sam2, virst, vocab_size=cfg.llm.vocab_size, lora=lora, lora_alpha=lora_alpha)
+    try:
+        adapters = LoraConfig(0 if release.merge else release.rank, lora_alpha, cfg.llm.lora.dropout)
+        cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, lora=adapters))
+        shapes = {path: tuple(leaf.shape) for path, leaf in flatten(checkpoint.parameter_shapes(cfg)).items()}
+        names = release.names()
+        with checkpoint.whole_folder(out) as part, tqdm(total=len(names), unit="tensor", disable=not progress) as bar:
+            bar.set_description("reading")
+            scratch = part / SCRATCH
+            scratch.mkdir()
+            # first, so that a missing tokenizer does not cost the whole conversion
+            checkpoint.copy_tokenizer(tokenizer or videochat, part / checkpoint.TOKENIZER)
+
+            def allocate(path: str, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
+                if not shape:
+                    return np.empty(shape, kind)
+                raw = np.dtype(f"u{kind.itemsize}")  # memory maps of bfloat16 cannot be made directly
+                file = scratch / path.replace("/", ".")
+                return np.memmap(file, raw, mode="w+", shape=shape).view(kind)
+
+            def store(path: str, given: np.dtype) -> np.dtype:
+                if dtype == "source":
+                    return given
+                return np.dtype("float32" if path.startswith(FLOAT32) else dtype)
+
+            def read(name: str) -> np.ndarray:
+                bar.update()
+                return release.read(name)
+
+            params = assemble(
+                rule_table(cfg), names, read, where=release.where, expected=shapes, dtype=store, allocate=allocate
+            )
+            bar.set_description("writing")
+            bar.refresh()
+            checkpoint.write_parameters(part / checkpoint.PARAMS, params)
+            (part / checkpoint.CONFIG).write_text(checkpoint.to_json(cfg))
+            del params
+            for file in scratch.iterdir():
+                file.unlink()
+            scratch.rmdir()
+    finally:
+        release.close()
+
+
+def to_torch(model: Path, out: Path, *, peft: bool = False, progress: bool = True) -> None:
+    """Writes a model folder as the release's `.pt`: {"model_state_dict": every parameter by its name}.
+
+    Args:
+      peft: name the parameters as PEFT wraps them, as the released file does.
+
+    Raises:
+      UserError: no model folder, or `out` exists or cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another file or remove it first")
+    cfg, params = checkpoint.load_model(model)
+    table = rule_table(cfg)
+    # values are taken one at a time: shapes come from an abstract run of the same layout changes
+    with tqdm(total=len(table), unit="tensor", desc="writing", disable=not progress) as bar:
+        specs = (
+            (_wrapped(name) if peft else name, value.shape, value.dtype, lambda value=value: value)
+            for name, tensor in take_apart(table, params)
+            for value in (tensor(),)
+        )
+        write_torch_file(out, specs, root="model_state_dict", on_tensor=lambda name: bar.update())
+
+
+def _wrapped(name: str) -> str:
+    for end in (".lora_A", ".lora_B"):
+        name = name.replace(f"{end}.weight", f"{end}.default.weight")
+    return f"base_model.model.{name}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.convert",
+        description="Convert the released PyTorch checkpoints to a model folder, or back.",
+        epilog="Example: python -m conversion.convert --videochat checkpoints/videochat --sam2 "
+        "checkpoints/sam2.1_hiera_large.pt --virst checkpoints/virst.pt --out virst_7b",
+    )
+    parser.add_argument("--videochat", type=Path, metavar="DIR", help="VideoChat-Flash: safetensors and tokenizer")
+    parser.add_argument("--sam2", type=Path, metavar="FILE.pt", help="sam2.1_hiera_large.pt")
+    parser.add_argument("--virst", type=Path, metavar="FILE.pt", help="the VIRST checkpoint")
+    parser.add_argument("--to-torch", type=Path, metavar="MODEL", help="model folder to write in the release's names")
+    parser.add_argument("--out", type=Path, required=True, help="folder (or .pt file) to write; must not exist")
+    parser.add_argument("--config", default="virst_7b", help="preset or config.json (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the parameters (default: %(default)s)")
+    parser.add_argument("--lora", default="merge", choices=["merge", "keep"], help="(default: %(default)s)")
+    parser.add_argument("--lora-alpha", type=float, default=16.0, metavar="A", help="(default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer's folder (default: --videochat)")
+    parser.add_argument("--peft-names", action="store_true", help="with --to-torch: name as PEFT wraps them")
+    options = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # only shapes and files: leave accelerators alone
+    sources = (options.videochat, options.sam2, options.virst)
+    try:
+        if options.to_torch:
+            if any(sources):
+                raise UserError("--to-torch takes a model folder alone: leave out --videochat, --sam2 and --virst")
+            to_torch(options.to_torch, options.out, peft=options.peft_names)
+        else:
+            if not all(sources):
+                raise UserError("give the release's three files: --videochat DIR, --sam2 FILE.pt and --virst FILE.pt")
+            convert(
+                *sources,
+                options.out,
+                cfg=read_config(options.config),
+                dtype=options.dtype,
+                lora=options.lora,
+                lora_alpha=options.lora_alpha,
+                tokenizer=options.tokenizer,
+            )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

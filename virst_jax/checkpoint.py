@@ -1,0 +1,180 @@
+"""A model on disk: a folder with Orbax parameters, config.json and the tokenizer.
+
+    MODEL/params/       Orbax, one array a parameter (stacked layers are one)
+    MODEL/config.json   the VirstConfig
+    MODEL/tokenizer/    the Qwen2 tokenizer's files, if the model has one
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from virst_jax.config import VirstConfig, from_json, to_json
+from virst_jax.errors import UserError
+from virst_jax.models.virst import Virst
+
+PARAMS, CONFIG, TOKENIZER = "params", "config.json", "tokenizer"
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+CHUNK_BYTES = 1 << 28  # of the stored arrays: hosts of a pod read their shards, not whole arrays
+
+
+@functools.cache
+def parameter_shapes(cfg: VirstConfig) -> Any:
+    """Shape and dtype of every parameter of a network, computing none: a tree of jax.ShapeDtypeStruct."""
+    boxed = jax.eval_shape(lambda: Virst(cfg).init(jax.random.key(0)))["params"]
+    return nn.meta.unbox(boxed)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under `path` once the block ends; after any error nothing of it is left.
+
+    Raises:
+      UserError: `path` exists, or the system refuses to write.
+    """
+    if path.exists():
+        raise UserError(f"{path}: exists already; choose another folder or remove it first")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.rename(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {_remedy(error)}") from error
+    except ValueError as error:
+        # tensorstore reports a full disk so
+        if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"{path}: cannot be written (no space left on the disk); free some") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _remedy(error: OSError) -> str:
+    return "free disk space" if error.errno == errno.ENOSPC else "check the folder and its permissions"
+
+
+def save_model(path: str | Path, cfg: VirstConfig, params: Mapping[str, Any], tokenizer: Path | None = None) -> None:
+    """Writes a model folder, whole or not at all.
+
+    Args:
+      path: must not exist.
+      params: of `Virst(cfg)`; numpy arrays may be memory maps, they are written one at a time.
+      tokenizer: folder to copy the tokenizer's files from.
+
+    Raises:
+      UserError: the folder exists or cannot be written.
+    """
+    with whole_folder(Path(path)) as part:
+        write_parameters(part / PARAMS, params)
+        (part / CONFIG).write_text(to_json(cfg))
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, part / TOKENIZER)
+
+
+def write_parameters(path: Path, params: Mapping[str, Any]) -> None:
+    """Writes a parameter tree with Orbax, array by array, so that host memory need not hold it."""
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
+    arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=arguments))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer's files.
+
+    Raises:
+      UserError: `source` holds no tokenizer.
+    """
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
+        raise UserError(f"{source}: holds no tokenizer (vocab.json and merges.txt); name its folder with --tokenizer")
+    target.mkdir()
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+
+
+def read_config(path: str | Path) -> VirstConfig:
+    """The config of a model folder.
+
+    Raises:
+      UserError: no model folder, or a broken config.
+    """
+    file = Path(path) / CONFIG
+    try:
+        return from_json(file.read_text(), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no model (cannot read {CONFIG}); give a folder that the converter wrote") from error
+
+
+def load_model(path: str | Path, dtype: str | None = None, shardings: Any = None) -> tuple[VirstConfig, Any]:
+    """Reads a model folder.
+
+    Args:
+      dtype: of the parameters; None: as stored.
+      shardings: a tree of jax.sharding.Sharding like the parameters; None: the default device.
+
+    Returns:
+      The config and the parameters.
+
+    Raises:
+      UserError: no model folder, a broken one, or parameters that do not fit its config.
+    """
+    cfg = read_config(path)
+    folder = (Path(path) / PARAMS).absolute()
+    shapes = parameter_shapes(cfg)
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = checkpointer.metadata(folder).item_metadata
+            stored = stored.tree if hasattr(stored, "tree") else stored
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{folder}: no readable parameters ({error}); convert or copy the model again") from error
+        _compare_shapes(str(folder), stored, shapes)
+        if shardings is None:
+            shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+        target = jax.tree.map(
+            lambda have, want, sharding: jax.ShapeDtypeStruct(want.shape, dtype or have.dtype, sharding=sharding),
+            stored,
+            shapes,
+            shardings,
+        )
+        try:
+            return cfg, checkpointer.restore(folder, target)
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"{folder}: broken parameters ({first}); convert or copy the model again") from error
+
+
+def _compare_shapes(where: str, stored: Any, wanted: Any) -> None:
+    have = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in jax.tree_util.tree_leaves_with_path(stored)}
+    want = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in jax.tree_util.tree_leaves_with_path(wanted)}
+    wrong = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"{where}: {len(wrong)} parameters do not fit config.json, first {name}: stored "
+            f"{have.get(name, 'not at all')}, config {want.get(name, 'none')}; the folder's parts belong to "
+            "different models"
+        )
+
+
+def cast(params: Any, dtype: str) -> Any:
+    """A parameter tree in another floating-point type."""
+    return jax.tree.map(lambda x: x.astype(np.dtype(dtype)), params)

@@ -1,0 +1,84 @@
+"""Low-rank adapters of linear layers.
+
+Source: the release wraps its language model with peft.LoraConfig (eval.py); peft/tuners/lora/layer.py.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from virst_jax.config import Compute, LoraConfig
+from virst_jax.errors import UserError
+from virst_jax.models.layers import default_init, named
+
+
+class LoraDense(nn.Module):
+    """A linear layer and, when the rank is above 0, an adapter: x W + b + scale * (dropout(x) A) B.
+
+    The parameters `kernel` and `bias` are where nn.Dense puts them, so adapters can come and go without a change of
+    path. `lora_a` starts as in PEFT (uniform in +-1/sqrt(in)), `lora_b` with zeros.
+    """
+
+    compute: Compute
+    features: int
+    axes: tuple[str, str]
+    lora: LoraConfig
+    use_bias: bool = True
+    init: Callable[..., Any] = default_init
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        """dtype[..., in] -> dtype[..., features]; draws from the "dropout" rng when not deterministic."""
+        dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
+        width, rank = x.shape[-1], self.lora.rank
+        x = jnp.asarray(x, dtype)
+        kernel = self.param("kernel", named(self.init, *self.axes), (width, self.features), param_dtype)
+        y = x @ kernel.astype(dtype)
+        if self.use_bias:
+            bias = self.param("bias", named(nn.initializers.zeros, self.axes[-1]), (self.features,), param_dtype)
+            y = y + bias.astype(dtype)
+        if rank == 0:
+            return y
+        a = self.param("lora_a", named(default_init, self.axes[0], "lora"), (width, rank), param_dtype)
+        zeros = named(nn.initializers.zeros, "lora", self.axes[1])
+        b = self.param("lora_b", zeros, (rank, self.features), param_dtype)
+        dropped = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
+        return y + dropped @ a.astype(dtype) @ b.astype(dtype) * self.lora.scale
+
+
+def merge_lora(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """The same nested parameters with every adapter added to its kernel and removed.
+
+    Args:
+      params: arrays without boxes; kernels may carry leading axes, [..., in, out], as their adapters do.
+      scale: LoraConfig.scale.
+
+    Returns:
+      A new dictionary; kernel + scale * A B is computed in float32 and cast to the kernel's dtype.
+
+    Raises:
+      UserError: an adapter without its other half or its kernel.
+    """
+    return _merge(params, scale, ())
+
+
+def _merge(node: Mapping[str, Any], scale: float, path: tuple[str, ...]) -> dict[str, Any]:
+    adapter = {"lora_a", "lora_b"} & set(node)
+    if adapter and not {"kernel", "lora_a", "lora_b"} <= set(node):
+        raise UserError(
+            f"merging adapters: {'/'.join(path) or 'the root'} has {', '.join(sorted(node))}; an adapter is kernel, "
+            "lora_a and lora_b: convert the checkpoint again"
+        )
+    merged = {
+        key: _merge(value, scale, (*path, key)) if isinstance(value, Mapping) else value
+        for key, value in node.items()
+        if key not in adapter
+    }
+    if adapter:
+        kernel, a, b = (jnp.asarray(node[key], jnp.float32) for key in ("kernel", "lora_a", "lora_b"))
+        delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        merged["kernel"] = (kernel + scale * delta).astype(node["kernel"].dtype)
+    return merged

@@ -1,0 +1,276 @@
+"""Qwen2, the language model: a scanned stack of decoder layers, with adapters and a cache for decoding.
+
+Axes: B batch, S tokens of a call, M slots of the cache, N layers, H query heads, G key and value heads, D width of
+the residual stream, W width of a head.
+Source: model/videochat/modeling_qwen2_flash.py; the same network as transformers' Qwen2ForCausalLM.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from virst_jax.config import Compute, QwenConfig
+from virst_jax.errors import UserError
+from virst_jax.models.layers import default_init, named, remat
+from virst_jax.models.lora import LoraDense
+from virst_jax.ops.attention import attention
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of what was read so far; the slot of a token is its index in the sequence.
+
+    k, v: dtype[N, B, M, G, W].
+    mask: bool[B, M], the slots that hold a valid token.
+    length: int32[B], the slot of each row's next token.
+    empty: known when tracing; the first tokens attend to themselves alone.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+    length: jax.Array
+    empty: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def init_cache(cfg: QwenConfig, compute: Compute, batch: int, max_length: int) -> Cache:
+    """An empty cache for `max_length` tokens a row, in compute.dtype."""
+    shape = (cfg.num_layers, batch, max_length, cfg.num_kv_heads, cfg.head_dim)
+    zeros = jnp.zeros(shape, jnp.dtype(compute.dtype))
+    return Cache(zeros, zeros, jnp.zeros((batch, max_length), bool), jnp.zeros((batch,), jnp.int32), empty=True)
+
+
+def rotary_table(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, float32[..., width // 2], of the rotary embedding at int[...] positions."""
+    frequencies = 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
+    angles = positions[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates dtype[B, S, heads, W] by tables float32[B or 1, S, W // 2]: element i pairs with i + W // 2.
+
+    In float32, where the release rounds the tables to the activations' dtype first.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class RmsNorm(nn.Module):
+    compute: Compute
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """dtype[..., D] -> dtype[..., D], in float32 up to the learned scale."""
+        dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
+        scale = self.param("scale", named(nn.initializers.ones, "norm"), (x.shape[-1],), param_dtype)
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return scale.astype(dtype) * y.astype(dtype)
+
+
+class Attention(nn.Module):
+    cfg: QwenConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+        mask: jax.Array | None,
+        rotary: tuple[jax.Array, jax.Array],
+        slots: jax.Array | None,
+        alone: bool,
+        deterministic: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """See Block; returns dtype[B, S, D] and the cache."""
+        cfg = self.cfg
+        project = functools.partial(LoraDense, self.compute, lora=cfg.lora)
+        kv_width = cfg.num_kv_heads * cfg.head_dim
+        q = project(cfg.num_heads * cfg.head_dim, ("embed", "heads"), name="q_proj")(x, deterministic)
+        k = project(kv_width, ("embed", "kv_heads"), name="k_proj")(x, deterministic)
+        v = project(kv_width, ("embed", "kv_heads"), name="v_proj")(x, deterministic)
+        q, k, v = (rearrange(y, "b s (h w) -> b s h w", w=cfg.head_dim) for y in (q, k, v))
+        q, k = rotate_halves(q, *rotary), rotate_halves(k, *rotary)
+        if cache is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            # padding may lie behind the last slot
+            cache = (
+                cache[0].at[rows, slots].set(k.astype(cache[0].dtype), mode="drop"),
+                cache[1].at[rows, slots].set(v.astype(cache[1].dtype), mode="drop"),
+            )
+            if not alone:
+                k, v = cache
+        positions = None if alone else slots
+        out = attention(q, k, v, key_mask=mask, causal=True, q_positions=positions, impl=self.compute.attention)
+        out = rearrange(out, "b s h w -> b s (h w)")
+        out = project(cfg.hidden_size, ("heads", "embed"), use_bias=False, name="o_proj")(out, deterministic)
+        return out, cache
+
+
+class Mlp(nn.Module):
+    cfg: QwenConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """dtype[B, S, D] -> dtype[B, S, D]"""
+        cfg = self.cfg
+        project = functools.partial(LoraDense, self.compute, lora=cfg.lora, use_bias=False)
+        gate = project(cfg.intermediate_size, ("embed", "mlp"), name="gate_proj")(x, deterministic)
+        up = project(cfg.intermediate_size, ("embed", "mlp"), name="up_proj")(x, deterministic)
+        return project(cfg.hidden_size, ("mlp", "embed"), name="down_proj")(nn.silu(gate) * up, deterministic)
+
+
+class Block(nn.Module):
+    cfg: QwenConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+        mask: jax.Array | None,
+        rotary: tuple[jax.Array, jax.Array],
+        slots: jax.Array | None,
+        alone: bool,
+        deterministic: bool,
+        return_input: bool,
+    ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array] | None, jax.Array | None]]:
+        """A decoder layer.
+
+        Args:
+          x: dtype[B, S, D].
+          cache: this layer's keys and values, dtype[B, M, G, W] each; None: without.
+          mask: bool[B, keys], the valid keys: of x itself when `alone`, else of the cache.
+          rotary: tables of x's positions.
+          slots: int[B, S], where x goes in the cache.
+          alone: x attends to itself, not to the cache (there is none, or it is empty).
+
+        Returns:
+          dtype[B, S, D]; the cache with x in it, and x if `return_input`.
+        """
+        norms = (RmsNorm(self.compute, self.cfg.rms_norm_eps, name=n) for n in ("input_norm", "post_norm"))
+        input_norm, post_norm = norms
+        attended, cache = Attention(self.cfg, self.compute, name="attn")(
+            input_norm(x), cache, mask, rotary, slots, alone, deterministic
+        )
+        y = x + attended
+        y = y + Mlp(self.cfg, self.compute, name="mlp")(post_norm(y), deterministic)
+        return y, (cache, x if return_input else None)
+
+
+class Qwen2(nn.Module):
+    cfg: QwenConfig
+    compute: Compute
+
+    def setup(self) -> None:
+        cfg, compute = self.cfg, self.compute
+        dtype, param_dtype = jnp.dtype(compute.dtype), jnp.dtype(compute.param_dtype)
+        self.embed_tokens = nn.Embed(
+            cfg.vocab_size,
+            cfg.hidden_size,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            embedding_init=named(nn.initializers.normal(0.02), "vocab", "embed"),
+        )
+        broadcast = nn.broadcast
+        layers: Any = nn.scan(
+            remat(Block, compute.remat, static_argnums=(6, 7, 8)),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, broadcast, broadcast, broadcast, broadcast, broadcast, broadcast),
+            length=cfg.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        self.layers = layers(cfg, compute)
+        self.norm = RmsNorm(compute, cfg.rms_norm_eps)
+        accumulate: Callable[..., jax.Array] = functools.partial(
+            jax.lax.dot_general, preferred_element_type=jnp.promote_types(dtype, jnp.float32)
+        )
+        self.lm_head = nn.Dense(
+            cfg.vocab_size,
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=named(default_init, "embed", "vocab"),
+            dot_general=accumulate,
+        )
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """int[B, S] -> dtype[B, S, D]"""
+        return self.embed_tokens(ids)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """dtype[..., D] -> float32[..., vocab]; not rounded to dtype in between."""
+        return self.lm_head(hidden)
+
+    def __call__(
+        self,
+        embeds: jax.Array,
+        mask: jax.Array | None,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        deterministic: bool = True,
+        return_layers: bool = False,
+    ) -> Any:
+        """Runs the layers.
+
+        Args:
+          embeds: dtype[B, S, D].
+          mask: bool[B, S], the valid tokens; None: all. Rows are padded on the right.
+          positions: int[B, S] for the rotary embedding; None: the index in the sequence.
+          cache: what was read before. A row's tokens go behind those it has; its length then grows up to its last
+            valid token, so padding is overwritten by the next call. Tokens past the last slot are dropped.
+          deterministic: False: the adapters' dropout is on, and an rng "dropout" is needed.
+          return_layers: also return each layer's input.
+
+        Returns:
+          Hidden states after the final norm, dtype[B, S, D]; behind it the new cache if one is given and the
+          layers' inputs dtype[N, B, S, D] if asked for.
+
+        Raises:
+          UserError: more tokens than the cache has slots.
+        """
+        batch, num_tokens, _ = embeds.shape
+        mask = None if mask is None else mask.astype(bool)
+        slots, valid, kv = None, mask, None
+        if cache is not None:
+            num_slots = cache.mask.shape[1]
+            if num_tokens > num_slots:
+                raise UserError(
+                    f"{num_tokens} tokens do not fit a cache of {num_slots}; make it with a larger max_length"
+                )
+            kv = (cache.k, cache.v)
+            slots = cache.length[:, None] + jnp.arange(num_tokens)
+            added = jnp.ones((batch, num_tokens), bool) if mask is None else mask
+            in_cache = cache.mask.at[jnp.arange(batch)[:, None], slots].set(added, mode="drop")
+            if not cache.empty:
+                valid = in_cache
+            count = jnp.max(jnp.where(added, jnp.arange(1, num_tokens + 1), 0), axis=1)
+        if positions is None:
+            positions = jnp.arange(num_tokens)[None] if slots is None else slots
+        rotary = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        alone = cache is None or cache.empty
+        x = embeds.astype(jnp.dtype(self.compute.dtype))
+        x, (kv, inputs) = self.layers(x, kv, valid, rotary, slots, alone, deterministic, return_layers)
+        hidden = self.norm(x)
+        if self.is_initializing():  # `init` through this method makes all parameters
+            self.logits(self.embed(jnp.zeros((1, 1), jnp.int32)))
+        result: tuple[Any, ...] = (hidden,)
+        if cache is not None:
+            result += (Cache(kv[0], kv[1], in_cache, cache.length + count.astype(jnp.int32)),)
+        if return_layers:
+            result += (inputs,)
+        return result if len(result) > 1 else hidden

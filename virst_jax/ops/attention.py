@@ -1,0 +1,358 @@
+"""Scaled dot-product attention, with a choice of implementations.
+
+Axes: B batch, S queries, K keys, H query heads, G key and value heads, R = H // G query heads that share one of
+them, D width of queries and keys, E width of values.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import AxisType, PartitionSpec
+
+from virst_jax.errors import UserError
+
+IMPLEMENTATIONS = ("auto", "plain", "chunked", "cudnn", "splash")
+
+PLAIN_LIMIT = 2**22  # `auto` builds the whole matrix up to so many weights a batch row
+CHUNK_BUDGET = 2**24  # weights of a chunk, a batch row: 64 MiB in float32
+BIAS_LIMIT = 2**26  # `auto` hands cuDNN masks (of two bytes an element) up to this size
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row of these is uniform, not NaN
+
+_mesh_axes: contextvars.ContextVar[tuple[tuple[str, ...], tuple[str, ...]] | None] = contextvars.ContextVar(
+    "mesh_axes", default=None
+)
+
+
+@contextlib.contextmanager
+def sharded_over(batch: tuple[str, ...] = (), heads: tuple[str, ...] = ()) -> Iterator[None]:
+    """Names the mesh axes that split batch and heads in what is traced inside.
+
+    The TPU kernel needs them: the compiler cannot partition it by itself. Without them, on a mesh of several
+    devices, "auto" does not choose it, and a "splash" asked for by name runs on all rows on every device.
+    """
+    token = _mesh_axes.set((batch, heads))
+    try:
+        yield
+    finally:
+        _mesh_axes.reset(token)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    key_mask: jax.Array | None = None,
+    causal: bool = False,
+    q_positions: jax.Array | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    chunk: int = 512,
+) -> jax.Array:
+    """softmax(scale * q k^T) v, a head at a time; a row that sees no key gives zeros.
+
+    Args:
+      q: dtype[B, S, H, D]; H is a multiple of G, and query head h reads key head h // (H // G).
+      k: dtype[B, K, G, D].
+      v: dtype[B, K, G, E].
+      key_mask: bool[B, K], the keys that may be seen; None: all.
+      causal: a query sees the keys whose index is at most its position.
+      q_positions: int[B, S], used when `causal`; None: 0..S-1.
+      scale: None: D ** -0.5.
+      impl: one of IMPLEMENTATIONS. "plain" builds the S x K matrix; "chunked" takes queries in chunks and computes
+        them again in the backward pass; "cudnn" (NVIDIA GPUs) and "splash" (TPUs; elsewhere interpreted) are
+        fused kernels; "auto" takes what fits backend, dtype and sizes.
+      chunk: most queries of a chunk; fewer when K * H is large.
+
+    Returns:
+      dtype[B, S, H, E] of q's dtype. The softmax is computed in float32.
+
+    Raises:
+      ValueError: unknown `impl`, or shapes that do not fit.
+      UserError: a kernel asked for by name cannot run this.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown attention implementation {impl!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    (batch, num_queries, heads, width), (num_keys, groups) = q.shape, k.shape[1:3]
+    if k.shape != (batch, num_keys, groups, width) or v.shape[:3] != k.shape[:3] or heads % groups:
+        raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit")
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    scale = width**-0.5 if scale is None else scale
+    if not causal:
+        q_positions = None
+    elif num_queries == 1:  # a decoding step: its position is but a limit on the keys
+        last = jnp.zeros((batch, 1), int) if q_positions is None else q_positions
+        before = jnp.arange(num_keys) <= last
+        key_mask, q_positions, causal = before if key_mask is None else key_mask & before, None, False
+    if impl == "auto":
+        impl = _choose(q, k, v, key_mask, causal, q_positions)
+    if impl == "cudnn":
+        return _cudnn(q, k, v, key_mask, causal, q_positions, scale)
+    if impl == "splash":
+        return _splash(q, k, v, key_mask, causal, q_positions, scale)
+    if causal and q_positions is None:
+        q_positions = jnp.arange(num_queries)[None]
+    if impl == "plain":
+        return _plain(q, k, v, key_mask, q_positions, scale)
+    return _chunked(q, k, v, key_mask, q_positions, scale, chunk)
+
+
+def _choose(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_mask: jax.Array | None,
+    causal: bool,
+    q_positions: jax.Array | None,
+) -> str:
+    size = q.shape[1] * k.shape[1]
+    if size * q.shape[2] <= PLAIN_LIMIT:
+        return "plain"
+    platform = _platform()
+    if platform == "tpu" and q_positions is None and (_mesh_axes.get() is not None or not _auto_mesh()):
+        return "splash"
+    needs_bias = causal and (key_mask is not None or q_positions is not None)
+    if platform == "gpu" and not _cudnn_obstacle(q, v) and (not needs_bias or size <= BIAS_LIMIT):
+        return "cudnn"
+    return "chunked"
+
+
+def _platform() -> str:
+    """cpu, gpu or tpu: of the mesh in use (which may be compiled for from elsewhere), or else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = getattr(device, "platform", None) or jax.default_backend()
+    return "gpu" if platform == "cuda" else platform
+
+
+def _visible(key_mask: jax.Array | None, q_positions: jax.Array | None, num_keys: int) -> jax.Array | None:
+    """bool[B or 1, S or 1, K]; None: everything."""
+    visible = None if key_mask is None else key_mask[:, None]
+    if q_positions is not None:
+        before = jnp.arange(num_keys) <= q_positions[..., None]
+        visible = before if visible is None else visible & before
+    return visible
+
+
+def _plain(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_mask: jax.Array | None,
+    q_positions: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    batch, num_queries, heads, width = q.shape
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(batch, num_queries, k.shape[2], -1, width)
+    logits = scale * jnp.einsum("bsgrd,bkgd->bgrsk", grouped, k, preferred_element_type=accumulate)
+    visible = _visible(key_mask, q_positions, k.shape[1])
+    if visible is None:
+        weights = jax.nn.softmax(logits)
+    else:
+        visible = visible[:, None, None]
+        # the outer `where` is for rows that see nothing
+        weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, logits, MASKED)), 0)
+    out = jnp.einsum("bgrsk,bkge->bsgre", weights.astype(v.dtype), v, preferred_element_type=accumulate)
+    return out.astype(q.dtype).reshape(batch, num_queries, heads, v.shape[-1])
+
+
+def _chunked(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_mask: jax.Array | None,
+    q_positions: jax.Array | None,
+    scale: float,
+    chunk: int,
+) -> jax.Array:
+    batch, num_queries, heads, width = q.shape
+    chunk = min(chunk, max(1, CHUNK_BUDGET // (k.shape[1] * heads)))
+    chunks = -(-num_queries // chunk)
+    chunk = -(-num_queries // chunks)  # even chunks pad least
+
+    def split(x: jax.Array) -> jax.Array:
+        """[B, S, ...] -> [chunks, B, chunk, ...]"""
+        padding = [(0, 0)] * x.ndim
+        padding[1] = (0, chunks * chunk - num_queries)
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
+
+    def attend(part: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        return _plain(part[0], k, v, key_mask, part[1], scale)
+
+    parts = split(q), None if q_positions is None else split(q_positions)
+    out = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), parts)  # [chunks, B, chunk, H, E]
+    return jnp.moveaxis(out, 0, 1).reshape(batch, chunks * chunk, heads, v.shape[-1])[:, :num_queries]
+
+
+def _zero_blind_rows(
+    out: jax.Array, key_mask: jax.Array | None, causal: bool, q_positions: jax.Array | None
+) -> jax.Array:
+    """Zeros where a query sees no key; the kernels leave a mean of the values there."""
+    positions = jnp.arange(out.shape[1])[None] if q_positions is None else q_positions
+    if key_mask is None:
+        if not causal or q_positions is None:
+            return out
+        seeing = positions >= 0
+    else:
+        seeing = key_mask.any(1)[:, None]
+        if causal:
+            seeing = seeing & (jnp.argmax(key_mask, axis=1)[:, None] <= positions)
+    return jnp.where(seeing[..., None, None], out, 0)
+
+
+# cuDNN
+
+
+def _cudnn_obstacle(q: jax.Array, v: jax.Array) -> str:
+    """Why cuDNN cannot run this, or an empty string."""
+    width = q.shape[-1]
+    if _platform() != "gpu":
+        return f"the backend is {_platform()}, not an NVIDIA GPU"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the dtype is {q.dtype}, not bfloat16 or float16"
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    if not capability[:1].isdigit():  # AMD
+        return "the device reports no CUDA compute capability"
+    major = int(capability.split(".")[0])
+    limit = 256 if major >= 9 else 128
+    if major < 8:
+        return f"compute capability {capability} is below 8.0"
+    if width % 8 or width > limit:
+        return f"the head width {width} is not a multiple of 8 up to {limit}"
+    if v.shape[-1] != width:
+        return f"values are {v.shape[-1]} wide and keys {width}"
+    return ""
+
+
+def _cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_mask: jax.Array | None,
+    causal: bool,
+    q_positions: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    if obstacle := _cudnn_obstacle(q, v):
+        raise UserError(f"attention 'cudnn' cannot run here: {obstacle}; set compute.attention to 'auto'")
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    options: dict[str, Any] = {}
+    arrays = [q, k, v]
+    if not causal and key_mask is not None:
+        # visible keys to the front, where a length says the same as a mask, without an S x K bias
+        order = jnp.argsort(~key_mask, axis=1, stable=True)[..., None, None]
+        arrays = [q, *(jnp.take_along_axis(x, order, axis=1) for x in (k, v))]
+        options["key_value_seq_lengths"] = jnp.maximum(1, key_mask.sum(1, dtype=jnp.int32))
+    elif causal and key_mask is None and q_positions is None:
+        options["is_causal"] = True
+    elif causal:
+        positions = jnp.arange(num_queries)[None] if q_positions is None else q_positions
+        visible = cast(jax.Array, _visible(key_mask, positions, num_keys))
+        # the backward pass with a bias wants even lengths
+        odd_q, odd_k = num_queries % 2, num_keys % 2
+        options["mask"] = jnp.pad(visible, ((0, 0), (0, odd_q), (0, odd_k)))[:, None]
+        arrays = [jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x, odd in zip((q, k, v), (odd_q, odd_k, odd_k))]
+    out = jax.nn.dot_product_attention(*arrays, scale=scale, implementation="cudnn", **options)
+    return _zero_blind_rows(out[:, :num_queries], key_mask, causal, q_positions)
+
+
+# TPU
+
+
+def _block(length: int) -> int:
+    """Block of the kernel: the largest whose padding costs at most an eighth more than the smallest block's."""
+    return next(b for b in (512, 256, 128) if -(-length // b) * b <= 1.125 * (-(-length // 128) * 128))
+
+
+def _auto_mesh() -> bool:
+    """Whether the compiler would have to partition what is traced here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(size > 1 and kind != AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types))
+
+
+def _splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_mask: jax.Array | None,
+    causal: bool,
+    q_positions: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    if q_positions is not None:
+        raise UserError(
+            "attention 'splash' cannot take several queries at positions of their own; set compute.attention to 'auto'"
+        )
+    (_, num_queries, _, _), (num_keys, _, value_width) = q.shape, v.shape[1:]
+    block_q, block_k = _block(num_queries), _block(num_keys)
+
+    def to_kernel(x: jax.Array, block: int) -> jax.Array:
+        """[B, N, H, D] -> [B, H, N', D'], padded to whole blocks and lanes."""
+        padding = [(0, 0), (0, -x.shape[1] % block), (0, 0), (0, -x.shape[3] % 128)]
+        return jnp.pad(x, padding).transpose(0, 2, 1, 3)
+
+    scaled = (scale * q.astype(jnp.float32)).astype(q.dtype)  # the kernel knows no scale
+    q_, k_, v_ = to_kernel(scaled, block_q), to_kernel(k, block_k), to_kernel(v, block_k)
+    padded_keys = k_.shape[2]
+    segments = None
+    # no query reaches the padding behind its own last key
+    if key_mask is not None or (padded_keys > num_keys and not (causal and num_queries <= num_keys)):
+        mask = jnp.ones((q.shape[0], num_keys), bool) if key_mask is None else key_mask
+        segments = jnp.pad(mask, ((0, 0), (0, padded_keys - num_keys))).astype(jnp.int32)
+
+    out = _partitioned(block_q, block_k, causal, q_, k_, v_, segments)
+    out = out.transpose(0, 2, 1, 3)[:, :num_queries, :, :value_width]
+    return _zero_blind_rows(out, key_mask, causal, None)
+
+
+def _partitioned(
+    block_q: int, block_k: int, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+) -> jax.Array:
+    """The kernel on every device's share: arrays [B, heads, length, width], segments int32[B, K]."""
+    interpret = _platform() != "tpu"
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+        shape = (q.shape[2], k.shape[2])
+        mask = splash_mask.CausalMask(shape) if causal else splash_mask.FullMask(shape)
+        kernel = splash.make_splash_mha_single_device(
+            splash_mask.MultiHeadMask([mask] * q.shape[1]),
+            block_sizes=splash.BlockSizes(
+                block_q=block_q,
+                block_kv=block_k,
+                block_kv_compute=block_k,
+                block_q_dkv=block_q,
+                block_kv_dkv=block_k,
+                block_kv_dkv_compute=block_k,
+                block_q_dq=block_q,
+                block_kv_dq=block_k,
+            ),
+            interpret=interpret,
+        )
+        if segments is None:
+            return jax.vmap(kernel)(q, k, v)
+        ones = jnp.ones(shape[0], jnp.int32)
+        return jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(ones, s)))(q, k, v, segments)
+
+    if not _auto_mesh():
+        return run(q, k, v, segments)
+    batch_axes, head_axes = _mesh_axes.get() or ((), ())
+    sizes = jax.sharding.get_abstract_mesh().shape
+
+    def divided(axes: tuple[str, ...], length: int) -> tuple[str, ...]:
+        """The axes that are on the mesh, if they divide `length`; else every device has all."""
+        axes = tuple(a for a in axes if a in sizes)
+        count = 1
+        for axis in axes:
+            count *= sizes[axis]
+        return axes if length % count == 0 else ()
+
+    batch, heads = divided(batch_axes, q.shape[0]), divided(head_axes, k.shape[1])
+    spec = PartitionSpec(batch or None, heads or None)
+    in_specs = (spec, spec, spec, None if segments is None else PartitionSpec(batch or None))
+    return jax.shard_map(run, in_specs=in_specs, out_specs=spec, check_vma=False)(q, k, v, segments)
