@@ -90,7 +90,11 @@ def compare(out: Path, shapes: dict[str, tuple[int, ...]], samples: int = 40) ->
         target = table[name]
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": f"file://{out.absolute()}/params", "path": target.path.replace("/", ".")},
+            "kvstore": {
+                "driver": "ocdbt",
+                "base": f"file://{out.absolute()}/params",
+                "path": target.path.replace("/", "."),
+            },
         }
         array = ts.open(spec, read=True).result()
         stored = array if target.slot is None else array[target.slot]

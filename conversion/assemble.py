@@ -102,11 +102,28 @@ def assemble(
         whole = flat[target.path]
         if whole.shape != shape:
             raise UserError(f"{where}: {name} has another shape than its sister layers")
-        whole[() if target.slot is None else target.slot] = value
+        _copy(whole if target.slot is None else whole[target.slot], value)
     return unflatten(flat)
 
 
-def take_apart(table: Mapping[str, Target], params: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+def _copy(target: np.ndarray, value: np.ndarray, block: int = 512) -> None:
+    """target[...] = value, fast where that means to transpose a big matrix."""
+    if target.dtype != value.dtype:
+        value = value.astype(target.dtype)
+    if value.ndim != 2 or value.flags.c_contiguous:
+        target[...] = value
+        return
+    # numpy copies bfloat16 value by value, and a whole transposed matrix against the cache
+    raw = np.dtype(f"u{value.itemsize}")
+    source, sink = value.view(raw), target.view(raw)
+    for i in range(0, value.shape[0], block):
+        for j in range(0, value.shape[1], block):
+            sink[i : i + block, j : j + block] = source[i : i + block, j : j + block]
+
+
+def take_apart(
+    table: Mapping[str, Target], params: Mapping[str, Any]
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """The release's names of a parameter tree, each with a function that gives its tensor in the release's layout."""
     flat = flatten(params)
     for name, target in table.items():

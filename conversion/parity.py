@@ -97,7 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="Qwen2 tokenizer of the prompts case (default: CASE_DIR/../tokenizer)"
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="Qwen2 tokenizer of the prompts case (default: CASE_DIR/../tokenizer)",
     )
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="converted checkpoint, for recorded cases")
     options = parser.parse_args(argv)

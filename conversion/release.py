@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from conversion.assemble import listing
@@ -52,7 +54,14 @@ class Release:
     """
 
     def __init__(
-        self, videochat: Path, sam2: Path, virst: Path, *, vocab_size: int, lora: str = "merge", lora_alpha: float = 16.0
+        self,
+        videochat: Path,
+        sam2: Path,
+        virst: Path,
+        *,
+        vocab_size: int,
+        lora: str = "merge",
+        lora_alpha: float = 16.0,
     ):
         self.where = f"{videochat} + {sam2} + {virst}"
         self.vocab_size, self.lora_alpha = vocab_size, lora_alpha
@@ -113,15 +122,21 @@ class Release:
             return value[: self.vocab_size]
         adapter = name.removesuffix(".weight")
         if self.merge and adapter in self.adapters and name.endswith(".weight"):
-            down, up = (self._read(adapter + end).astype(np.float32) for end in (LORA_A, LORA_B))
+            down, up = (self._read(adapter + end) for end in (LORA_A, LORA_B))
             if up.shape[1:] != down.shape[:1] or (up.shape[0], down.shape[1]) != value.shape:
                 raise UserError(
                     f"{self.where}: the adapter of {adapter} has shapes {list(down.shape)} and {list(up.shape)}, which "
                     f"do not fit its weight {list(value.shape)}"
                 )
-            merged = value.astype(np.float32) + (self.lora_alpha / self.rank) * (up @ down)
-            return merged.astype(value.dtype)
+            return np.asarray(_merged(value, down, up, self.lora_alpha / self.rank))
         return value
+
+
+@jax.jit
+def _merged(weight: jax.Array, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
+    """The weight [out, in] with its adapter added in float32."""
+    product = jnp.matmul(up.astype(jnp.float32), down.astype(jnp.float32), precision="highest")
+    return (weight.astype(jnp.float32) + scale * product).astype(weight.dtype)
 
 
 def _named(source: TensorSource, prefix: str) -> dict[str, Entry]:

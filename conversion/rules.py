@@ -264,8 +264,8 @@ def _mask_decoder_rules(cfg: Sam2Config, source: str, sam: str) -> Iterator[Rule
         yield from _mlp(f"{block}.mlp", f"{ours}/mlp", 2)
     yield from _attention(f"{source}.transformer.final_attn_token_to_image", f"{target}/final_attn")
     yield from _module(f"{source}.transformer.norm_final_attn", f"{target}/final_norm", "norm")
-    for theirs, ours, kind in ((0, "upscale0", "upscale"), (1, "upscale_norm", "norm"), (3, "upscale1", "upscale")):
-        yield from _module(f"{source}.output_upscaling.{theirs}", f"{target}/{ours}", kind)
+    for index, ours, kind in ((0, "upscale0", "upscale"), (1, "upscale_norm", "norm"), (3, "upscale1", "upscale")):
+        yield from _module(f"{source}.output_upscaling.{index}", f"{target}/{ours}", kind)
     for i in range(2):
         yield from _module(f"{source}.conv_s{i}", f"{sam}/high_res{i}", "conv")
     for i in range(1 + cfg.num_multimask):

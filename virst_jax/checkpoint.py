@@ -1,8 +1,8 @@
 """A model on disk: a folder with Orbax parameters, config.json and the tokenizer.
 
-    MODEL/params/       Orbax, one array a parameter (stacked layers are one)
-    MODEL/config.json   the VirstConfig
-    MODEL/tokenizer/    the Qwen2 tokenizer's files, if the model has one
+MODEL/params/       Orbax, one array a parameter (stacked layers are one)
+MODEL/config.json   the VirstConfig
+MODEL/tokenizer/    the Qwen2 tokenizer's files, if the model has one
 """
 
 import contextlib

@@ -254,9 +254,7 @@ def from_json(text: str, where: str = "config.json") -> VirstConfig:
     try:
         return _build(VirstConfig, json.loads(text), where, "")
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not valid JSON ({error}); write it again or copy it from a preset"
-        ) from error
+        raise UserError(f"{where}: not valid JSON ({error}); write it again or copy it from a preset") from error
 
 
 def _build(cls: type, data: Any, where: str, path: str) -> Any:

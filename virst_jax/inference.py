@@ -47,7 +47,7 @@ class Network:
 
     @functools.cached_property
     def _encode(self) -> Any:
-        def encode(params: Any, pixels: jax.Array) -> Features:
+        def encode(params: Any, pixels: jax.Array) -> Any:
             return self.tracker.sam.apply({"params": params}, pixels, method=Sam2.encode_image)
 
         return jax.jit(encode)
@@ -128,7 +128,13 @@ class Network:
         return self._anchor(self.params["sam2"], features, numbers, live, tokens)
 
     def track(
-        self, anchors: Anchors, frames: Iterable[np.ndarray], num_frames: int, *, chunk: int = 4, keep_memory: bool = False
+        self,
+        anchors: Anchors,
+        frames: Iterable[np.ndarray],
+        num_frames: int,
+        *,
+        chunk: int = 4,
+        keep_memory: bool = False,
     ) -> Iterator[Tracked]:
         """Tracks a video and yields its frames' outcomes one by one.
 

@@ -85,7 +85,7 @@ def video_losses(
         return model.apply({"params": params}, *args, method=method, rngs=rngs, **kwargs)
 
     conversations = batch.token_ids.shape[0]
-    features = tracker.sam.apply({"params": params["sam2"]}, batch.frames, method=Sam2.encode_image)
+    features: Any = tracker.sam.apply({"params": params["sam2"]}, batch.frames, method=Sam2.encode_image)
     maps = jnp.broadcast_to(features.top, (conversations, *features.top.shape))
     visual = apply(Virst.encode_clips, batch.clips)
     visual = visual.reshape(1, -1, visual.shape[-1])

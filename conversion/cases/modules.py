@@ -12,8 +12,16 @@ import numpy as np
 from conversion.cases.case import Case, close
 from conversion.rules import fusion_rules, llm_rules, sam2_rules, vision_rules
 from virst_jax import losses
-from virst_jax.config import Compute, FusionConfig, HieraConfig, LoraConfig, QwenConfig, Sam2Config, VirstConfig
-from virst_jax.config import VisionConfig
+from virst_jax.config import (
+    Compute,
+    FusionConfig,
+    HieraConfig,
+    LoraConfig,
+    QwenConfig,
+    Sam2Config,
+    VirstConfig,
+    VisionConfig,
+)
 from virst_jax.models.projector import Projector
 from virst_jax.models.qwen2 import Qwen2
 from virst_jax.models.sam2.mask_decoder import multimask, single_mask
@@ -62,7 +70,9 @@ def vision_config(sizes: dict[str, Any]) -> VisionConfig:
     )
 
 
-def sam2_config(manifest: dict[str, list[int]], prefix: str, image_size: int, hiera: dict[str, Any] | None) -> Sam2Config:
+def sam2_config(
+    manifest: dict[str, list[int]], prefix: str, image_size: int, hiera: dict[str, Any] | None
+) -> Sam2Config:
     """Reads the tracker's widths and depths off a manifest; what it does not show keeps its default."""
     default = Sam2Config()
 
@@ -72,10 +82,13 @@ def sam2_config(manifest: dict[str, list[int]], prefix: str, image_size: int, hi
     def count(name: str, otherwise: int) -> int:
         return sum(prefix + name.format(i) in manifest for i in range(1000)) or otherwise
 
-    decoder, attention = "sam_mask_decoder.transformer.layers.{}.norm1.weight", "memory_attention.layers.{}.norm1.weight"
+    decoder, attention = (
+        "sam_mask_decoder.transformer.layers.{}.norm1.weight",
+        "memory_attention.layers.{}.norm1.weight",
+    )
     trunk = HieraConfig()
     if hiera is not None:
-        sequences = {k: tuple(v) if isinstance(v, list) else v for k, v in hiera.items()}
+        sequences: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in hiera.items()}
         trunk = HieraConfig(**{k: v for k, v in sequences.items() if k in HieraConfig.__dataclass_fields__})
     return Sam2Config(
         hiera=trunk,
@@ -85,9 +98,7 @@ def sam2_config(manifest: dict[str, list[int]], prefix: str, image_size: int, hi
         memory_layers=count(attention, default.memory_layers),
         memory_mlp_dim=size("memory_attention.layers.0.linear1.weight", 0, default.memory_mlp_dim),
         decoder_layers=count(decoder, default.decoder_layers),
-        decoder_mlp_dim=size(
-            "sam_mask_decoder.transformer.layers.0.mlp.layers.0.weight", 0, default.decoder_mlp_dim
-        ),
+        decoder_mlp_dim=size("sam_mask_decoder.transformer.layers.0.mlp.layers.0.weight", 0, default.decoder_mlp_dim),
         iou_head_dim=size("sam_mask_decoder.iou_prediction_head.layers.0.weight", 0, default.iou_head_dim),
         num_maskmem=size("maskmem_tpos_enc", 0, default.num_maskmem),
         memory_fuser_layers=count("memory_encoder.fuser.layers.{}.gamma", default.memory_fuser_layers),
@@ -102,7 +113,7 @@ def run_qwen2(case: Case) -> None:
     mask = out["mask"].astype(bool)
     model = Qwen2(cfg, compute_of(case))
 
-    def run(params: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def run(params: Any) -> Any:
         hidden, layers = model.apply({"params": params}, embeds, mask, return_layers=True)
         return hidden, layers, model.apply({"params": params}, hidden, method=Qwen2.logits)
 
@@ -275,8 +286,8 @@ def run_st_fusion(case: Case) -> None:
 
 def run_losses(case: Case) -> None:
     shape = (1, case.number(r"\(1,(\d+),", 40), case.number(r"\(1,\d+,(\d+)\)", 50))
-    logits = case.input("loss.x", shape, 3.0)
-    target = (case.input("loss.y", shape) > 0.3).astype(np.float32)
-    for suffix, mask in (("", target), ("_empty", np.zeros_like(target))):
+    logits = jnp.asarray(case.input("loss.x", shape, 3.0))
+    target = jnp.asarray(case.input("loss.y", shape) > 0.3)
+    for suffix, mask in (("", target), ("_empty", jnp.zeros_like(target))):
         case.checks.append(close(f"dice{suffix}", losses.dice_loss(logits, mask)[0], case.outputs[f"dice{suffix}"]))
         case.checks.append(close(f"bce{suffix}", losses.bce_loss(logits, mask)[0], case.outputs[f"bce{suffix}"]))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conversion.assemble import take_apart
-from conversion.cases.case import Case, Check, close, exact, parameter_shapes, same_masks, within
+from conversion.cases.case import Case, Check, close, exact, same_masks, within
 from conversion.cases.modules import compute_of, qwen_config, sam2_config, vision_config
 from conversion.rules import rule_table
 from conversion.weights_rule import make_video
@@ -56,10 +56,10 @@ def _clips(case: Case, name: str, cfg: VirstConfig, count: int) -> np.ndarray:
 
 
 def run_e2e(case: Case) -> None:
-    meta, out = case.meta, case.outputs
+    meta = case.meta
     cfg = network_config(case)
     network = Network(cfg, _params(case, cfg))
-    video = make_video(meta["n_frames"], *meta["hw"], salt=meta.get("video_salt", case.salt))
+    video = make_video(meta["n_frames"], meta["hw"][0], meta["hw"][1], salt=meta.get("video_salt", case.salt))
     clips = _clips(case, f"{case.name}.clip", cfg, meta["t_vlm"])
     compare_network(case, cfg, network, video, clips)
 
@@ -136,7 +136,7 @@ def run_train_loss(case: Case) -> None:
     params = _params(case, cfg)
     count = case.number(r"make_video\((\d+)", 6)
     hw = (case.number(r"make_video\(\d+, (\d+)", 96), case.number(r"make_video\(\d+, \d+, (\d+)", 128))
-    video = make_video(count, *hw, salt=meta.get("video_salt", case.salt))
+    video = make_video(count, hw[0], hw[1], salt=meta.get("video_salt", case.salt))
     clips = _clips(case, "train.clip", cfg, case.number(r"\(1,(\d+),3", 4))
     visual = clips.shape[0] * clips.shape[1] * cfg.vision.tokens_per_frame
     sequence = splice(meta["input_ids"], meta["labels"], visual, cfg.seg_token_id)
@@ -153,10 +153,10 @@ def run_train_loss(case: Case) -> None:
         frames_used=jnp.asarray(meta["frames_used"]),
     )
 
-    def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Any, batch: VideoBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
         return video_losses(cfg, params, batch)
 
-    (total, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (total, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch)
     for key, expected in meta["losses"].items():
         ours = total if key == "loss" else parts[key]
         case.checks.append(close(key, ours, expected))
@@ -178,6 +178,3 @@ def _gradient_norms(case: Case, cfg: VirstConfig, gradients: Any) -> Check:
     worst = int(error.argmax())
     check = within("grad_norms", error, np.zeros_like(error), 1e-3, f"{len(names)} parameters, worst {names[worst]}")
     return dataclasses.replace(check, max_abs=float(np.abs(ours - theirs).max()), relative=float(error.max()))
-
-
-__all__ = ["parameter_shapes", "run_e2e", "run_train_loss"]

@@ -35,9 +35,7 @@ def splice(
     ids, targets = np.asarray(input_ids), np.asarray(labels)
     places = np.flatnonzero(ids == IMAGE_TOKEN)
     if len(places) > 1:
-        raise UserError(
-            f"the prompt holds {len(places)} image tokens: give one video or image a conversation"
-        )
+        raise UserError(f"the prompt holds {len(places)} image tokens: give one video or image a conversation")
     text_ids, visual = ids, np.full(ids.shape, -1)
     if len(places):
         at, after = places[0], places[0] + 1

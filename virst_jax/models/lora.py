@@ -27,7 +27,7 @@ class LoraDense(nn.Module):
     axes: tuple[str, str]
     lora: LoraConfig
     use_bias: bool = True
-    init: Callable[..., Any] = default_init
+    kernel_init: Callable[..., Any] = default_init
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -35,7 +35,7 @@ class LoraDense(nn.Module):
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
         width, rank = x.shape[-1], self.lora.rank
         x = jnp.asarray(x, dtype)
-        kernel = self.param("kernel", named(self.init, *self.axes), (width, self.features), param_dtype)
+        kernel = self.param("kernel", named(self.kernel_init, *self.axes), (width, self.features), param_dtype)
         y = x @ kernel.astype(dtype)
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, self.axes[-1]), (self.features,), param_dtype)

@@ -47,9 +47,7 @@ class FusedAttention(nn.Module):
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
         init = named(default_init, "embed", "qkv", "heads")
         kernel = self.param("kernel", init, (width, 3, width), param_dtype).astype(dtype)
-        bias = self.param(
-            "bias", named(nn.initializers.zeros, "qkv", "heads"), (3, width), param_dtype
-        ).astype(dtype)
+        bias = self.param("bias", named(nn.initializers.zeros, "qkv", "heads"), (3, width), param_dtype).astype(dtype)
         projected = (x.astype(dtype) @ kernel[:, i] + bias[i] for i, x in enumerate((q, kv, kv)))
         heads = (rearrange(x, "b n (h d) -> b n h d", h=self.num_heads) for x in projected)
         out = rearrange(attention(*heads, impl=self.compute.attention), "b n h d -> b n (h d)")
@@ -90,9 +88,7 @@ class FusionLayer(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, keys: jax.Array, frames: int, deterministic: bool
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, keys: jax.Array, frames: int, deterministic: bool) -> tuple[jax.Array, jax.Array]:
         width = x.shape[-1]
         norm = [layer_norm(self.compute, name=f"norm{i}") for i in range(1, 4)]
         drop = nn.Dropout(self.cfg.dropout, deterministic=deterministic)
@@ -119,9 +115,7 @@ class SecondFusion(nn.Module):
         """seg_hidden dtype[B, N, D], maps dtype[B, T, H, W, C] -> prompts dtype[B, N, T, C], scores float32[B, T]."""
         frames, count = maps.shape[1], seg_hidden.shape[1]
         if frames > self.cfg.max_frames:
-            raise ValueError(
-                f"{frames} segmentation frames are more than fusion.max_frames = {self.cfg.max_frames}"
-            )
+            raise ValueError(f"{frames} segmentation frames are more than fusion.max_frames = {self.cfg.max_frames}")
         keys = SpatialReduce(self.compute, self.features, name="reduce")(maps)
         keys = layer_norm(self.compute, name="key_norm")(keys)
         x = dense(self.compute, self.features, ("embed", "heads"), name="seg_proj")(seg_hidden)
@@ -147,7 +141,5 @@ class InitialFusion(nn.Module):
         q = layer_norm(self.compute, name="norm_q")(seg_embeds)
         kv = layer_norm(self.compute, name="norm_kv")(keys)
         fused = FusedAttention(self.compute, self.cfg.num_heads, name="attn")(q, kv)
-        gate = self.param(
-            "gate", named(nn.initializers.constant(0.1)), (), jnp.dtype(self.compute.param_dtype)
-        )
+        gate = self.param("gate", named(nn.initializers.constant(0.1)), (), jnp.dtype(self.compute.param_dtype))
         return seg_embeds + gate.astype(fused.dtype) * fused

@@ -46,9 +46,7 @@ class Attention(nn.Module):
             for y in (qkv[:, :, 0] + q_bias, qkv[:, :, 1], qkv[:, :, 2] + v_bias)
         )
         out = attention(q, k, v, impl=self.compute.attention)
-        return dense(self.compute, width, ("heads", "embed"), name="proj")(
-            rearrange(out, "b n h d -> b n (h d)")
-        )
+        return dense(self.compute, width, ("heads", "embed"), name="proj")(rearrange(out, "b n h d -> b n (h d)"))
 
 
 class Block(nn.Module):
@@ -59,9 +57,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
         norm1, norm2 = (layer_norm(self.compute, 1e-6, name=f"norm{i}") for i in (1, 2))
         x = x + Attention(self.cfg, self.compute, name="attn")(norm1(x))
-        hidden = dense(self.compute, int(x.shape[-1] * self.cfg.mlp_ratio), ("embed", "mlp"), name="fc1")(
-            norm2(x)
-        )
+        hidden = dense(self.compute, int(x.shape[-1] * self.cfg.mlp_ratio), ("embed", "mlp"), name="fc1")(norm2(x))
         return x + dense(self.compute, x.shape[-1], ("mlp", "embed"), name="fc2")(gelu(hidden)), None
 
 

@@ -6,6 +6,7 @@ them, D width of queries and keys, E width of values.
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -342,15 +343,14 @@ def _partitioned(
     if not _auto_mesh():
         return run(q, k, v, segments)
     batch_axes, head_axes = _mesh_axes.get() or ((), ())
-    sizes = jax.sharding.get_abstract_mesh().shape
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+    sizes = {name: size for name, size, kind in kinds if kind != AxisType.Manual}
 
     def divided(axes: tuple[str, ...], length: int) -> tuple[str, ...]:
-        """The axes that are on the mesh, if they divide `length`; else every device has all."""
+        """The axes that the compiler still has, if they divide `length`; else every device has all."""
         axes = tuple(a for a in axes if a in sizes)
-        count = 1
-        for axis in axes:
-            count *= sizes[axis]
-        return axes if length % count == 0 else ()
+        return axes if length % math.prod(sizes[a] for a in axes) == 0 else ()
 
     batch, heads = divided(batch_axes, q.shape[0]), divided(head_axes, k.shape[1])
     spec = PartitionSpec(batch or None, heads or None)

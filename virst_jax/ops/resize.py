@@ -28,9 +28,9 @@ def resize_matrix(size: int, new_size: int, method: str) -> np.ndarray:
         return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     if method == "bilinear":
         center = np.maximum(center, 0)
-        taps, kernel = (0, 1), _triangle
+        taps, kernel = range(2), _triangle
     elif method == "bicubic":
-        taps, kernel = (-1, 0, 1, 2), _cubic
+        taps, kernel = range(-1, 3), _cubic
     else:
         raise ValueError(f"unknown resize method {method!r}: choose bilinear, bicubic or antialias")
     base = np.floor(center).astype(int)

@@ -9,6 +9,7 @@ S = H*W positions of the feature grid, C width, D memory width, L mask side.
 Source: model/sam2/sam2_virst.py and sam2_base.py (_prepare_memory_conditioned_features).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -113,9 +114,7 @@ class Tracker:
             step = jax.checkpoint(step, prevent_cse=False)
         slots = (jnp.arange(frames.shape[0]), features, frames, live, prompts.swapaxes(0, 1))
         _, out = jax.lax.scan(step, jnp.zeros(logits_shape), slots)
-        later = (
-            (frames[None] == frames[:, None]) & live[None] & jnp.triu(jnp.ones((len(frames),) * 2, bool), 1)
-        )
+        later = (frames[None] == frames[:, None]) & live[None] & jnp.triu(jnp.ones((len(frames),) * 2, bool), 1)
         return Anchors(frames, live & ~later.any(1), out.prediction, out.memory)
 
     def start(self, num_objects: int) -> Recent:
@@ -185,7 +184,7 @@ class Tracker:
                 ), out
 
             recent, out = jax.lax.cond(alive, advance, lambda: (recent, empty))
-            return recent, out if keep_memory else out.replace(memory=jnp.zeros(()))
+            return recent, out if keep_memory else dataclasses.replace(out, memory=jnp.zeros(()))
 
         if self.training:
             step = jax.checkpoint(step, prevent_cse=False)
@@ -226,9 +225,7 @@ class Tracker:
             Sam2.with_memory,
             frame,
             memory.swapaxes(0, 1),
-            jnp.concatenate(
-                [jnp.full(slots.shape, cfg.num_maskmem - 1), jnp.clip(age - 1, 0, cfg.num_maskmem - 2)]
-            ),
+            jnp.concatenate([jnp.full(slots.shape, cfg.num_maskmem - 1), jnp.clip(age - 1, 0, cfg.num_maskmem - 2)]),
             jnp.concatenate([chosen, memory_mask]),
             pointers.swapaxes(0, 1),
             jnp.where(mask, time, 0),  # empty slots lie far away: no huge angles

@@ -47,13 +47,9 @@ def block_specs(cfg: HieraConfig) -> list[BlockSpec]:
     for stage, count in enumerate(cfg.stages):
         for i in range(count):
             first = i == 0 and stage > 0
-            window = (
-                0 if len(specs) in cfg.global_att_blocks else cfg.window_spec[stage - 1 if first else stage]
-            )
+            window = 0 if len(specs) in cfg.global_att_blocks else cfg.window_spec[stage - 1 if first else stage]
             dim_out = cfg.stage_dims[stage]
-            specs.append(
-                BlockSpec(dim, dim_out, cfg.num_heads * 2**stage, window, pool=first and stage <= cfg.q_pool)
-            )
+            specs.append(BlockSpec(dim, dim_out, cfg.num_heads * 2**stage, window, pool=first and stage <= cfg.q_pool))
             dim = dim_out
     return specs
 
@@ -160,7 +156,7 @@ class Hiera(nn.Module):
                 features.append(x)
         return features
 
-    def _position(self, grid: tuple[int, int]) -> jax.Array:
+    def _position(self, grid: tuple[int, ...]) -> jax.Array:
         """Position embedding float32[H, W, C]: a small table resized to the grid plus one tiled per window."""
         cfg, dtype = self.cfg, jnp.dtype(self.compute.param_dtype)
         init = named(nn.initializers.normal(0.02), "grid", "grid", "embed")

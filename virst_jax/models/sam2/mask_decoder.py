@@ -4,6 +4,8 @@ Axes: B objects, N tokens, H, W feature grid, S = H*W, C width, M masks (1 + num
 Source: model/sam2/modeling/sam/{mask_decoder,transformer}.py.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -134,9 +136,7 @@ class MaskDecoder(nn.Module):
         batch, height, _, width = image.shape
         dtype = jnp.dtype(self.compute.dtype)
         learned = jnp.concatenate([self.object_token, self.iou_token, self.mask_tokens]).astype(dtype)
-        tokens = jnp.concatenate(
-            [jnp.broadcast_to(learned, (batch, *learned.shape)), sparse.astype(dtype)], axis=1
-        )
+        tokens = jnp.concatenate([jnp.broadcast_to(learned, (batch, *learned.shape)), sparse.astype(dtype)], axis=1)
         source = rearrange(image + dense_prompt, "b h w c -> b (h w) c")
         source_pos = rearrange(image_pos, "h w c -> 1 (h w) c").astype(dtype)
 
@@ -163,13 +163,14 @@ class MaskDecoder(nn.Module):
 
 def multimask(masks: Masks) -> Masks:
     """The masks of an ambiguous prompt: all but the first."""
-    return masks.replace(logits=masks.logits[:, 1:], ious=masks.ious[:, 1:], tokens=masks.tokens[:, 1:])
+    return dataclasses.replace(masks, logits=masks.logits[:, 1:], ious=masks.ious[:, 1:], tokens=masks.tokens[:, 1:])
 
 
 def best_mask(masks: Masks) -> Masks:
     """The one mask with the highest predicted IoU, and its token."""
     best = masks.ious.argmax(-1)[:, None]
-    return masks.replace(
+    return dataclasses.replace(
+        masks,
         logits=jnp.take_along_axis(masks.logits, best[..., None, None], 1),
         ious=jnp.take_along_axis(masks.ious, best, 1),
         tokens=jnp.take_along_axis(masks.tokens, best[..., None], 1),
@@ -181,7 +182,7 @@ def single_mask(masks: Masks, cfg: Sam2Config | None = None) -> Masks:
 
     Stable: the area above +delta is at least the threshold's share of that above -delta.
     """
-    single = masks.replace(logits=masks.logits[:, :1], ious=masks.ious[:, :1], tokens=masks.tokens[:, :1])
+    single = dataclasses.replace(masks, logits=masks.logits[:, :1], ious=masks.ious[:, :1], tokens=masks.tokens[:, :1])
     if cfg is None:
         return single
     inner = (single.logits > cfg.stability_delta).sum((-2, -1)).astype(jnp.float32)
@@ -189,7 +190,8 @@ def single_mask(masks: Masks, cfg: Sam2Config | None = None) -> Masks:
     stable = jnp.where(outer > 0, inner / jnp.maximum(outer, 1), 1.0) >= cfg.stability_threshold
     best = best_mask(multimask(masks))
     # the token stays the single mask's: pointers were trained with it
-    return single.replace(
+    return dataclasses.replace(
+        single,
         logits=jnp.where(stable[..., None, None], single.logits, best.logits),
         ious=jnp.where(stable, single.ious, best.ious),
     )

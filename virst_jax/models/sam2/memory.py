@@ -49,9 +49,7 @@ class RotaryAttention(nn.Module):
             key_mask=key_mask,
             impl=self.compute.attention,
         )
-        return dense(self.compute, width, ("heads", "embed"), name="out_proj")(
-            rearrange(out, "b n h d -> b n (h d)")
-        )
+        return dense(self.compute, width, ("heads", "embed"), name="out_proj")(rearrange(out, "b n h d -> b n (h d)"))
 
 
 class Layer(nn.Module):
@@ -131,9 +129,7 @@ class DepthwiseConv(nn.Module):
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
         init = named(default_init, "kernel", "kernel", "conv_in", "conv_out")
         kernel = self.param("kernel", init, (n, n, 1, channels), param_dtype).astype(dtype)
-        bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (channels,), param_dtype).astype(
-            dtype
-        )
+        bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (channels,), param_dtype).astype(dtype)
         x = x.astype(dtype)
         if jax.default_backend() == "cpu":
             # XLA's depthwise convolution is some twenty times slower there than shifted multiply-adds

@@ -37,9 +37,7 @@ class PromptEncoder(nn.Module):
     def _encode(self, position: jax.Array | np.ndarray) -> jax.Array:
         """Positions float32[..., 2] as (x, y) in [0, 1] -> random Fourier features float32[..., C]."""
         # reduced-precision products would move points by pixels
-        angle = (
-            2 * jnp.pi * jnp.matmul(2 * position - 1, self.gaussian.astype(jnp.float32), precision="highest")
-        )
+        angle = 2 * jnp.pi * jnp.matmul(2 * position - 1, self.gaussian.astype(jnp.float32), precision="highest")
         return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
     def dense_position(self) -> jax.Array:
@@ -64,9 +62,7 @@ class PromptEncoder(nn.Module):
             labels = jnp.pad(labels, ((0, 0), (0, 1)), constant_values=PADDING)
         table = self.point_embed.astype(jnp.float32)
         known = self._encode((coords + 0.5) / self.cfg.image_size) + table[jnp.clip(labels, 0, 3)]
-        embedding = jnp.where(
-            (labels == PADDING)[..., None], self.not_a_point_embed.astype(jnp.float32), known
-        )
+        embedding = jnp.where((labels == PADDING)[..., None], self.not_a_point_embed.astype(jnp.float32), known)
         return embedding.astype(jnp.dtype(self.compute.dtype))
 
     def boxes(self, boxes: jax.Array) -> jax.Array:

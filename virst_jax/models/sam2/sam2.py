@@ -67,9 +67,7 @@ class Sam2(nn.Module):
         # unused by this configuration, kept because checkpoints hold it
         self.no_memory_position = self.param("no_memory_position", named(small, "embed"), (width,), dtype)
         self.no_object_pointer = self.param("no_object_pointer", named(small, "embed"), (width,), dtype)
-        self.no_object_memory = self.param(
-            "no_object_memory", named(small, "embed"), (cfg.memory_dim,), dtype
-        )
+        self.no_object_memory = self.param("no_object_memory", named(small, "embed"), (cfg.memory_dim,), dtype)
 
     def encode_image(self, pixels: jax.Array) -> Features:
         """Normalised pixels float[T, R, R, 3] -> features of T frames."""
@@ -123,9 +121,7 @@ class Sam2(nn.Module):
             ],
             axis=1,
         )
-        keys_pos = jnp.concatenate(
-            [space.reshape(-1, cfg.memory_dim).astype(dtype), jnp.repeat(time, split, 0)]
-        )
+        keys_pos = jnp.concatenate([space.reshape(-1, cfg.memory_dim).astype(dtype), jnp.repeat(time, split, 0)])
         key_mask = jnp.concatenate([jnp.repeat(memory_mask, positions), jnp.repeat(pointer_mask, split)])
         image = rearrange(frame.top, "h w c -> 1 (h w) c")
         out = self.memory_attention(
@@ -163,9 +159,7 @@ class Sam2(nn.Module):
         dense_prompt = self.prompt_encoder.no_mask(batch)
         if mask_prompt is not None:
             prompted = self.prompt_encoder.masks(mask_prompt)
-            dense_prompt = (
-                prompted if has_mask_prompt is None else jnp.where(has_mask_prompt, prompted, dense_prompt)
-            )
+            dense_prompt = prompted if has_mask_prompt is None else jnp.where(has_mask_prompt, prompted, dense_prompt)
         masks = self.mask_decoder(
             image,
             self.prompt_encoder.dense_position(),
@@ -224,9 +218,7 @@ class Sam2(nn.Module):
         image = jnp.broadcast_to(frame.top, (mask.shape[0], *frame.top.shape))
         decoded = self.predict(image, frame, self.no_prompt(mask.shape[0]), prompt, mode="stable")
         present = (mask > 0).any((-2, -1))
-        pointer = jnp.where(
-            present[:, None], decoded.pointer, self.no_object_pointer.astype(decoded.pointer.dtype)
-        )
+        pointer = jnp.where(present[:, None], decoded.pointer, self.no_object_pointer.astype(decoded.pointer.dtype))
         return Prediction(
             low_res=resize_maps(scaled, (cfg.low_res_size, cfg.low_res_size), "antialias"),
             pointer=pointer,
