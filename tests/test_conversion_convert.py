@@ -18,7 +18,16 @@ from conversion.rules import LLM_PROJECTIONS, rule_table
 from conversion.safetensors_dir import write_safetensors_dir
 from conversion.torch_file import TorchFile, write_torch_file
 from virst_jax.checkpoint import load_model, parameter_shapes
-from virst_jax.config import HieraConfig, LoraConfig, QwenConfig, Sam2Config, VirstConfig, VisionConfig, to_json, virst_7b
+from virst_jax.config import (
+    HieraConfig,
+    LoraConfig,
+    QwenConfig,
+    Sam2Config,
+    VirstConfig,
+    VisionConfig,
+    to_json,
+    virst_7b,
+)
 from virst_jax.models.lora import merge_lora
 
 DATA = Path(__file__).parent / "data"
@@ -233,7 +242,17 @@ def _drop(path: Path, root: str, name: str, **extra: np.ndarray) -> None:
         (lambda f: (f / "out").mkdir(), "exists already"),
         (lambda f: (f / "videochat" / "merges.txt").unlink(), "no tokenizer"),
     ],
-    ids=["missing", "truncated pt", "truncated safetensors", "missing name", "unknown name", "shape", "lora", "out", "tok"],
+    ids=[
+        "missing",
+        "truncated pt",
+        "truncated safetensors",
+        "missing name",
+        "unknown name",
+        "shape",
+        "lora",
+        "out",
+        "tok",
+    ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(release, capsys, damage, message):
     files = release()

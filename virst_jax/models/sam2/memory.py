@@ -16,6 +16,7 @@ from einops import rearrange
 from virst_jax.config import Compute, Sam2Config
 from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, named, remat
 from virst_jax.ops.attention import attention
+from virst_jax.ops.depthwise import shifted_depthwise
 from virst_jax.ops.position import axial_angles, rotate_pairs, sine_2d
 
 
@@ -132,19 +133,9 @@ class DepthwiseConv(nn.Module):
         bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (channels,), param_dtype).astype(dtype)
         x = x.astype(dtype)
         if jax.default_backend() == "cpu":
-            # XLA's depthwise convolution is some twenty times slower there than shifted multiply-adds
-            height, width = x.shape[1:3]
-            padded = jnp.pad(x, ((0, 0), (n // 2, n // 2), (n // 2, n // 2), (0, 0)))
-            return bias + sum(
-                padded[:, i : i + height, j : j + width] * kernel[i, j, 0] for i in range(n) for j in range(n)
-            )
+            return shifted_depthwise(x, kernel[:, :, 0]) + bias
         return bias + jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=channels,
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=channels
         )
 
 
