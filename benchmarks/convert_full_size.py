@@ -85,7 +85,7 @@ def compare(out: Path, shapes: dict[str, tuple[int, ...]], samples: int = 40) ->
     cfg, rng = virst_7b(), np.random.default_rng(0)
     table = rule_table(cfg)
     adapted = {name.split(".lora_")[0] for name in shapes if ".lora_" in name}
-    names = [n for n in table if n.removesuffix(".weight") not in adapted and n in shapes]
+    names = [n for n in table if n in shapes and ".lora_" not in n and n.removesuffix(".weight") not in adapted]
     for name in rng.choice(names, samples, replace=False):
         target = table[name]
         spec = {
@@ -127,7 +127,8 @@ def main() -> int:
     memory = Memory(process.pid)
     memory.start()
     if process.wait():
-        return process.returncode
+        print(f"conversion ended with status {process.returncode}; peak memory {memory.own / 1e6:.1f} GB")
+        return 1
     seconds = time.perf_counter() - started
     written = sum(f.stat().st_size for f in (folder / "model").rglob("*") if f.is_file())
     print(

@@ -122,15 +122,22 @@ def _copy(target: np.ndarray, value: np.ndarray, block: int = 512) -> None:
 
 
 def take_apart(
-    table: Mapping[str, Target], params: Mapping[str, Any]
+    table: Mapping[str, Target], parameters: Iterable[tuple[str, Any]]
 ) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """The release's names of a parameter tree, each with a function that gives its tensor in the release's layout."""
-    flat = flatten(params)
+    """The release's names of a parameter tree, each with a function that gives its tensor in the release's layout.
+
+    Args:
+      parameters: path and value of each; taken one by one, so that they need not all be held.
+    """
+    by_path: dict[str, list[str]] = {}
     for name, target in table.items():
+        by_path.setdefault(target.path, []).append(name)
+    for path, value in parameters:
+        whole = np.asarray(value)
+        for name in by_path[path]:
 
-        def tensor(target: Target = target) -> np.ndarray:
-            value = np.asarray(flat[target.path])
-            value = value if target.slot is None else value[target.slot]
-            return np.require(TRANSFORMS[target.transform].to_torch(value), requirements="C")
+            def tensor(target: Target = table[name], whole: np.ndarray = whole) -> np.ndarray:
+                part = whole if target.slot is None else whole[target.slot]
+                return np.require(TRANSFORMS[target.transform].to_torch(part), requirements="C")
 
-        yield name, tensor
+            yield name, tensor

@@ -127,13 +127,12 @@ def to_torch(model: Path, out: Path, *, peft: bool = False, progress: bool = Tru
     """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another file or remove it first")
-    cfg, params = checkpoint.load_model(model)
+    cfg, _ = checkpoint.stored_shapes(model)
     table = rule_table(cfg)
-    # values are taken one at a time: shapes come from an abstract run of the same layout changes
     with tqdm(total=len(table), unit="tensor", desc="writing", disable=not progress) as bar:
         specs = (
             (_wrapped(name) if peft else name, value.shape, value.dtype, lambda value=value: value)
-            for name, tensor in take_apart(table, params)
+            for name, tensor in take_apart(table, checkpoint.read_parameters(model))
             for value in (tensor(),)
         )
         write_torch_file(out, specs, root="model_state_dict", on_tensor=lambda name: bar.update())

@@ -89,7 +89,7 @@ def release(tmp_path: Path) -> Callable[..., Files]:
     def build(rank: int = 4, trained_only: bool = True, rename: Callable[[str], str] = peft) -> Files:
         cfg = small(rank)
         params = random_params(cfg)
-        named = {name: read() for name, read in take_apart(rule_table(cfg), params)}
+        named = {name: read() for name, read in take_apart(rule_table(cfg), flatten(params).items())}
         seg = {k: v for k, v in named.items() if k.startswith(SEG_MODEL)}
         new = {k for k in named if ".lora_" in k or k.startswith(("model.seg_prompter", "model.initial", "model.occ"))}
         base = {k: v for k, v in named.items() if k not in seg and k not in new}
@@ -172,7 +172,7 @@ def test_back_to_torch_is_exact(release, dtype, peft_names):
     out = files.folder / "back.pt"
     flags = ["--peft-names"] if peft_names else []
     assert convert.main(["--to-torch", str(files.folder / "out"), "--out", str(out), *flags]) == 0
-    source = dict(take_apart(rule_table(small(4)), load_model(files.folder / "out")[1]))
+    source = dict(take_apart(rule_table(small(4)), flatten(load_model(files.folder / "out")[1]).items()))
     with TorchFile(out, root="model_state_dict") as torch_file:
         names = torch_file.names()
         assert set(names) == {peft(n) if peft_names else n for n in source}
@@ -292,7 +292,7 @@ def test_torch_loads_what_goes_back(release):
     out = files.folder / "back.pt"
     assert convert.main(["--to-torch", str(files.folder / "out"), "--out", str(out)]) == 0
     state = torch.load(out, weights_only=True)["model_state_dict"]
-    wanted = {name: read() for name, read in take_apart(rule_table(small()), files.params)}
+    wanted = {name: read() for name, read in take_apart(rule_table(small()), flatten(files.params).items())}
     assert state.keys() == wanted.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(value.numpy(), wanted[name], err_msg=name)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_sam2 import SMALL, TorchSam2, assert_close, frames, inference, quick_jit, small, tensor
+from torch_sam2 import SMALL, TorchSam2, assert_close, channels_first, frames, inference, quick_jit, small, tensor
 
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.tracking.tracker import PROMPT_LOGIT_LIMIT, Anchors, Tracked, Tracker
@@ -26,7 +26,7 @@ from virst_jax.tracking.tracker import PROMPT_LOGIT_LIMIT, Anchors, Tracked, Tra
 pytestmark = pytest.mark.torch
 
 OBJECTS, SLOTS, CHUNK = 2, 5, 4
-SOMETIMES = 1.02  # bias of the object score with which objects come and go
+SOMETIMES = 1.0  # bias of the object score with which objects come and go
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,7 @@ def assert_same(ours: Tracked, theirs: dict[str, Any], tolerance: float) -> None
 )
 def test_every_frame(anchors: list[int], count: int) -> None:
     pair, pixels, prompts = small(), frames(count, SMALL.image_size), some_prompts(len(anchors))
-    ours, theirs = (run(pair, pixels, anchors, prompts) for run in (track, track_with_torch))
+    ours, theirs = track(pair, pixels, anchors, prompts), track_with_torch(pair, pixels, anchors, prompts)
     assert len(ours) == len(theirs) == count
     for a, b in zip(ours, theirs):
         assert_same(a, b, 1e-4)
@@ -145,45 +145,43 @@ def test_every_frame(anchors: list[int], count: int) -> None:
 def test_objects_that_come_and_go() -> None:
     """Absent objects leave a mask of -1024, a learned pointer and a marked memory, from which later frames track."""
     pair, pixels, prompts = small(SOMETIMES), frames(12, SMALL.image_size), some_prompts(1)
-    ours, theirs = (run(pair, pixels, [0], prompts) for run in (track, track_with_torch))
+    ours, theirs = track(pair, pixels, [0], prompts), track_with_torch(pair, pixels, [0], prompts)
     scores = np.stack([x.prediction.object_score for x in ours])
-    print(scores)
     assert 4 < (scores > 0).sum() < 20
-    assert np.abs(scores).min() > 1e-3  # far from being decided by rounding
+    assert np.abs(scores).min() > 5e-3  # rounding decides none
     for a, b in zip(ours, theirs):
         assert_same(a, b, 1e-4)
 
 
 def test_a_second_prompt_on_one_frame() -> None:
-    """It gets the first one's logits as a mask prompt, and overrules the first."""
+    """It gets the first one's clamped logits as a mask prompt, and overrules the first."""
     pair, pixels, prompts = small(), frames(2, SMALL.image_size), some_prompts(3)
-    features = [pair.features(image[None]) for image in pixels]
-    anchors = prompt(pair, features, [1, 0, 1], prompts)
+    anchors = prompt(pair, [pair.features(image[None]) for image in pixels], [1, 0, 1], prompts)
     assert anchors.valid.tolist() == [False, True, True, False, False]
-    images = pair.model.get_image_embeddings(tensor(np.moveaxis(pixels[1:], -1, 1)))
-    for index in range(OBJECTS):
-        first, second = (
-            pair.model._single_frame_forward(
-                input_points=tensor(prompts.coords[index, slot])[None, None],
-                input_labels=tensor(prompts.labels[index, slot])[None, None],
-                input_masks=None if slot == 0 else tensor(np.clip(anchors.prediction.low_res[0, index], -32, 32))[None, None],
-                image_embeddings=images,
-            )
-            for slot in (0, 2)
+    before = np.asarray(anchors.prediction.low_res[0])
+    assert (np.abs(before).max((1, 2)) > PROMPT_LOGIT_LIMIT).all()
+    images = pair.model.get_image_embeddings(channels_first(pixels[1:]))
+    for index, slot in np.ndindex(OBJECTS, 2):
+        theirs = pair.model._single_frame_forward(
+            input_points=tensor(prompts.coords[index, 2 * slot])[None, None],
+            input_labels=tensor(prompts.labels[index, 2 * slot])[None, None],
+            input_masks=tensor(np.clip(before[index], -32, 32))[None, None] if slot else None,
+            image_embeddings=images,
         )
-        assert np.abs(anchors.prediction.low_res[0, index]).max() > PROMPT_LOGIT_LIMIT == 32
-        for slot, theirs in ((0, first), (2, second)):
-            assert_close(anchors.prediction.low_res[slot, index], theirs.pred_masks[0, 0])
-            assert_close(anchors.prediction.pointer[slot, index], theirs.object_pointer[0, 0])
+        assert_close(anchors.prediction.low_res[2 * slot, index], theirs.pred_masks[0, 0])
+        assert_close(anchors.prediction.pointer[2 * slot, index], theirs.object_pointer[0, 0])
 
 
 def test_rounded_memories(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memories as they are kept outside of tests: in bfloat16, which shows in what is tracked from them."""
     pair, pixels, prompts = small(), frames(3, SMALL.image_size), some_prompts(1)
-    exact = track(pair, pixels, [0], prompts)
+    unrounded = track(pair, pixels, [0], prompts)[1].prediction.low_res
     monkeypatch.setattr(pair, "round_memory", True)
     ours, theirs = track(pair, pixels, [0], prompts, "bfloat16"), track_with_torch(pair, pixels, [0], prompts)
-    for index in range(3):
-        a, b = ours[index].memory, theirs[index]["memory"]
-        np.testing.assert_array_equal(a, a.astype(jnp.bfloat16).astype(np.float32))
-        print(index, (a != b).mean(), np.abs(a-b).max(), np.abs(exact[index].prediction.low_res-theirs[index]['low_res']).max(), np.abs(ours[index].prediction.low_res-theirs[index]['low_res']).max())
+    for a, b in zip(ours, theirs):
+        differ = a.memory != b["memory"]
+        assert differ.mean() < 0.01
+        # those lie on the edge between two neighbours
+        np.testing.assert_allclose(a.memory[differ], b["memory"][differ], rtol=2.0**-7)
+    assert_close(ours[1].prediction.low_res, theirs[1]["low_res"], 1e-4)
+    assert np.abs(unrounded - theirs[1]["low_res"]).max() > 1e-3 * np.abs(theirs[1]["low_res"]).max()

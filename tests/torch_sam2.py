@@ -324,14 +324,14 @@ def channels_last(x: Any) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def inference() -> Iterator[None]:
-    """Full precision on both sides, no gradients, one thread: several wait for each other where tests share cores."""
+def inference(threads: int = 1) -> Iterator[None]:
+    """Full precision on both sides, no gradients; several threads wait for each other where tests share cores."""
     torch = pytest.importorskip("torch", reason="needs the test extra")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     with jax.default_matmul_precision("highest"), torch.inference_mode():
         yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ MODEL/tokenizer/    the Qwen2 tokenizer's files, if the model has one
 import contextlib
 import errno
 import functools
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
 
 from virst_jax.config import VirstConfig, from_json, to_json
 from virst_jax.errors import UserError
@@ -89,9 +92,22 @@ def save_model(path: str | Path, cfg: VirstConfig, params: Mapping[str, Any], to
             copy_tokenizer(tokenizer, part / TOKENIZER)
 
 
+class _OneByOne(type_handlers.NumpyHandler):
+    """Writes numpy arrays one after another and without copies: together they may be larger than memory."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values)):
+            for pending in await super().serialize([value], [info], [arg]):
+                pending.result()
+        return []
+
+
 def write_parameters(path: Path, params: Mapping[str, Any]) -> None:
-    """Writes a parameter tree with Orbax, array by array, so that host memory need not hold it."""
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
+    """Writes a parameter tree with Orbax, uncompressed: random bits of weights do not shrink."""
+    registry = type_handlers.create_type_handler_registry(
+        (np.ndarray, _OneByOne(deepcopy_host_arrays=False)), (jax.Array, type_handlers.ArrayHandler())
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=arguments))
@@ -124,6 +140,66 @@ def read_config(path: str | Path) -> VirstConfig:
         raise UserError(f"{path}: no model (cannot read {CONFIG}); give a folder that the converter wrote") from error
 
 
+def read_parameters(path: str | Path, budget: int = 1 << 30) -> Iterator[tuple[str, np.ndarray]]:
+    """All parameters of a model folder as stored, one after another, for models larger than memory.
+
+    Args:
+      budget: bytes that are read at a time; a larger parameter is read alone.
+
+    Yields:
+      The keys of the parameter tree joined by "/", and the values.
+
+    Raises:
+      UserError: broken.
+    """
+    folder = (Path(path) / PARAMS).absolute()
+    _, stored = stored_shapes(path)
+    flat = flax.traverse_util.flatten_dict(stored)
+    batches: list[list[tuple[str, ...]]] = []
+    room = 0
+    for key, leaf in flat.items():
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if not batches or size > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(key)
+        room -= size
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        for keys in batches:
+            item = flax.traverse_util.unflatten_dict(dict.fromkeys(keys, 0))
+            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            request = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+            try:
+                restored = flax.traverse_util.flatten_dict(checkpointer.restore(folder, args=request))
+            except (OSError, ValueError, KeyError) as error:
+                raise _broken(folder, error) from error
+            for key in keys:
+                yield "/".join(key), restored.pop(key)
+
+
+def _broken(folder: Path, error: Exception) -> UserError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{folder}: broken parameters ({first[:200]}); convert or copy the model again")
+
+
+def stored_shapes(path: str | Path) -> tuple[VirstConfig, Any]:
+    """The config of a model folder, and shape and dtype of what it stores: a tree of Orbax metadata.
+
+    Raises:
+      UserError: no model folder, a broken one, or parameters that do not fit its config.
+    """
+    cfg = read_config(path)
+    folder = (Path(path) / PARAMS).absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = checkpointer.metadata(folder).item_metadata
+            stored = stored.tree if hasattr(stored, "tree") else stored
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise _broken(folder, error) from error
+    _compare_shapes(str(folder), stored, parameter_shapes(cfg))
+    return cfg, stored
+
+
 def load_model(path: str | Path, dtype: str | None = None, shardings: Any = None) -> tuple[VirstConfig, Any]:
     """Reads a model folder.
 
@@ -137,29 +213,20 @@ def load_model(path: str | Path, dtype: str | None = None, shardings: Any = None
     Raises:
       UserError: no model folder, a broken one, or parameters that do not fit its config.
     """
-    cfg = read_config(path)
+    cfg, stored = stored_shapes(path)
     folder = (Path(path) / PARAMS).absolute()
-    shapes = parameter_shapes(cfg)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), stored)
+    target = jax.tree.map(
+        lambda have, sharding: jax.ShapeDtypeStruct(have.shape, dtype or have.dtype, sharding=sharding),
+        stored,
+        shardings,
+    )
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata(folder).item_metadata
-            stored = stored.tree if hasattr(stored, "tree") else stored
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{folder}: no readable parameters ({error}); convert or copy the model again") from error
-        _compare_shapes(str(folder), stored, shapes)
-        if shardings is None:
-            shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
-        target = jax.tree.map(
-            lambda have, want, sharding: jax.ShapeDtypeStruct(want.shape, dtype or have.dtype, sharding=sharding),
-            stored,
-            shapes,
-            shardings,
-        )
         try:
             return cfg, checkpointer.restore(folder, target)
         except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"{folder}: broken parameters ({first}); convert or copy the model again") from error
+            raise _broken(folder, error) from error
 
 
 def _compare_shapes(where: str, stored: Any, wanted: Any) -> None:

@@ -27,6 +27,7 @@ class Understanding:
 
     visual_tokens: jax.Array  # dtype[1, V, D]
     inputs_embeds: jax.Array  # dtype[O, L, D], before the initial fusion
+    hidden_layers: jax.Array  # dtype[layers + 1, O, N, D], what enters each layer at [SEG], and the final hidden state
     seg_hidden: jax.Array  # dtype[O, N, D]
     prompts: jax.Array  # dtype[O, N, F, C]
     frame_scores: jax.Array  # float32[O, F]
@@ -70,10 +71,13 @@ class Network:
             text = embeds = apply(Virst.embed, ids, index, for_each(visual))
             if self.cfg.fusion.initial:
                 embeds = apply(Virst.fuse_initially, embeds, seg, for_each(maps))
-            hidden = apply(Virst.hidden, embeds, mask)
+            hidden, layers = apply(Virst.hidden_layers, embeds, mask)
             prompts, scores = apply(Virst.prompts, hidden, seg, for_each(maps))
             rows = jnp.arange(ids.shape[0])[:, None]
-            return Understanding(visual, text, hidden[rows, seg], prompts, scores)
+            at_seg = hidden[rows, seg]
+            return Understanding(
+                visual, text, jnp.concatenate([layers[:, rows, seg], at_seg[None]]), at_seg, prompts, scores
+            )
 
         return jax.jit(understand)
 

@@ -85,7 +85,14 @@ def video_losses(
         return model.apply({"params": params}, *args, method=method, rngs=rngs, **kwargs)
 
     conversations = batch.token_ids.shape[0]
-    features: Any = tracker.sam.apply({"params": params["sam2"]}, batch.frames, method=Sam2.encode_image)
+
+    @jax.checkpoint
+    def encode(frame: jax.Array) -> Any:
+        encoded = tracker.sam.apply({"params": params["sam2"]}, frame[None], method=Sam2.encode_image)
+        return jax.tree.map(lambda x: x[0], encoded)
+
+    # frame by frame, recomputed in the backward pass: the encoder's activations at full size are gigabytes a frame
+    features = jax.lax.map(encode, batch.frames)
     maps = jnp.broadcast_to(features.top, (conversations, *features.top.shape))
     visual = apply(Virst.encode_clips, batch.clips)
     visual = visual.reshape(1, -1, visual.shape[-1])

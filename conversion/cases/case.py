@@ -98,6 +98,12 @@ class Case:
         match = re.search(pattern, self.text)
         return int(match.group(1)) if match else default
 
+    def shape(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """An input's shape in the words about the inputs, given as `"name",(2,3)`, `"name" (2,3)` or `(2,3)="name"`."""
+        quoted, sizes = re.escape(f'"{name}"'), r"\(([\d\s,]+)\)"
+        match = re.search(rf"{quoted}[\s,]*{sizes}|{sizes}\s*=\s*{quoted}", self.text)
+        return tuple(int(size) for size in re.findall(r"\d+", match[1] or match[2])) if match else default
+
     def params(self, rules: "list[Rule]", prefix: str = "") -> dict[str, Any]:
         """The tree of the case's own weights. Its names lack `prefix`."""
         table = {name.removeprefix(prefix): target for name, target in rules}

@@ -149,8 +149,8 @@ def run_token_merge(case: Case) -> None:
     rules = list(vision_rules(VisionConfig()))
     params = case.params(rules, "model.mm_projector.")["projector"]
     heads, width = sizes["heads"], sizes["dim"]
-    patches = case.number(r'"tome\.x",\(\d+,(\d+)', 784)
-    odd = case.number(r'"tome\.z",\(1,(\d+)', 100)
+    patches = case.shape("tome.x", (3, 784, width))[1]
+    odd = case.shape("tome.z", (1, 100, width))[1]
     frames = case.number(r"clips of (\d+) frames", 4)
     clips = out["video_merged"].shape[0]
     inputs = {
@@ -227,7 +227,7 @@ def run_mask_decoder(case: Case) -> None:
     cfg, out = sam.cfg, case.outputs
     batch, size, width = out["ious_True"].shape[0], cfg.feature_size, cfg.hidden_size
     image = channels_last(case.input("dec.feat", (batch, width, size, size)))
-    tokens = case.input("dec.toks", (batch, case.number(r"toks \(\d+,(\d+),", 5), width))
+    tokens = case.input("dec.toks", (batch, case.shape("dec.toks", (batch, 5, width))[1], width))
     high0 = channels_last(case.input("dec.s0", (batch, width // 8, 4 * size, 4 * size)))
     high1 = channels_last(case.input("dec.s1", (batch, width // 4, 2 * size, 2 * size)))
     prompt = case.input("dec.mlog", (batch, 1, 4 * size, 4 * size), 4.0)[:, 0]
@@ -271,21 +271,23 @@ def run_st_fusion(case: Case) -> None:
     fusion = FusionConfig(num_heads=sizes["heads"], num_layers=sizes["layers"])
     params, compute = case.params(list(fusion_rules(VirstConfig(fusion=fusion)))), compute_of(case)
     width, side = sizes["token_dim"], 8 * sizes["grid"]
+    channels = case.meta["manifest"]["model.seg_prompter.spatial_down.0.weight"][1]
     batch, count, frames, _ = out["prompts"].shape
     seg = case.input("stf.tok", (batch, count, sizes["hidden"]))
-    maps = channels_last(case.input("stf.img", (batch, frames, width, side, side)))
+    maps = channels_last(case.input("stf.img", (batch, frames, channels, side, side)))
     second = jax.jit(SecondFusion(fusion, compute, width).apply)
     prompts, scores = second({"params": params["second_fusion"]}, seg, maps)
     case.checks += [close("prompts", prompts, out["prompts"]), close("frame_scores", scores, out["frame_scores"])]
     batch, count, hidden = out["initial"].shape
     seg = case.input("stf.seg", (batch, count, hidden))
-    maps = channels_last(case.input("stf.img2", (batch, frames, width, side, side)))
+    frames = case.shape("stf.img2", (batch, frames))[1]
+    maps = channels_last(case.input("stf.img2", (batch, frames, channels, side, side)))
     initial = jax.jit(InitialFusion(fusion, compute, width).apply)({"params": params["initial_fusion"]}, seg, maps)
     case.checks.append(close("initial", initial, out["initial"]))
 
 
 def run_losses(case: Case) -> None:
-    shape = (1, case.number(r"\(1,(\d+),", 40), case.number(r"\(1,\d+,(\d+)\)", 50))
+    shape = case.shape("loss.x", (1, 40, 50))
     logits = jnp.asarray(case.input("loss.x", shape, 3.0))
     target = jnp.asarray(case.input("loss.y", shape) > 0.3)
     for suffix, mask in (("", target), ("_empty", jnp.zeros_like(target))):

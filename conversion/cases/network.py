@@ -1,180 +1,213 @@
-"""Cases of the whole network on a short video (e2e_*) and of the training losses (train_loss*).
+"""Cases of the whole network on a short video: e2e_*, with rule weights or recorded from a checkpoint.
 
-Axes: T frames, F segmentation frames, A anchors, R side of the tracker's image.
+Axes: T frames, F segmentation frames, A anchors, D width of the language model, R side of the tracker's image.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conversion.assemble import take_apart
 from conversion.cases.case import Case, Check, close, exact, same_masks, within
-from conversion.cases.modules import compute_of, qwen_config, sam2_config, vision_config
+from conversion.cases.modules import channels_first, compute_of, qwen_config, sam2_config, vision_config
 from conversion.rules import rule_table
-from conversion.weights_rule import make_video
-from virst_jax.config import FusionConfig, VirstConfig
+from conversion.weights_rule import make_input, make_video
+from virst_jax.checkpoint import load_model
+from virst_jax.config import FusionConfig, LoraConfig, VirstConfig, virst_7b
 from virst_jax.data.frames import eval_anchors
 from virst_jax.data.sequence import splice
-from virst_jax.data.transforms import sam_pixels
+from virst_jax.data.transforms import sam_pixels, vlm_pixels
+from virst_jax.errors import UserError
 from virst_jax.inference import Network
-from virst_jax.losses import VideoBatch, video_losses
+from virst_jax.models.sam2.sam2 import Features
 from virst_jax.models.virst import Virst
 from virst_jax.ops.resize import resize_maps
 
 SEG_MODEL = "model.seg_model."
+LOW_PRECISION = 5e-2  # relative L2 error that bfloat16 explains over a network of this depth
+BFLOAT16_STEP = 2.0**-8  # memories are stored in bfloat16: a value on the border falls to either side
 
 
 def network_config(case: Case) -> VirstConfig:
-    """The config of a case's small network, from its sizes and its manifest."""
+    """The config of a case's network, from its sizes and its manifest."""
     given, manifest = case.meta["config"], case.meta["manifest"]
-    sizes = given["tiny"]
-    sam2 = sam2_config(manifest, SEG_MODEL, given.get("image_size", 1024), sizes["hiera"])
+    sizes, full = given["tiny"], virst_7b()
+    sam2 = sam2_config(manifest, SEG_MODEL, given.get("image_size", 1024), sizes and sizes["hiera"])
     attended = given.get("max_cond_frames_in_attn", sam2.max_anchors_attended)
-    return VirstConfig(
+    cfg = dataclasses.replace(
+        full,
         name=case.name,
-        llm=qwen_config(sizes),
-        vision=vision_config(sizes["umt"]),
         sam2=dataclasses.replace(sam2, max_anchors_attended=attended),
         fusion=FusionConfig(initial=given.get("initial_seg_fusion", False)),
-        seg_token_id=given.get("seg_token_id", sizes["vocab_size"] - 1),
         compute=compute_of(case),
     )
+    if sizes is None:  # the release's own
+        rows = manifest["lm_head.weight"][0]
+        llm = dataclasses.replace(full.llm, vocab_size=rows, lora=LoraConfig(rank=0))
+        return dataclasses.replace(cfg, llm=llm, seg_token_id=given.get("seg_token_id", full.seg_token_id))
+    llm, vision = qwen_config(sizes), vision_config(sizes["umt"])
+    seg = given.get("seg_token_id", llm.vocab_size - 1)
+    return dataclasses.replace(cfg, llm=llm, vision=vision, seg_token_id=seg)
 
 
-def _params(case: Case, cfg: VirstConfig) -> dict[str, Any]:
+def rule_params(case: Case, cfg: VirstConfig) -> dict[str, Any]:
+    """The parameters that the rule gives for the case's manifest."""
     params = case.params(list(rule_table(cfg).items()))
     return jax.tree.map(jnp.asarray, case.complete(params, Virst(cfg)))
 
 
-def _clips(case: Case, name: str, cfg: VirstConfig, count: int) -> np.ndarray:
+def rule_clips(case: Case, name: str, cfg: VirstConfig, count: int, salt: int) -> np.ndarray:
+    """Normalised clips that the rule gives, float32[clips, frames, S, S, 3]."""
     side = cfg.vision.image_size
-    frames = case.input(name, (1, count, 3, side, side))[0].transpose(0, 2, 3, 1)
+    frames = make_input(name, (1, count, 3, side, side), salt)[0].transpose(0, 2, 3, 1)
     return frames.reshape(-1, cfg.vision.clip_frames, side, side, 3)
 
 
-def run_e2e(case: Case) -> None:
+def _network(case: Case) -> Network:
+    if case.meta.get("state", {}).get("from") != "checkpoint":
+        cfg = network_config(case)
+        return Network(cfg, rule_params(case, cfg))
+    if case.checkpoint is None:
+        raise UserError("recorded from a checkpoint: convert that checkpoint and name its folder with --checkpoint")
+    cfg, params = load_model(case.checkpoint, case.dtype)
+    given = case.meta["config"]
+    cfg = dataclasses.replace(
+        cfg,
+        fusion=dataclasses.replace(cfg.fusion, initial=given["initial_seg_fusion"]),
+        sam2=dataclasses.replace(cfg.sam2, max_anchors_attended=given["max_cond_frames_in_attn"]),
+        compute=compute_of(case),
+    )
+    if (given["image_size"], given["seg_token_id"]) != (cfg.sam2.image_size, cfg.seg_token_id):
+        raise UserError(f"{case.checkpoint}: another network than the case was recorded with (config.json differs)")
+    return Network(cfg, params)
+
+
+def _video(case: Case) -> np.ndarray:
+    """uint8[T, H, W, 3]"""
     meta = case.meta
-    cfg = network_config(case)
-    network = Network(cfg, _params(case, cfg))
-    video = make_video(meta["n_frames"], meta["hw"][0], meta["hw"][1], salt=meta.get("video_salt", case.salt))
-    clips = _clips(case, f"{case.name}.clip", cfg, meta["t_vlm"])
-    compare_network(case, cfg, network, video, clips)
+    if meta.get("video", {}).get("from") == "npz":
+        return case.outputs["frames"]
+    salt = meta.get("video_salt", case.salt)
+    return make_video(meta["n_frames"], meta["hw"][0], meta["hw"][1], salt=salt)
 
 
-def compare_network(case: Case, cfg: VirstConfig, network: Network, video: np.ndarray, clips: np.ndarray) -> None:
-    """Runs a video uint8[T, H, W, 3] with normalised clips through the network and compares stage by stage."""
-    meta, out, image = case.meta, case.outputs, cfg.sam2.image_size
+def _video_clips(case: Case, cfg: VirstConfig, video: np.ndarray) -> np.ndarray:
+    meta, clip = case.meta, case.meta.get("clip", {})
+    if clip.get("from") == "frames":
+        pixels = vlm_pixels(video[meta["vlm_idx"]], cfg.vision.image_size)
+        return pixels.reshape(-1, cfg.vision.clip_frames, *pixels.shape[1:])
+    return rule_clips(case, clip.get("name", f"{case.name}.clip"), cfg, meta["t_vlm"], clip.get("salt", case.salt))
+
+
+class Comparison:
+    """Compares values with a case's outputs, thinned as those are; outputs that a case lacks are passed over."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.low = {case.dtype, case.meta.get("dtype", "float32")} != {"float32"}
+
+    def __contains__(self, output: str) -> bool:
+        return output in self.case.outputs
+
+    def thin(self, output: str, value: Any) -> np.ndarray:
+        value = np.asarray(value)
+        strides = self.case.meta.get("strides", {}).get(output)
+        if strides is None:  # cases that do not say: as many values as there are
+            wanted = self.case.outputs[output].shape
+            strides = [max(1, -(-have // want)) for have, want in zip(value.shape, wanted)]
+        return value[tuple(slice(None, None, step) for step in strides)]
+
+    def close(self, output: str, value: Any, relative: float = 1e-4) -> None:
+        if output in self:
+            bound = LOW_PRECISION if self.low else relative
+            self.add(close(output, self.thin(output, value), self.case.outputs[output], bound))
+
+    def pixels(self, output: str, value: np.ndarray) -> None:
+        if output in self:
+            ours = self.thin(output, channels_first(value))
+            self.add(within(output, ours, self.case.outputs[output], 1e-5, "the same PIL call"))
+
+    def add(self, check: Check) -> None:
+        self.case.checks.append(check)
+
+
+def run_e2e(case: Case) -> None:
+    network = _network(case)
+    cfg, meta, compare = network.cfg, case.meta, Comparison(case)
+    video = _video(case)
+    clips = _video_clips(case, cfg, video)
     seg_frames = meta["sam_idx"]
     anchors = eval_anchors(len(seg_frames), cfg.frames_per_anchor)
     anchor_frames = [seg_frames[i] for i in anchors]
-    case.checks.append(exact("cond_frames", sorted(set(anchor_frames)), meta["cond_frames"]))
+    compare.add(exact("cond_frames", sorted(set(anchor_frames)), meta["cond_frames"]))
 
     # one frame at a time: float32 pixels of a long video would not fit
-    def pixels(indices: Any, resample: str) -> Any:
-        return (sam_pixels(video[i : i + 1], image, resample)[0] for i in indices)
+    def pixels(indices: Iterable[int], resample: str) -> Iterator[np.ndarray]:
+        return (sam_pixels(video[i : i + 1], cfg.sam2.image_size, resample)[0] for i in indices)
 
-    maps = network.encode_frames(pixels(seg_frames, "bilinear")).top
+    compare.pixels("clip_pixels", clips.reshape(-1, *clips.shape[2:]))
+    compare.pixels("sam_pixels", next(pixels(seg_frames, "bilinear")))
+    compare.pixels("track_pixels", next(pixels([0], "bicubic")))
+
+    prompts = _language(network, compare, clips, pixels(seg_frames, "bilinear"))
+    features = network.encode_frames(pixels(anchor_frames, "bicubic"))
+    if anchor_frames[0] == 0:
+        _levels(compare, "track", features)
+    state = network.prompt_anchors(
+        features, np.asarray(anchor_frames), prompts[:, :, np.asarray(anchors)], len(anchors)
+    )
+    tracked = network.track(state, pixels(range(len(video)), "bicubic"), len(video), keep_memory=True)
+    _tracking(compare, cfg, tracked, video.shape[1:3])
+
+
+def _levels(compare: Comparison, name: str, features: Features) -> None:
+    for i, level in enumerate((features.high0, features.high1, features.top)):
+        compare.close(f"{name}_fpn{i}", channels_first(level[0]))
+
+
+def _language(network: Network, compare: Comparison, clips: np.ndarray, frames: Iterator[np.ndarray]) -> jax.Array:
+    """Everything up to the prompts dtype[1, N, F, C], which it returns."""
+    cfg, meta = network.cfg, compare.case.meta
+    features = network.encode_frames(frames)
+    _levels(compare, "seg", features)
     visual = clips.shape[0] * clips.shape[1] * cfg.vision.tokens_per_frame
     sequence = splice(meta["input_ids"], meta["labels"], visual, cfg.seg_token_id)
     rows = (sequence.token_ids, sequence.visual_index, sequence.mask, sequence.seg_positions)
-    understood = network.understand(clips, maps, *(row[None] for row in rows))
-    case.checks.append(close("visual_tokens", understood.visual_tokens, out["visual_tokens"]))
-    case.checks.append(close("inputs_embeds", understood.inputs_embeds, out["inputs_embeds"]))
-    case.checks.append(close("seg_hidden", understood.seg_hidden, out["seg_hidden"]))
-    case.checks.append(close("prompts", understood.prompts, out["prompts"]))
-    case.checks.append(close("frame_scores", understood.frame_scores, out["frame_scores"]))
+    understood = network.understand(clips, features.top, *(row[None] for row in rows))
+    compare.close("visual_tokens", understood.visual_tokens)
+    compare.close("inputs_embeds", understood.inputs_embeds)
+    compare.close("hidden_layers", understood.hidden_layers[:, 0])
+    compare.close("seg_hidden", understood.seg_hidden)
+    compare.close("prompts", understood.prompts)
+    compare.close("frame_scores", understood.frame_scores)
+    return understood.prompts
 
-    features = network.encode_frames(pixels(anchor_frames, "bicubic"))
-    prompts = understood.prompts[:, :, np.asarray(anchors)]
-    state = network.prompt_anchors(features, np.asarray(anchor_frames), prompts, len(anchors))
-    low_res, pointers, scores, video_masks, memories = [], [], [], [], {}
-    tracked = network.track(state, pixels(range(len(video)), "bicubic"), len(video), keep_memory=True)
+
+def _tracking(compare: Comparison, cfg: VirstConfig, tracked: Iterable[Any], size: tuple[int, ...]) -> None:
+    out = compare.case.outputs
+    low_res, pointers, scores, masks = [], [], [], []
+    memories: dict[str, np.ndarray] = {}
     for t, frame in enumerate(tracked):
         prediction = frame.prediction
-        stride = cfg.sam2.low_res_size // out["low_res_masks"].shape[-1]
-        low_res.append(np.asarray(prediction.low_res[0, ::stride, ::stride]))
+        low_res.append(np.asarray(prediction.low_res[0]))
         pointers.append(np.asarray(prediction.pointer[0], np.float32))
         scores.append(float(prediction.object_score[0]))
-        video_masks.append(np.asarray(resize_maps(prediction.low_res[0], video.shape[1:3]) > 0))
-        if f"memory_{t}" in out:
-            size = cfg.sam2.feature_size
-            memory = np.asarray(frame.memory[0], np.float32).reshape(size, size, -1).transpose(2, 0, 1)
-            memories[t] = memory[::8, ::8, ::8]
-    case.checks.append(close("low_res_masks", np.stack(low_res), out["low_res_masks"], 1e-3))
-    case.checks.append(close("obj_ptr", np.stack(pointers), out["obj_ptr"], 1e-3))
-    case.checks.append(_same_scores("object_score_logits", np.asarray(scores), out["object_score_logits"]))
-    bits = np.unpackbits(out["video_mask_bits"], axis=-1)[..., : video.shape[2]].astype(bool)
-    case.checks.append(same_masks("video_mask_bits", np.stack(video_masks), bits))
-    for t, memory in memories.items():
-        # stored in bfloat16: values on the border of two of its steps may fall on either side
-        case.checks.append(close(f"memory_{t}", memory, out[f"memory_{t}"], 1e-3))
-
-
-def _same_scores(output: str, ours: np.ndarray, theirs: np.ndarray) -> Check:
-    check = close(output, ours, theirs, 1e-3)
-    if not np.array_equal(ours > 0, theirs > 0):
-        return dataclasses.replace(check, passed=False, note="signs differ")
-    return check
-
-
-def ellipse_targets(count: int, size: int = 1024) -> np.ndarray:
-    """The targets of the training cases, bool[T, R, R]: a drifting ellipse, absent on the sixth frame."""
-    y, x = np.mgrid[:size, :size]
-    masks = [((y - 400 - 20 * t) / 180) ** 2 + ((x - 300 - 60 * t) / 240) ** 2 < 1 for t in range(count)]
-    return np.stack([mask & (t != 5) for t, mask in enumerate(masks)])
-
-
-def run_train_loss(case: Case) -> None:
-    meta, out = case.meta, case.outputs
-    cfg = network_config(case)
-    weights = meta["config"].get("weights")
-    if weights:
-        cfg = dataclasses.replace(cfg, loss=dataclasses.replace(cfg.loss, **weights))
-    params = _params(case, cfg)
-    count = case.number(r"make_video\((\d+)", 6)
-    hw = (case.number(r"make_video\(\d+, (\d+)", 96), case.number(r"make_video\(\d+, \d+, (\d+)", 128))
-    video = make_video(count, hw[0], hw[1], salt=meta.get("video_salt", case.salt))
-    clips = _clips(case, "train.clip", cfg, case.number(r"\(1,(\d+),3", 4))
-    visual = clips.shape[0] * clips.shape[1] * cfg.vision.tokens_per_frame
-    sequence = splice(meta["input_ids"], meta["labels"], visual, cfg.seg_token_id)
-    batch = VideoBatch(
-        clips=jnp.asarray(clips),
-        token_ids=jnp.asarray(sequence.token_ids)[None],
-        visual_index=jnp.asarray(sequence.visual_index)[None],
-        labels=jnp.asarray(sequence.labels)[None],
-        mask=jnp.asarray(sequence.mask)[None],
-        seg_positions=jnp.asarray(sequence.seg_positions)[None],
-        frames=jnp.asarray(sam_pixels(video, cfg.sam2.image_size, "bilinear")),
-        targets=jnp.asarray(ellipse_targets(count, cfg.sam2.image_size))[None],
-        anchors=jnp.asarray(meta["cond_frames"]),
-        frames_used=jnp.asarray(meta["frames_used"]),
-    )
-
-    def loss(params: Any, batch: VideoBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return video_losses(cfg, params, batch)
-
-    (total, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch)
-    for key, expected in meta["losses"].items():
-        ours = total if key == "loss" else parts[key]
-        case.checks.append(close(key, ours, expected))
-    stride = cfg.sam2.image_size // out["pred_mask"].shape[-1]
-    probability = jax.nn.sigmoid(parts["masks"][0, :, ::stride, ::stride])
-    case.checks.append(close("pred_mask", probability, out["pred_mask"], 1e-3))
-    case.checks.append(_gradient_norms(case, cfg, gradients))
-
-
-def _gradient_norms(case: Case, cfg: VirstConfig, gradients: Any) -> Check:
-    """Every parameter's gradient norm within 1e-3; parameters without a gradient in the release are passed over."""
-    norms = {
-        name: float(np.linalg.norm(read().astype(np.float64))) for name, read in take_apart(rule_table(cfg), gradients)
-    }
-    names = [name for name, value in case.meta["grad_norms"].items() if value is not None]
-    theirs, ours = case.outputs["grad_norms"], np.array([norms[name] for name in names])
-    # a sum that cancels (a bias before a softmax) leaves rounding of the size of its terms
-    error = np.abs(ours - theirs) / np.maximum(theirs, 1e-6 * theirs.max())
-    worst = int(error.argmax())
-    check = within("grad_norms", error, np.zeros_like(error), 1e-3, f"{len(names)} parameters, worst {names[worst]}")
-    return dataclasses.replace(check, max_abs=float(np.abs(ours - theirs).max()), relative=float(error.max()))
+        masks.append(np.asarray(resize_maps(prediction.low_res[0], (size[0], size[1])) > 0))
+        if f"memory_{t}" in compare:
+            side = cfg.sam2.feature_size
+            memory = np.asarray(frame.memory[0], np.float32).reshape(side, side, -1)
+            memories[f"memory_{t}"] = compare.thin(f"memory_{t}", channels_first(memory))
+    compare.close("low_res_masks", np.stack(low_res), 1e-3)
+    compare.close("obj_ptr", np.stack(pointers), 1e-3)
+    theirs = out["object_score_logits"]
+    check = close("object_score_logits", np.asarray(scores), theirs, LOW_PRECISION if compare.low else 1e-3)
+    if not np.array_equal(np.asarray(scores) > 0, theirs > 0):
+        check = dataclasses.replace(check, passed=False, note="signs differ")
+    compare.add(check)
+    bits = np.unpackbits(out["video_mask_bits"], axis=-1)[..., : size[1]].astype(bool)
+    compare.add(same_masks("video_mask_bits", np.stack(masks), bits, 0.95 if compare.low else 0.998))
+    for name, memory in memories.items():
+        compare.close(name, memory, BFLOAT16_STEP)

@@ -64,6 +64,10 @@ class Virst(nn.Module):
         """Hidden states after the final norm: embeds dtype[B, L, D], mask bool[B, L] -> dtype[B, L, D]."""
         return self.llm(embeds, mask, deterministic=deterministic)
 
+    def hidden_layers(self, embeds: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As `hidden`, with every layer's input dtype[layers, B, L, D]."""
+        return self.llm(embeds, mask, return_layers=True)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """dtype[..., D] -> float32[..., vocab]"""
         return self.llm.logits(hidden)

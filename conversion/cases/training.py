@@ -1,0 +1,82 @@
+"""Cases of the training losses and their gradients: train_loss*.
+
+Axes: T frames, R side of the tracker's image.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conversion.assemble import flatten, take_apart
+from conversion.cases.case import Case, Check, close, within
+from conversion.cases.network import network_config, rule_clips, rule_params
+from conversion.rules import rule_table
+from conversion.weights_rule import make_video
+from virst_jax.config import VirstConfig
+from virst_jax.data.sequence import splice
+from virst_jax.data.transforms import sam_pixels
+from virst_jax.losses import VideoBatch, video_losses
+
+
+def ellipse_targets(count: int, size: int = 1024) -> np.ndarray:
+    """The targets of the training cases, bool[T, R, R]: a drifting ellipse, absent on the sixth frame."""
+    y, x = np.mgrid[:size, :size]
+    masks = [((y - 400 - 20 * t) / 180) ** 2 + ((x - 300 - 60 * t) / 240) ** 2 < 1 for t in range(count)]
+    return np.stack([mask & (t != 5) for t, mask in enumerate(masks)])
+
+
+def run_train_loss(case: Case) -> None:
+    meta, out = case.meta, case.outputs
+    cfg = network_config(case)
+    weights = meta["config"].get("weights")
+    if weights:
+        cfg = dataclasses.replace(cfg, loss=dataclasses.replace(cfg.loss, **weights))
+    params = rule_params(case, cfg)
+    count = case.number(r"make_video\((\d+)", 6)
+    hw = (case.number(r"make_video\(\d+, (\d+)", 96), case.number(r"make_video\(\d+, \d+, (\d+)", 128))
+    video = make_video(count, hw[0], hw[1], salt=meta.get("video_salt", case.salt))
+    clips = rule_clips(case, "train.clip", cfg, case.number(r"\(1,(\d+),3", 4), case.salt)
+    visual = clips.shape[0] * clips.shape[1] * cfg.vision.tokens_per_frame
+    sequence = splice(meta["input_ids"], meta["labels"], visual, cfg.seg_token_id)
+    batch = VideoBatch(
+        clips=jnp.asarray(clips),
+        token_ids=jnp.asarray(sequence.token_ids)[None],
+        visual_index=jnp.asarray(sequence.visual_index)[None],
+        labels=jnp.asarray(sequence.labels)[None],
+        mask=jnp.asarray(sequence.mask)[None],
+        seg_positions=jnp.asarray(sequence.seg_positions)[None],
+        frames=jnp.asarray(sam_pixels(video, cfg.sam2.image_size, "bilinear")),
+        targets=jnp.asarray(ellipse_targets(count, cfg.sam2.image_size))[None],
+        anchors=jnp.asarray(meta["cond_frames"]),
+        frames_used=jnp.asarray(meta["frames_used"]),
+    )
+
+    def loss(params: Any, batch: VideoBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return video_losses(cfg, params, batch)
+
+    (total, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch)
+    for key, expected in meta["losses"].items():
+        ours = total if key == "loss" else parts[key]
+        case.checks.append(close(key, ours, expected))
+    stride = cfg.sam2.image_size // out["pred_mask"].shape[-1]
+    probability = jax.nn.sigmoid(parts["masks"][0, :, ::stride, ::stride])
+    case.checks.append(close("pred_mask", probability, out["pred_mask"], 1e-3))
+    case.checks.append(_gradient_norms(case, cfg, gradients))
+
+
+def _gradient_norms(case: Case, cfg: VirstConfig, gradients: Any) -> Check:
+    """Every parameter's gradient norm within 1e-3; parameters without a gradient in the release are passed over."""
+    norms = {
+        name: float(np.linalg.norm(read().astype(np.float64)))
+        for name, read in take_apart(rule_table(cfg), flatten(gradients).items())
+    }
+    names = [name for name, value in case.meta["grad_norms"].items() if value is not None]
+    theirs, ours = case.outputs["grad_norms"], np.array([norms[name] for name in names])
+    # a sum that cancels (a bias before a softmax) leaves rounding of the size of its terms
+    error = np.abs(ours - theirs) / np.maximum(theirs, 1e-6 * theirs.max())
+    worst = int(error.argmax())
+    check = within("grad_norms", error, np.zeros_like(error), 1e-3, f"{len(names)} parameters, worst {names[worst]}")
+    return dataclasses.replace(check, max_abs=float(np.abs(ours - theirs).max()), relative=float(error.max()))
