@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from torch_sam2 import SMALL, TorchSam2, assert_close, channels_first, frames, inference, quick_jit, small, tensor
 
+from virst_jax.config import Compute
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.tracking.tracker import PROMPT_LOGIT_LIMIT, Anchors, Tracked, Tracker
 
@@ -62,31 +63,36 @@ def stacked(outputs: list[Any]) -> dict[str, np.ndarray]:
 
 def track_with_torch(pair: TorchSam2, pixels: np.ndarray, anchors: list[int], prompts: Prompts) -> list[dict[str, Any]]:
     """Every frame's outcome."""
-    session = pair.session(pixels)
+    state = pair.open_video(pixels)
     for slot, frame in enumerate(anchors):
         for index in range(OBJECTS):
-            session.obj_id_to_idx(index)
+            state.obj_id_to_idx(index)
             coords, labels = tensor(prompts.coords[index, slot]), tensor(prompts.labels[index, slot])
             inputs = {"point_coords": coords[None, None], "point_labels": labels[None, None]}
-            session.add_point_inputs(index, frame, inputs)
-            session.obj_with_new_inputs.append(index)
-        pair.model(session, frame_idx=frame)
-    for _ in pair.model.propagate_in_video_iterator(session, start_frame_idx=0):
+            state.add_point_inputs(index, frame, inputs)
+            state.obj_with_new_inputs.append(index)
+        pair.model(state, frame_idx=frame)
+    for _ in pair.model.propagate_in_video_iterator(state, start_frame_idx=0):
         pass
     results = []
     for frame in range(len(pixels)):
         kind = "cond_frame_outputs" if frame in anchors else "non_cond_frame_outputs"
-        results.append(stacked([session.output_dict_per_obj[index][kind][frame] for index in range(OBJECTS)]))
+        results.append(stacked([state.output_dict_per_obj[index][kind][frame] for index in range(OBJECTS)]))
     return results
 
 
 @functools.cache
-def compiled(pair: TorchSam2, memory: str) -> tuple[Tracker, Any, Any]:
+def compiled(memory: str) -> tuple[Tracker, Any, Any]:
     """A tracker, its prompting and its tracking."""
-    tracker = Tracker(pair.sam)
+    tracker = Tracker(Sam2(SMALL, Compute()))
     assert tracker.memory_dtype == jnp.bfloat16
     tracker.memory_dtype = jnp.dtype(memory)
     return tracker, quick_jit(tracker.prompt_anchors), quick_jit(functools.partial(tracker.track, keep_memory=True))
+
+
+def encode(pair: TorchSam2, pixels: np.ndarray) -> list[Features]:
+    """Frame by frame."""
+    return [pair.features(image[None]) for image in pixels]
 
 
 def prompt(
@@ -98,24 +104,25 @@ def prompt(
     tokens = np.asarray(pair.ours(Sam2.embed_points, coords, labels)).reshape(OBJECTS, count, 3, -1)
     tokens = np.pad(tokens, ((0, 0), (0, SLOTS - count), (0, 0), (0, 0)))
     images = jax.tree.map(lambda *x: np.concatenate(x), *[features[i] for i in numbers])
-    return compiled(pair, memory)[1](pair.params, images, numbers, np.arange(SLOTS) < count, tokens)
+    return compiled(memory)[1](pair.params, images, numbers, np.arange(SLOTS) < count, tokens)
 
 
-def track(
-    pair: TorchSam2, pixels: np.ndarray, anchors: list[int], prompts: Prompts, memory: str = "float32"
-) -> list[Tracked]:
+def track(pair: TorchSam2, features: list[Features], anchors: Anchors) -> list[Tracked]:
     """Every frame's outcome."""
-    tracker, _, step = compiled(pair, memory)
-    features = [pair.features(image[None]) for image in pixels]
-    prompted = prompt(pair, features, anchors, prompts, memory)
-    recent, results = tracker.start(OBJECTS), []
-    for start in range(0, len(pixels), CHUNK):
+    tracker, _, step = compiled("float32")
+    recent, results, length = tracker.start(OBJECTS), [], len(features)
+    for start in range(0, length, CHUNK):
         numbers = np.arange(start, start + CHUNK, dtype=np.int32)
-        live = numbers < len(pixels)
+        live = numbers < length
         chunk = jax.tree.map(lambda *x: np.concatenate(x), *[features[i] for i in np.where(live, numbers, 0)])
-        recent, out = step(pair.params, prompted, recent, chunk, numbers, live, np.int32(len(pixels)))
-        results += [jax.tree.map(lambda x, i=i: np.asarray(x[i], np.float32), out) for i in range(live.sum())]
+        recent, out = step(pair.params, anchors, recent, chunk, numbers, live, np.int32(length))
+        results += [jax.tree.map(lambda x, i=i: np.asarray(x[i]), out) for i in range(live.sum())]
     return results
+
+
+def prompt_and_track(pair: TorchSam2, pixels: np.ndarray, anchors: list[int], prompts: Prompts) -> list[Tracked]:
+    features = encode(pair, pixels)
+    return track(pair, features, prompt(pair, features, anchors, prompts))
 
 
 def assert_same(ours: Tracked, theirs: dict[str, Any], tolerance: float) -> None:
@@ -136,7 +143,7 @@ def assert_same(ours: Tracked, theirs: dict[str, Any], tolerance: float) -> None
 )
 def test_every_frame(anchors: list[int], count: int) -> None:
     pair, pixels, prompts = small(), frames(count, SMALL.image_size), some_prompts(len(anchors))
-    ours, theirs = track(pair, pixels, anchors, prompts), track_with_torch(pair, pixels, anchors, prompts)
+    ours, theirs = prompt_and_track(pair, pixels, anchors, prompts), track_with_torch(pair, pixels, anchors, prompts)
     assert len(ours) == len(theirs) == count
     for a, b in zip(ours, theirs):
         assert_same(a, b, 1e-4)
@@ -145,7 +152,7 @@ def test_every_frame(anchors: list[int], count: int) -> None:
 def test_objects_that_come_and_go() -> None:
     """Absent objects leave a mask of -1024, a learned pointer and a marked memory, from which later frames track."""
     pair, pixels, prompts = small(SOMETIMES), frames(12, SMALL.image_size), some_prompts(1)
-    ours, theirs = track(pair, pixels, [0], prompts), track_with_torch(pair, pixels, [0], prompts)
+    ours, theirs = prompt_and_track(pair, pixels, [0], prompts), track_with_torch(pair, pixels, [0], prompts)
     scores = np.stack([x.prediction.object_score for x in ours])
     assert 4 < (scores > 0).sum() < 20
     assert np.abs(scores).min() > 5e-3  # rounding decides none
@@ -156,7 +163,7 @@ def test_objects_that_come_and_go() -> None:
 def test_a_second_prompt_on_one_frame() -> None:
     """It gets the first one's clamped logits as a mask prompt, and overrules the first."""
     pair, pixels, prompts = small(), frames(2, SMALL.image_size), some_prompts(3)
-    anchors = prompt(pair, [pair.features(image[None]) for image in pixels], [1, 0, 1], prompts)
+    anchors = prompt(pair, encode(pair, pixels), [1, 0, 1], prompts)
     assert anchors.valid.tolist() == [False, True, True, False, False]
     before = np.asarray(anchors.prediction.low_res[0])
     assert (np.abs(before).max((1, 2)) > PROMPT_LOGIT_LIMIT).all()
@@ -174,14 +181,21 @@ def test_a_second_prompt_on_one_frame() -> None:
 
 def test_rounded_memories(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memories as they are kept outside of tests: in bfloat16, which shows in what is tracked from them."""
-    pair, pixels, prompts = small(), frames(3, SMALL.image_size), some_prompts(1)
-    unrounded = track(pair, pixels, [0], prompts)[1].prediction.low_res
+    pair, pixels, prompts = small(), frames(2, SMALL.image_size), some_prompts(1)
     monkeypatch.setattr(pair, "round_memory", True)
-    ours, theirs = track(pair, pixels, [0], prompts, "bfloat16"), track_with_torch(pair, pixels, [0], prompts)
-    for a, b in zip(ours, theirs):
-        differ = a.memory != b["memory"]
-        assert differ.mean() < 0.01
-        # those lie on the edge between two neighbours
-        np.testing.assert_allclose(a.memory[differ], b["memory"][differ], rtol=2.0**-7)
-    assert_close(ours[1].prediction.low_res, theirs[1]["low_res"], 1e-4)
-    assert np.abs(unrounded - theirs[1]["low_res"]).max() > 1e-3 * np.abs(theirs[1]["low_res"]).max()
+    theirs = track_with_torch(pair, pixels, [0], prompts)
+    features = encode(pair, pixels)
+    anchors = prompt(pair, features, [0], prompts, "bfloat16")
+    assert anchors.memory.dtype == jnp.bfloat16
+    rounded = anchors.memory.astype(jnp.float32)
+    a, b = np.asarray(rounded[0]), theirs[0]["memory"]
+    differ = a != b
+    assert differ.mean() < 0.01
+    # those lay on the edge between two neighbours
+    np.testing.assert_allclose(a[differ], b[differ], rtol=2.0**-7, atol=1e-5 * np.abs(b).max())
+    expected = theirs[1]["low_res"]
+    assert_close(
+        track(pair, features, dataclasses.replace(anchors, memory=rounded))[1].prediction.low_res, expected, 1e-4
+    )
+    unrounded = track(pair, features, prompt(pair, features, [0], prompts))[1].prediction.low_res
+    assert np.abs(unrounded - expected).max() > 1e-3 * np.abs(expected).max()

@@ -215,23 +215,28 @@ def quick_jit(function: Callable[..., Any]) -> Any:
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@functools.cache
+def compiled_method(sam: Sam2, method: Any, *static: tuple[str, Any]) -> Any:
+    apply: Any = functools.partial(sam.apply, method=method, **dict(static))
+    return quick_jit(lambda params, *args: apply({"params": params}, *args))
+
+
 class TorchSam2:
     """One set of weights on both sides.
 
     Args:
       cfg: the network.
-      seed: of the weights.
       object_bias: added to the object score; at +3 every object is there.
     """
 
-    def __init__(self, cfg: Sam2Config = SMALL, seed: int = 0, object_bias: float = 3.0):
+    def __init__(self, cfg: Sam2Config = SMALL, object_bias: float = 3.0):
         import torch
         import transformers
 
         self.cfg = cfg
         self.round_memory = False
         self.model: Any = transformers.Sam2VideoModel(video_config(cfg)).eval()
-        fill(self.model, seed)
+        fill(self.model, seed=0)
         with torch.no_grad():
             self.model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(object_bias)
         self._encode_memory = self.model._encode_new_memory
@@ -240,15 +245,10 @@ class TorchSam2:
         self.sam = Sam2(cfg, Compute())
         table = dict(sam2_rules(cfg))
         self.params = assemble(table, state, state.__getitem__, where="transformers")["sam2"]
-        self._compiled: dict[Any, Any] = {}
 
     def ours(self, method: Any, *args: Any, **static: Any) -> Any:
         """A method of our module (or a function of it) on these weights, compiled once."""
-        key = (method, *static.items())
-        if key not in self._compiled:
-            apply: Any = functools.partial(self.sam.apply, method=method, **static)
-            self._compiled[key] = quick_jit(lambda params, *args: apply({"params": params}, *args))
-        return self._compiled[key](self.params, *args)
+        return compiled_method(self.sam, method, *static.items())(self.params, *args)
 
     def features(self, pixels: np.ndarray) -> Features:
         """Our features of frames float32[T, R, R, 3]."""
@@ -263,8 +263,8 @@ class TorchSam2:
         # what stands for an absent object was added to this in place
         return (rounded if self.round_memory else kept[0].flatten(2).permute(2, 0, 1)), position
 
-    def session(self, pixels: np.ndarray) -> Any:
-        """A session of theirs over frames float32[T, R, R, 3]."""
+    def open_video(self, pixels: np.ndarray) -> Any:
+        """Their state of a video, of frames float32[T, R, R, 3]."""
         import torch
         import transformers
 

@@ -98,6 +98,11 @@ class Case:
         match = re.search(pattern, self.text)
         return int(match.group(1)) if match else default
 
+    def named(self, ending: str, default: str) -> str:
+        """The name in the words about the inputs that ends so."""
+        match = re.search(rf'"([^"]*{re.escape(ending)})"', self.text)
+        return match[1] if match else default
+
     def shape(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """An input's shape in the words about the inputs, given as `"name",(2,3)`, `"name" (2,3)` or `(2,3)="name"`."""
         quoted, sizes = re.escape(f'"{name}"'), r"\(([\d\s,]+)\)"

@@ -35,12 +35,14 @@ def network_config(case: Case) -> VirstConfig:
     """The config of a case's network, from its sizes and its manifest."""
     given, manifest = case.meta["config"], case.meta["manifest"]
     sizes, full = given["tiny"], virst_7b()
-    sam2 = sam2_config(manifest, SEG_MODEL, given.get("image_size", 1024), sizes and sizes["hiera"])
+    image = given.get("image_size") or case.number(r"BILINEAR (\d+)", 1024)
+    sam2 = sam2_config(manifest, SEG_MODEL, image, sizes and sizes["hiera"])
     attended = given.get("max_cond_frames_in_attn", sam2.max_anchors_attended)
+    remembered = given.get("num_maskmem", sam2.num_maskmem)
     cfg = dataclasses.replace(
         full,
         name=case.name,
-        sam2=dataclasses.replace(sam2, max_anchors_attended=attended),
+        sam2=dataclasses.replace(sam2, max_anchors_attended=attended, num_maskmem=remembered),
         fusion=FusionConfig(initial=given.get("initial_seg_fusion", False)),
         compute=compute_of(case),
     )
@@ -56,6 +58,8 @@ def network_config(case: Case) -> VirstConfig:
 def rule_params(case: Case, cfg: VirstConfig) -> dict[str, Any]:
     """The parameters that the rule gives for the case's manifest."""
     params = case.params(list(rule_table(cfg).items()))
+    # a tracker told to remember fewer frames than it was built for uses the first temporal codes
+    params["sam2"]["time_embed"] = params["sam2"]["time_embed"][: cfg.sam2.num_maskmem]
     return jax.tree.map(jnp.asarray, case.complete(params, Virst(cfg)))
 
 
@@ -99,7 +103,8 @@ def _video_clips(case: Case, cfg: VirstConfig, video: np.ndarray) -> np.ndarray:
     if clip.get("from") == "frames":
         pixels = vlm_pixels(video[meta["vlm_idx"]], cfg.vision.image_size)
         return pixels.reshape(-1, cfg.vision.clip_frames, *pixels.shape[1:])
-    return rule_clips(case, clip.get("name", f"{case.name}.clip"), cfg, meta["t_vlm"], clip.get("salt", case.salt))
+    name = clip.get("name") or case.named(".clip", f"{case.name}.clip")
+    return rule_clips(case, name, cfg, meta["t_vlm"], clip.get("salt", case.salt))
 
 
 class Comparison:
