@@ -65,7 +65,7 @@ def random_params(cfg: VirstConfig) -> Any:
             x = 1 + 0.1 * x
         x = 0.3 * x if name == "bias" else x
         # objects are there: an absent one's mask is constant
-        x = x + 3 if jax.tree_util.keystr(path).endswith("['object_head']['layer2']['bias']") else x
+        x = x + 30 if jax.tree_util.keystr(path).endswith("['object_head']['layer2']['bias']") else x
         return jnp.asarray(x, shape.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, parameter_shapes(cfg))

@@ -21,7 +21,6 @@ from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import sam_pixels
 from virst_jax.losses import VideoBatch, video_losses
 
-
 ELLIPSE = re.compile(r"\(\(y-(\d+)-(\d+)t\)/(\d+)\)\^2\+\(\(x-(\d+)-(\d+)t\)/(\d+)\)\^2")
 
 
