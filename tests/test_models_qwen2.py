@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from parity_rule import make_input, make_state
 
+from conversion.weights_rule import make_input, make_state
 from virst_jax.config import Compute, LoraConfig, QwenConfig
 from virst_jax.errors import UserError
 from virst_jax.models.layers import AXES
