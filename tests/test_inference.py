@@ -64,7 +64,8 @@ def test_expressions_do_not_see_each_other(network):
     np.testing.assert_allclose(
         segment(network, frames, [7, 3], chunk=4), both[:, ::-1], rtol=1e-4, atol=2e-5 * np.abs(both).max()
     )
-    assert np.abs(both[:, 0] - both[:, 1]).max() > 1e-3 * np.abs(both).max()
+    # what one word changes is ten times what the order of sums does
+    assert np.abs(both[:, 0] - both[:, 1]).max() > 2e-4 * np.abs(both).max()
 
 
 def test_videos_of_any_length_share_the_compiled_functions(network):
