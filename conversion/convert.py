@@ -21,7 +21,7 @@ from conversion.release import Release
 from conversion.rules import rule_table
 from conversion.torch_file import write_torch_file
 from virst_jax import checkpoint
-from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset
+from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset, to_json
 from virst_jax.errors import UserError
 
 DTYPES = ("bfloat16", "float32", "source")
@@ -107,7 +107,7 @@ def convert(
             bar.set_description("writing")
             bar.refresh()
             checkpoint.write_parameters(part / checkpoint.PARAMS, params)
-            (part / checkpoint.CONFIG).write_text(checkpoint.to_json(cfg))
+            (part / checkpoint.CONFIG).write_text(to_json(cfg))
             del params
             for file in scratch.iterdir():
                 file.unlink()

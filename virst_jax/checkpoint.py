@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
-from virst_jax.config import VirstConfig, from_json, to_json
+from virst_jax.config import VirstConfig, from_json
 from virst_jax.errors import UserError
 from virst_jax.models.virst import Virst
 
@@ -72,24 +72,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def _remedy(error: OSError) -> str:
     return "free disk space" if error.errno == errno.ENOSPC else "check the folder and its permissions"
-
-
-def save_model(path: str | Path, cfg: VirstConfig, params: Mapping[str, Any], tokenizer: Path | None = None) -> None:
-    """Writes a model folder, whole or not at all.
-
-    Args:
-      path: must not exist.
-      params: of `Virst(cfg)`; numpy arrays may be memory maps, they are written one at a time.
-      tokenizer: folder to copy the tokenizer's files from.
-
-    Raises:
-      UserError: the folder exists or cannot be written.
-    """
-    with whole_folder(Path(path)) as part:
-        write_parameters(part / PARAMS, params)
-        (part / CONFIG).write_text(to_json(cfg))
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, part / TOKENIZER)
 
 
 class _OneByOne(type_handlers.NumpyHandler):
@@ -240,8 +222,3 @@ def _compare_shapes(where: str, stored: Any, wanted: Any) -> None:
             f"{have.get(name, 'not at all')}, config {want.get(name, 'none')}; the folder's parts belong to "
             "different models"
         )
-
-
-def cast(params: Any, dtype: str) -> Any:
-    """A parameter tree in another floating-point type."""
-    return jax.tree.map(lambda x: x.astype(np.dtype(dtype)), params)
