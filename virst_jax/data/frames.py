@@ -119,6 +119,71 @@ def flex_frames(
     return np.random.default_rng(seed).integers(edges[:-1], edges[1:]).tolist()
 
 
+TRAINING_POLICIES = ("uniform", "random", "all", "flex")
+
+
+def training_frames(
+    policy: str,
+    num_frames: int,
+    rng: np.random.Generator | None = None,
+    *,
+    sample_range: tuple[int, int] = (8, 12),
+    max_frames: int = 64,
+    clip_frames: int = 4,
+    release_random: np.random.RandomState | None = None,
+) -> list[int]:
+    """Frames of a video for a training sample.
+
+    A number of frames is drawn from `sample_range`. A video that is not longer is taken whole; of a longer one,
+    'uniform' draws one frame from each of so many equal intervals, 'random' so many frames, 'all' takes every frame,
+    and 'flex' draws one from each of min(max_frames, num_frames) intervals, made a multiple of `clip_frames`.
+    Follows data/rvos_dataset.py, sample_data; data/video_vqa_dataset.py is the same with 32 for `max_frames`.
+
+    Args:
+      policy: one of TRAINING_POLICIES.
+      num_frames: frames of the video.
+      rng: of the draws.
+      sample_range: fewest and most frames, both included.
+      release_random: a legacy generator to draw from in the release's order, in place of `rng`.
+
+    Returns:
+      Sorted frame numbers, none twice; a video is not filled up.
+
+    Raises:
+      UserError: the video is empty, the policy is unknown, a limit is out of range, or there is no generator.
+    """
+    _check_video(num_frames)
+    low, high = sample_range
+    if policy not in TRAINING_POLICIES:
+        raise UserError(f"unknown frame policy {policy!r}: choose one of {', '.join(TRAINING_POLICIES)}")
+    if not 1 <= low <= high:
+        raise UserError(f"the range of frames of a sample must be 1 or more and ascending, not {low} to {high}")
+    if max_frames < clip_frames or clip_frames < 1:
+        raise UserError(f"the most frames of a sample ({max_frames}) must be at least a clip's {clip_frames} frames")
+    if release_random is not None:
+        count = int(release_random.randint(low, high + 1))
+    elif rng is not None:
+        count = int(rng.integers(low, high, endpoint=True))
+    else:
+        raise UserError("the frames of a training sample are drawn: give a random generator (rng)")
+    if num_frames <= count or policy == "all":
+        return list(range(num_frames))
+    if policy == "random":
+        source = release_random or rng
+        assert source is not None
+        return sorted(source.choice(num_frames, count, replace=False).tolist())
+    if policy == "flex":
+        count = min(max_frames, num_frames) // clip_frames * clip_frames
+        if count == 0:  # shorter than a clip, which the release's fewest frames rule out
+            return list(range(num_frames))
+    edges = np.linspace(0, num_frames, num=count + 1, dtype=int)
+    if release_random is not None:
+        # one by one: a vectorised call takes other draws from the legacy stream
+        return [int(release_random.randint(first, last)) for first, last in pairwise(edges)]
+    assert rng is not None
+    return rng.integers(edges[:-1], edges[1:]).tolist()
+
+
 def segmentation_frames(
     num_sampled: int,
     max_frames: int = 32,
