@@ -6,16 +6,12 @@ counts as set where it is not zero. Every score lies in 0..1, 1 is best.
 Follows utils/evaluation/metrics.py and utils/evaluation/eval_revos.py of the release for masks of 0 and 1.
 """
 
-import math
-
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.ndimage import distance_transform_edt
-from scipy.spatial import KDTree
 
 from virst_jax.errors import UserError
-
-BOUNDARY_TOLERANCE = 0.008  # of the frame's diagonal
+from virst_jax.evaluation import packed
+from virst_jax.evaluation.packed import BOUNDARY_TOLERANCE
 
 
 def region_similarity(pred: ArrayLike, gt: ArrayLike) -> np.ndarray:
@@ -31,8 +27,8 @@ def region_similarity(pred: ArrayLike, gt: ArrayLike) -> np.ndarray:
       UserError: the shapes differ or have fewer than two axes.
     """
     pred, gt = _masks(pred=pred, gt=gt)
-    intersection = np.count_nonzero(pred & gt, axis=(-2, -1))
-    union = np.count_nonzero(pred | gt, axis=(-2, -1))
+    pred_bits, gt_bits = packed.pack(pred), packed.pack(gt)
+    intersection, union = packed.count(pred_bits & gt_bits), packed.count(pred_bits | gt_bits)
     return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))[()]
 
 
@@ -53,9 +49,9 @@ def boundary_f(pred: ArrayLike, gt: ArrayLike, tolerance: float = BOUNDARY_TOLER
     """
     pred, gt = _masks(pred=pred, gt=gt)
     height, width = pred.shape[-2:]
-    radius = float(tolerance if tolerance >= 1 else math.ceil(tolerance * math.sqrt(height**2 + width**2)))
+    radius = packed.boundary_radius(height, width, tolerance)
     frames = zip(pred.reshape(-1, height, width), gt.reshape(-1, height, width), strict=True)
-    scores = np.array([_frame_f(p, g, radius) for p, g in frames], np.float64)
+    scores = np.array([packed.boundary_f(packed.pack(p), packed.pack(g), width, radius) for p, g in frames], np.float64)
     return scores.reshape(pred.shape[:-2])[()]
 
 
@@ -111,66 +107,6 @@ def sequence_scores(pred: ArrayLike, gt: ArrayLike, foreground: ArrayLike | None
     if foreground is not None:
         scores["R"] = float(robustness(pred, gt, foreground).mean())
     return scores
-
-
-def boundary_map(mask: np.ndarray) -> np.ndarray:
-    """One-pixel outline, half a pixel towards the origin: set where the right, lower or diagonal pixel differs.
-
-    The frame's last row looks right only, its last column down only, so a mask that touches the frame's edge
-    has no outline there.
-
-    Args:
-      mask: bool[H, W].
-
-    Returns:
-      bool[H, W].
-    """
-    outline = np.zeros_like(mask)
-    here = mask[:-1, :-1]
-    outline[:-1, :-1] = (here != mask[:-1, 1:]) | (here != mask[1:, :-1]) | (here != mask[1:, 1:])
-    outline[-1, :-1] = mask[-1, :-1] != mask[-1, 1:]
-    outline[:-1, -1] = mask[:-1, -1] != mask[1:, -1]
-    return outline
-
-
-def _frame_f(pred: np.ndarray, gt: np.ndarray, radius: float) -> float:
-    box = _union_box(pred, gt)
-    if box is None:
-        return 1.0
-    pred_outline, gt_outline = boundary_map(pred[box]), boundary_map(gt[box])
-    if not pred_outline.any() or not gt_outline.any():
-        return float(pred_outline.any() == gt_outline.any())
-    precision = _share_within(pred_outline, gt_outline, radius)
-    recall = _share_within(gt_outline, pred_outline, radius)
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def _union_box(pred: np.ndarray, gt: np.ndarray) -> tuple[slice, slice] | None:
-    """Crop that holds both masks and a ring of one background pixel, where the frame has it.
-
-    The ring holds every outline pixel outside the masks, so the crop's outlines are those of the frame.
-    """
-    union = pred | gt
-    rows = np.flatnonzero(union.any(axis=1))
-    if not len(rows):
-        return None
-    columns = np.flatnonzero(union[rows[0] : rows[-1] + 1].any(axis=0))
-    return (
-        slice(max(rows[0] - 1, 0), rows[-1] + 2),
-        slice(max(columns[0] - 1, 0), columns[-1] + 2),
-    )
-
-
-def _share_within(outline: np.ndarray, other: np.ndarray, radius: float) -> float:
-    """Share of the pixels of `outline` that have one of `other` at a distance of at most `radius`."""
-    points, others = np.argwhere(outline), np.argwhere(other)
-    # squared distances are whole numbers: half a unit more keeps a distance of exactly `radius` inside
-    bound = math.sqrt(math.floor(radius * radius) + 0.5)
-    if 15 * (len(points) + len(others)) < outline.size:  # a tree costs by the point, a transform by the pixel
-        distance, _ = KDTree(others).query(points, distance_upper_bound=bound)
-    else:
-        distance = distance_transform_edt(~other)[outline]
-    return float(np.count_nonzero(distance < bound) / len(points))
 
 
 def _masks(**named: ArrayLike) -> list[np.ndarray]:

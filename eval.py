@@ -1,0 +1,223 @@
+"""Evaluates a model on a benchmark: masks, scores, a report. Interrupted, the same command goes on.
+
+    python eval.py --config=configs/eval.py --config.model=MODEL --config.dataset=NAME --config.data_root=DIR \\
+        --workdir=DIR
+
+Writes WORKDIR/DATASET-SPLIT/{masks, scores, report}; configs/eval.py lists the settings, docs/evaluation.md tells more.
+Exit status: 0, 1 if a video failed (it is named, the others are done), 2 for bad input.
+"""
+
+import errno
+import functools
+import hashlib
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from virst_jax.data.datasets.registry import open_dataset
+from virst_jax.data.samples import Video
+from virst_jax.errors import UserError
+from virst_jax.evaluation.benchmarks import Opened, Subset
+from virst_jax.evaluation.predictions import StoredReader
+from virst_jax.evaluation.report import write_report
+from virst_jax.evaluation.runner import Outcome, Predict, evaluate
+from virst_jax.evaluation.submission import ROOTS, write_pngs
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the evaluation: configs/eval.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.", required=True)
+
+Frames = Iterator[tuple[int, np.ndarray, np.ndarray]]
+
+
+def predict_with_model(config: ConfigDict) -> Predict:
+    """Masks by the model, which is loaded when the first video asks for it."""
+
+    @functools.cache
+    def model() -> Any:
+        from virst_jax import api
+
+        return api.load(config.model, dtype=config.dtype or None)
+
+    def predict(video: Video, expressions: Sequence[int]) -> Frames:
+        texts = [video.expressions[i].text for i in expressions]
+        seed = (config.seed, zlib.crc32(video.name.encode()))  # all expressions of a video share its frames
+        with model().segment_stream(video, texts, seed=seed, exact=config.exact, still=video.is_image) as stream:
+            for frame in stream:
+                yield frame.index, frame.masks, frame.scores
+
+    return predict
+
+
+def predict_truth(video: Video, expressions: Sequence[int]) -> Frames:
+    """The annotated masks."""
+    if video.read_masks is None:
+        raise UserError(f"video {video.name}: its masks are not public, so they cannot be taken for predictions")
+    for t in range(video.num_frames):
+        masks = np.concatenate([video.read_masks(i, [t]) for i in expressions])
+        yield t, masks, np.where(masks.any(axis=(1, 2)), 1.0, -1.0)
+
+
+def predict_empty(video: Video, expressions: Sequence[int]) -> Frames:
+    """Empty masks."""
+    for t in range(video.num_frames):
+        yield t, np.zeros((len(expressions), *video.size), bool), np.full(len(expressions), -1.0)
+
+
+def predictor(config: ConfigDict) -> Predict:
+    """The predict function of a config.
+
+    Raises:
+      UserError: unknown name.
+    """
+    known = {"model": predict_with_model(config), "truth": predict_truth, "empty": predict_empty}
+    if config.predictor not in known:
+        raise UserError(f"config.predictor: unknown {config.predictor!r}; choose one of {', '.join(known)}")
+    return known[config.predictor]
+
+
+def model_identity(path: str) -> str:
+    """A hash of a model's config, tokenizer and parameter files (their names and sizes, and small ones whole)."""
+    from virst_jax.api import EMBEDDED
+
+    folder = Path(path) if Path(path).exists() else EMBEDDED.get(path, Path(path))
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size} ".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(1 << 16))
+            if size > 1 << 17:
+                content.seek(-(1 << 16), 2)
+                digest.update(content.read())
+    return digest.hexdigest()[:16]
+
+
+def settings_of(config: ConfigDict, source: Opened) -> dict[str, Any]:
+    """What determines the masks."""
+    settings: dict[str, Any] = {"dataset": source.name, "split": source.split, "predictor": config.predictor}
+    if config.predictor == "model":
+        settings |= {
+            "model": model_identity(config.model),
+            "seed": config.seed,
+            "exact": config.exact,
+            "dtype": config.dtype,
+        }
+    return settings
+
+
+def open_source(config: ConfigDict) -> Opened:
+    """The data set of a config.
+
+    Raises:
+      UserError: it is not named, or cannot be opened.
+    """
+    for key in ("dataset", "data_root"):
+        if not config[key]:
+            raise UserError(f"config.{key} is not given: add --config.{key}=...")
+    source = open_dataset(config.dataset, config.data_root, config.split)
+    dropped = [problem for problem in source.problems if problem.dropped]
+    if dropped:
+        print(f"{len(dropped)} samples or expressions are left out, the first: {dropped[0]}", file=sys.stderr)
+    if config.limit:
+        order = sorted((name, index) for index, name in enumerate(source.names))[: config.limit]
+        return Subset(source, tuple(index for _, index in order))
+    return source
+
+
+def share_of(config: ConfigDict) -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if not config.distributed:
+        return config.process_index, config.process_count
+    import jax
+
+    jax.distributed.initialize()
+    return jax.process_index(), jax.process_count()
+
+
+def run(config: ConfigDict, workdir: Path) -> int:
+    """Evaluates; gives the exit status."""
+    source = open_source(config)
+    out = workdir / "-".join(filter(None, (source.name, source.split)))
+    process_index, process_count = share_of(config)
+    read_pred = StoredReader(str(out / "masks"))
+    outcome = evaluate(
+        source,
+        predictor(config),
+        out,
+        settings_of(config, source),
+        process_index=process_index,
+        process_count=process_count,
+        workers=config.workers,
+        overwrite=config.overwrite,
+        progress=config.progress,
+        after_video=(lambda video: write_pngs(video, read_pred, out / "Annotations")) if config.png else None,
+    )
+    if outcome.summary is not None:
+        table = write_report(
+            out / "report",
+            outcome.summary,
+            outcome.scores,
+            source=source,
+            read_pred=read_pred,
+            worst=config.worst,
+            errors=outcome.errors,
+            progress=config.progress,
+        )
+        print(table, end="")
+        print(f"report: {out / 'report'}")
+    _say_what_is_left(outcome, source, out)
+    return 1 if outcome.errors else 0
+
+
+def _say_what_is_left(outcome: Outcome, source: Opened, out: Path) -> None:
+    if outcome.pending:
+        print(f"{outcome.pending} of {outcome.videos} videos are left to other processes; the last one reports")
+    elif not outcome.scores and not outcome.errors:
+        advice = f"; `virst submit {out} --dataset {source.name}` writes the zip" if source.name in ROOTS else ""
+        print(f"the masks of {source.name} {source.split} are not public, so there are no scores{advice}")
+    if outcome.errors:
+        print(f"{len(outcome.errors)} of {outcome.videos} videos failed:", file=sys.stderr)
+        for name, error in sorted(outcome.errors.items()):
+            print(f"  {name}: {error}", file=sys.stderr)
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        if len(argv) > 1:
+            raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
+        return run(_CONFIG.value, Path(_WORKDIR.value))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{_WORKDIR.value}: the disk is full; make room and run the same command again", file=sys.stderr)
+        return 2
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Flags of the command line; an unknown key of the config, or a value of another type, ends in one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is None:
+            raise UserError("--config is missing: add --config=configs/eval.py")
+        _CONFIG.value["dataset"]  # a file that could not be loaded is told when it is used
+        return rest
+    except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        key = f"unknown key {str(error).strip(chr(34))}" if isinstance(error, AttributeError) else str(error)
+        print(f"eval.py: {' '.join(key.split())}; see configs/eval.py", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,194 @@
+"""eval.py: as a program without a network, and with a small network on every benchmark."""
+
+import dataclasses
+import functools
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dataset_layouts import write_layout
+from evaluation_cases import files_of
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "eval.py"
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_layout("mevis", root, num_videos=3, seed=0)
+    return root
+
+
+def start(workdir, **settings):
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, str(ROOT / "eval.py"), f"--config={CONFIG}", *flags, f"--workdir={workdir}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(workdir, **settings):
+    process = start(workdir, **settings)
+    out, errors = process.communicate(timeout=120)
+    return process.returncode, out, errors
+
+
+def test_program_scores_and_reports(data, tmp_path):
+    status, out, errors = run(
+        tmp_path, dataset="mevis", data_root=data, predictor="truth", png=True, workers=1, progress=False
+    )
+    assert status == 0, errors
+    assert "100.00" in out
+    folder = tmp_path / "mevis-valid_u"
+    summary = json.loads((folder / "report/summary.json").read_text())
+    assert summary["headline"]["value"] == 1
+    pngs = list((folder / "Annotations").rglob("*.png"))
+    assert len(pngs) == len(list((data / "mevis/valid_u/JPEGImages").rglob("*.jpg"))) * 4
+    assert set(np.unique(np.asarray(Image.open(pngs[0])))) <= {0, 255}
+
+
+def test_interrupted_runs_go_on(data, tmp_path):
+    """Killed at some moment, then run again by three processes: the files of a run that nobody disturbed."""
+    settings = {"dataset": "mevis", "data_root": data, "predictor": "truth", "progress": False, "worst": 3}
+    status, _, errors = run(tmp_path / "a", **settings)
+    assert status == 0, errors
+    killed = start(tmp_path / "b", **settings)
+    until = time.monotonic() + 60
+    while not list((tmp_path / "b").rglob("*.json")) and time.monotonic() < until:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    assert not (tmp_path / "b/mevis-valid_u/report").exists()
+    processes = [start(tmp_path / "b", **settings, process_index=i, process_count=3) for i in range(3)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert files_of(tmp_path / "b") == files_of(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "mevis"}, "config.data_root is not given"),
+        ({"dataset": "nope", "data_root": "."}, "unknown data set 'nope'"),
+        ({"dataset": "mevis", "data_root": "nowhere"}, "nowhere: no such folder"),
+        ({"nope": 1}, "unknown key 'nope'"),
+        ({"worst": "many"}, "config.worst"),
+    ],
+)
+def test_bad_input_takes_one_line(data, tmp_path, settings, message):
+    status, out, errors = run(tmp_path, **settings)
+    assert status == 2
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert out == ""
+
+
+def get_config(**settings):
+    from configs.eval import get_config
+
+    config = get_config()
+    config.update(settings)
+    return config
+
+
+def test_a_failed_video_shows_in_the_status(tmp_path, capsys):
+    import eval as program
+
+    write_layout("ref_youtube_vos", tmp_path / "data", num_videos=2, seed=0)
+    broken = next((tmp_path / "data").rglob("valid/Annotations/valid000/3/00005.png"))
+    broken.write_bytes(broken.read_bytes()[:40])
+    config = get_config(
+        dataset="ref_youtube_vos", data_root=str(tmp_path / "data"), predictor="empty", progress=False, worst=2
+    )
+    assert program.run(config, tmp_path / "out") == 1
+    shown = capsys.readouterr()
+    assert "INCOMPLETE: 1 videos failed" in shown.out
+    assert str(broken) in shown.err
+    config.predictor = "nonsense"
+    with pytest.raises(Exception, match=r"config\.predictor: unknown 'nonsense'"):
+        program.run(config, tmp_path / "other")
+
+
+def test_a_limit_takes_the_first_videos(data, tmp_path):
+    import eval as program
+
+    config = get_config(dataset="mevis", data_root=str(data), predictor="empty", progress=False, limit=2)
+    assert program.run(config, tmp_path) == 0
+    scored = [f.stem for f in (tmp_path / "mevis-valid_u/scores").iterdir()]
+    assert sorted(scored) == ["valid_u_00", "valid_u_01"]
+
+
+BENCHMARKS = ("mevis", "mevis_v2", "custom", "ref_youtube_vos", "ref_davis17", "revos", "reasonvos", "lvvis")
+BENCHMARKS += ("refcoco", "refcoco+", "refcocog", "refclef", "reasonseg")
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """A folder with a small network of random parameters."""
+    from test_models_virst import SMALL, random_params
+
+    from virst_jax import checkpoint
+    from virst_jax.config import LoraConfig
+
+    cfg = dataclasses.replace(
+        SMALL,
+        llm=dataclasses.replace(SMALL.llm, vocab_size=151647, num_layers=1, lora=LoraConfig(rank=0)),
+        seg_token_id=151646,
+        max_video_frames=8,
+        max_seg_frames=8,
+        num_seg_tokens=2,
+    )
+    folder = tmp_path_factory.mktemp("model") / "small"
+    checkpoint.save_model(folder, cfg, random_params(cfg), ROOT / "tests/data/tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load_once():
+    """Every benchmark uses the same compiled network."""
+    from virst_jax import api
+
+    @functools.cache
+    def load(path, dtype=None):
+        model = real(path, dtype=dtype)
+        model.group_size = 1  # any number of expressions in one shape
+        return model
+
+    patch, real = pytest.MonkeyPatch(), api.load
+    patch.setattr(api, "load", load)
+    yield
+    patch.undo()
+
+
+@pytest.mark.xdist_group("eval")  # compiled once
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_network_on_every_benchmark(name, small_model, load_once, tmp_path, capsys):
+    import eval as program
+
+    write_layout(name, tmp_path / "data", num_videos=1, seed=1)
+    config = get_config(
+        model=str(small_model), dataset=name, data_root=str(tmp_path / "data"), progress=False, worst=1, workers=0
+    )
+    assert program.run(config, tmp_path / "out") == 0
+    (folder,) = (tmp_path / "out").iterdir()
+    summary = json.loads((folder / "report/summary.json").read_text())
+    assert all(0 <= v <= 1 for group in summary["groups"] for v in group["scores"].values())
+    assert summary["headline"]["value"] < 0.9
+    masks = [json.loads(file.read_text()) for file in (folder / "masks").rglob("*.json")]
+    assert all(len(m["counts"]) == len(m["scores"]) for m in masks)
+    assert any(np.std(m["scores"]) > 0 for m in masks) or len(masks[0]["scores"]) == 1
+
+    # the same again gives the same, and without the network if all is there
+    before = files_of(folder)
+    assert program.run(config, tmp_path / "out") == 0
+    assert files_of(folder) == before
+    config.seed = 1
+    with pytest.raises(Exception, match="other settings"):
+        program.run(config, tmp_path / "out")

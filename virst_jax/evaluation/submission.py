@@ -1,0 +1,155 @@
+"""Zip archives for the servers of benchmarks whose masks are not public: written from masks, and checked.
+
+A server takes one grey PNG of 0 and 255 a frame, of the frame's size, for every frame of every expression:
+
+    mevis, mevis_v2     VIDEO/EXPRESSION/FRAME.png
+    ref_youtube_vos     Annotations/VIDEO/EXPRESSION/FRAME.png
+"""
+
+import io
+import itertools
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from virst_jax.data.samples import Video
+from virst_jax.errors import UserError
+from virst_jax.evaluation import packed
+from virst_jax.evaluation.benchmarks import Opened
+from virst_jax.evaluation.predictions import MaskReader, folder_of, frame_names, write_whole
+from virst_jax.evaluation.scoring import pieces
+
+ROOTS = {"mevis": "", "mevis_v2": "", "ref_youtube_vos": "Annotations/"}  # within the zip, by data set
+_DATE = (1980, 1, 1, 0, 0, 0)  # the same masks give the same zip
+
+
+def encode_png(mask: np.ndarray) -> bytes:
+    """A mask bool[H, W] as a grey PNG of 0 and 255."""
+    content = io.BytesIO()
+    Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0))).save(content, "PNG")
+    return content.getvalue()
+
+
+def mask_pngs(video: Video, read_pred: MaskReader) -> Iterator[tuple[str, bytes]]:
+    """Names below the root of an archive, and contents, of all PNGs of a video.
+
+    Raises:
+      UserError: a mask is missing, damaged or of another size.
+    """
+    names = frame_names(video)
+    for position, expression in enumerate(video.expressions):
+        for piece in pieces(video.num_frames):
+            masks = packed.unpack(read_pred(video, position, piece), video.size[1])
+            for index, mask in zip(piece, masks, strict=True):
+                yield f"{video.name}/{expression.id}/{names[index]}.png", encode_png(mask)
+
+
+def write_pngs(video: Video, read_pred: MaskReader, folder: Path) -> None:
+    """Writes a video's masks as PNGs, FOLDER/VIDEO/EXPRESSION/FRAME.png; what is there is left as it is."""
+    folder_of(folder, video.name)  # refuses names that lead elsewhere
+    for name, content in mask_pngs(video, read_pred):
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            write_whole(path, content)
+
+
+def archive_root(dataset: str) -> str:
+    """The folder within the zip that the data set's server wants.
+
+    Raises:
+      UserError: no server takes masks of this data set.
+    """
+    if dataset not in ROOTS:
+        raise UserError(
+            f"{dataset}: there is no server to submit to, its masks are public; use `virst metrics` "
+            f"(servers: {', '.join(ROOTS)})"
+        )
+    return ROOTS[dataset]
+
+
+def write_submission(source: Opened, read_pred: MaskReader, path: Path, *, progress: bool = True) -> int:
+    """Writes the zip of a data set's server; gives the number of PNGs. The zip appears when it is whole and checked.
+
+    Raises:
+      UserError: no server takes this data set, or a mask is missing, damaged or of another size.
+    """
+    root = archive_root(source.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed
+            for video in _videos(source, "writing", progress):
+                for name, content in mask_pngs(video, read_pred):
+                    archive.writestr(zipfile.ZipInfo(root + name, _DATE), content)
+        count = check_submission(source, beside, progress=progress)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return count
+
+
+def check_submission(source: Opened, path: Path, *, progress: bool = True) -> int:
+    """Checks a zip for a data set's server: names, completeness, sizes, values; gives the number of PNGs.
+
+    Raises:
+      UserError: what is wrong, the first of each kind named and the others counted.
+    """
+    root = archive_root(source.name)
+    try:
+        archive = zipfile.ZipFile(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a zip ({error}); write it again with `virst submit`") from error
+    with archive:
+        files = [i.filename for i in archive.infolist() if not i.is_dir()]
+        expected: set[str] = set()
+        for video in _videos(source, "checking", progress):
+            names = frame_names(video)
+            wanted = [f"{root}{video.name}/{e.id}/{n}.png" for e, n in itertools.product(video.expressions, names)]
+            expected.update(wanted)
+            present = set(wanted).intersection(archive.NameToInfo)
+            for name in wanted:
+                if name in present:
+                    _check_png(path, name, archive, video.size)
+    missing = sorted(expected.difference(files))
+    if missing:
+        raise UserError(f"{path}: lacks {missing[0]}{_more(missing)}; every frame of every expression must be there")
+    if len(files) != len(set(files)):
+        twice = next(name for name in files if files.count(name) > 1)
+        raise UserError(f"{path}: holds {twice} twice; write it again with `virst submit`")
+    extra = sorted(set(files) - expected)
+    if extra:
+        raise UserError(f"{path}: holds {extra[0]}{_more(extra)}, which the server does not expect; remove it")
+    return len(files)
+
+
+def _check_png(path: Path, name: str, archive: zipfile.ZipFile, size: tuple[int, int]) -> None:
+    try:
+        with Image.open(io.BytesIO(archive.read(name))) as image:
+            mode, shape, values = image.mode, (image.height, image.width), np.unique(np.asarray(image))
+            kind = image.format
+    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: {name} is damaged ({error}); write the zip again") from error
+    if kind != "PNG" or mode != "L":
+        raise UserError(f"{path}: {name} is a {kind} of mode {mode}; the server takes grey 8-bit PNGs")
+    if shape != size:
+        raise UserError(f"{path}: {name} has {shape[0]}x{shape[1]} pixels, the video {size[0]}x{size[1]}")
+    if not set(values.tolist()) <= {0, 255}:
+        raise UserError(f"{path}: {name} holds the values {values.tolist()[:6]}; the server takes 0 and 255")
+
+
+def _videos(source: Opened, what: str, progress: bool) -> Iterator[Video]:
+    order = sorted((name, index) for index, name in enumerate(source.names))
+    for _, index in tqdm(order, desc=what, unit="video", disable=None if progress else True):
+        yield cast(Video, source[index])
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
