@@ -1,6 +1,7 @@
 """Converts the released PyTorch checkpoints to a model folder, and a model folder back to the release's names.
 
     python -m conversion.convert --videochat DIR --sam2 FILE.pt --virst FILE.pt --out DIR
+    python -m conversion.convert --videochat DIR --sam2 FILE.pt --out DIR          what training starts from
     python -m conversion.convert --to-torch MODEL --out FILE.pt
 
 Nothing of the sources is executed; torch is not needed. The result appears whole or not at all. Exit status: 0, or 2
@@ -11,23 +12,28 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from conversion.assemble import assemble, flatten, take_apart
+from conversion.assemble import assemble, flatten, take_apart, unflatten
 from conversion.release import Release
 from conversion.rules import rule_table
 from conversion.torch_file import write_torch_file
 from virst_jax import checkpoint
 from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset, to_json
 from virst_jax.errors import UserError
+from virst_jax.models.virst import Virst
 
 DTYPES = ("bfloat16", "float32", "source")
 SCRATCH = "scratch"
 # The release runs this module in float32 whatever the rest computes in: it places points.
 FLOAT32 = "sam2/prompt_encoder/"
+# what neither VideoChat-Flash nor SAM 2.1 holds
+FRESH = ("initial_fusion", "second_fusion", "occ_predictor")
 
 
 def read_config(given: str) -> VirstConfig:
@@ -47,7 +53,7 @@ def read_config(given: str) -> VirstConfig:
 def convert(
     videochat: Path,
     sam2: Path,
-    virst: Path,
+    virst: Path | None,
     out: Path,
     *,
     cfg: VirstConfig,
@@ -62,6 +68,8 @@ def convert(
     The parameters lie in memory-mapped scratch files until Orbax has written them, so memory need not hold them.
 
     Args:
+      virst: None: where VIRST's own training starts from; the parts that the other two files lack (both fusions) are
+        drawn anew, always the same.
       cfg: the network; its LoRA rank follows from the checkpoint and `lora`.
       dtype: of the parameters, one of DTYPES; the prompt encoder stays float32 unless "source".
       lora: "merge" or "keep".
@@ -101,9 +109,18 @@ def convert(
                 bar.update()
                 return release.read(name)
 
+            table, fresh = rule_table(cfg), FRESH if virst is None else ()
             params = assemble(
-                rule_table(cfg), names, read, where=release.where, expected=shapes, dtype=store, allocate=allocate
+                {name: target for name, target in table.items() if target.path.split("/")[0] not in fresh},
+                names,
+                read,
+                where=release.where,
+                expected=shapes,
+                dtype=store,
+                allocate=allocate,
             )
+            drawn = flatten(_fresh(cfg, fresh))
+            params |= unflatten({path: x.astype(store(path, np.dtype(x.dtype))) for path, x in drawn.items()})
             bar.set_description("writing")
             bar.refresh()
             checkpoint.write_parameters(part / checkpoint.PARAMS, params)
@@ -114,6 +131,16 @@ def convert(
             scratch.rmdir()
     finally:
         release.close()
+
+
+def _fresh(cfg: VirstConfig, parts: tuple[str, ...]) -> dict[str, Any]:
+    """Initial parameters of some parts of the network; the others are not computed."""
+
+    def make(key: jax.Array) -> dict[str, Any]:
+        params = nn.meta.unbox(Virst(cfg).init(key)["params"])
+        return {part: params[part] for part in parts}
+
+    return jax.device_get(jax.jit(make)(jax.random.key(0))) if parts else {}
 
 
 def to_torch(model: Path, out: Path, *, peft: bool = False, progress: bool = True) -> None:
@@ -153,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--videochat", type=Path, metavar="DIR", help="VideoChat-Flash: safetensors and tokenizer")
     parser.add_argument("--sam2", type=Path, metavar="FILE.pt", help="sam2.1_hiera_large.pt")
-    parser.add_argument("--virst", type=Path, metavar="FILE.pt", help="the VIRST checkpoint")
+    parser.add_argument(
+        "--virst", type=Path, metavar="FILE.pt", help="the VIRST checkpoint; without: a start for training"
+    )
     parser.add_argument("--to-torch", type=Path, metavar="MODEL", help="model folder to write in the release's names")
     parser.add_argument("--out", type=Path, required=True, help="folder (or .pt file) to write; must not exist")
     parser.add_argument("--config", default="virst_7b", help="preset or config.json (default: %(default)s)")
@@ -171,8 +200,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError("--to-torch takes a model folder alone: leave out --videochat, --sam2 and --virst")
             to_torch(options.to_torch, options.out, peft=options.peft_names)
         else:
-            if not all(sources):
-                raise UserError("give the release's three files: --videochat DIR, --sam2 FILE.pt and --virst FILE.pt")
+            if not all(sources[:2]):
+                raise UserError(
+                    "give the release's files: --videochat DIR, --sam2 FILE.pt and --virst FILE.pt (without the last: "
+                    "the model that training starts from)"
+                )
             convert(
                 *sources,
                 options.out,

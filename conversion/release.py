@@ -44,7 +44,7 @@ class Release:
     Args:
       videochat: folder of the VideoChat-Flash safetensors.
       sam2: sam2.1_hiera_large.pt.
-      virst: the VIRST `.pt`.
+      virst: the VIRST `.pt`; None: without.
       vocab_size: rows that the vocabulary keeps.
       lora: "merge" adds the adapters to their weights, "keep" hands them on.
       lora_alpha: scale of the adapters times their rank; the checkpoint does not hold it.
@@ -57,13 +57,13 @@ class Release:
         self,
         videochat: Path,
         sam2: Path,
-        virst: Path,
+        virst: Path | None,
         *,
         vocab_size: int,
         lora: str = "merge",
         lora_alpha: float = 16.0,
     ):
-        self.where = f"{videochat} + {sam2} + {virst}"
+        self.where = " + ".join(str(path) for path in (videochat, sam2, virst) if path)
         self.vocab_size, self.lora_alpha = vocab_size, lora_alpha
         self.sources: list[SafetensorsDir | TorchFile] = []
         try:
@@ -73,6 +73,8 @@ class Release:
                 (sam2, lambda p: TorchFile(p, root="model"), SEG_MODEL),
                 (virst, lambda p: TorchFile(p, root="model_state_dict"), ""),
             ):
+                if path is None:
+                    continue
                 source = open_source(path)
                 self.sources.append(source)
                 self.entries |= _named(source, prefix)

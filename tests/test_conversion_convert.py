@@ -129,6 +129,26 @@ def test_keeps_adapters_and_lays_the_trained_file_over_the_others(release, train
     assert [p.name for p in files.folder.iterdir() if p.name.endswith(".part")] == []
 
 
+def test_a_start_for_training_has_fresh_fusions(release):
+    files = release()
+    f = files.folder
+    (f / "small.json").write_text(to_json(small()))
+    sources = ["--videochat", str(f / "videochat"), "--sam2", str(f / "sam2.pt"), "--out", str(f / "start")]
+    assert convert.main([*sources, "--config", str(f / "small.json"), "--dtype", "float32"]) == 0
+    cfg, params = load_model(f / "start")
+    assert cfg.llm.lora.rank == 0
+    ours, theirs = flatten(params), flatten(files.params)
+    trained = {rule_table(small(4))[name].path for name in files.trained}
+    for path, value in ours.items():
+        part = path.split("/")[0]
+        if part in convert.FRESH:
+            assert np.isfinite(value).all()
+            assert not np.array_equal(value, theirs[path])
+            assert path.endswith(("bias", "gate")) or np.asarray(value).any(), path
+        elif path not in trained:
+            np.testing.assert_array_equal(np.asarray(value), np.asarray(theirs[path]), err_msg=path)
+
+
 def test_base_layer_names_of_newer_peft(release):
     projections = tuple(theirs for theirs, _, _ in LLM_PROJECTIONS)
 

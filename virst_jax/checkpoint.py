@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
-from virst_jax.config import VirstConfig, from_json
+from virst_jax.config import VirstConfig, from_json, to_json
 from virst_jax.errors import UserError
 from virst_jax.models.virst import Virst
 
@@ -93,6 +93,32 @@ def write_parameters(path: Path, params: Mapping[str, Any]) -> None:
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=arguments))
+
+
+def save_model(path: Path, cfg: VirstConfig, params: Mapping[str, Any], tokenizer: Path | None) -> None:
+    """Writes a model folder, which appears whole. All processes of a run call it together.
+
+    Args:
+      params: of `Virst(cfg)`, arrays on the host or, sharded or not, on devices.
+      tokenizer: folder to copy the tokenizer's files from.
+
+    Raises:
+      UserError: the folder exists or cannot be written, or `tokenizer` holds none.
+    """
+    if jax.process_count() > 1:  # every process writes its shards; Orbax makes the parameters appear whole
+        write_parameters(path / PARAMS, params)
+        if jax.process_index() == 0:
+            _describe(path, cfg, tokenizer)
+        return
+    with whole_folder(path) as part:
+        write_parameters(part / PARAMS, params)
+        _describe(part, cfg, tokenizer)
+
+
+def _describe(folder: Path, cfg: VirstConfig, tokenizer: Path | None) -> None:
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder / TOKENIZER)
+    (folder / CONFIG).write_text(to_json(cfg))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ sam2.1_hiera_l_virst.yaml, utils/argument.py, model/videochat/vision_tower_build
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,9 @@ class Sam2Config:
     mask_prompt_channels: int = 16
     stability_delta: float = 0.05
     stability_threshold: float = 0.98
+    # which mask evaluation takes: "multimask", the best of three, as the release does, though it trains "single", the
+    # first; a network trained from nothing has no other
+    evaluated_mask: str = "multimask"
     # memory bank
     num_maskmem: int = 7  # temporal codes: six previous frames and the anchors
     max_anchors_attended: int = 3  # -1: all
@@ -189,28 +192,28 @@ def virst_7b() -> VirstConfig:
 
 
 def tiny() -> VirstConfig:
-    """The same structure, small enough to train on a CPU."""
+    """The same structure, small enough to train on a CPU; the model that comes with the package."""
     return VirstConfig(
         name="tiny",
         llm=QwenConfig(
-            vocab_size=2048,
+            vocab_size=640,
             hidden_size=128,
-            intermediate_size=384,
+            intermediate_size=256,
             num_layers=4,
             num_heads=4,
             num_kv_heads=2,
             lora=LoraConfig(rank=0),
         ),
-        vision=VisionConfig(hidden_size=96, depth=4, num_heads=4, image_size=112),
+        vision=VisionConfig(hidden_size=128, depth=4, num_heads=4, image_size=96, pretrained_grid=6),
         sam2=Sam2Config(
             hiera=HieraConfig(
                 embed_dim=16,
                 num_heads=1,
-                stages=(1, 2, 3, 2),
+                stages=(1, 2, 3, 1),
                 global_att_blocks=(4, 5),
                 window_spec=(8, 4, 8, 4),
             ),
-            image_size=256,
+            image_size=128,
             hidden_size=64,
             memory_dim=16,
             memory_layers=2,
@@ -218,11 +221,14 @@ def tiny() -> VirstConfig:
             decoder_heads=4,
             decoder_mlp_dim=256,
             iou_head_dim=64,
+            evaluated_mask="single",
         ),
-        fusion=FusionConfig(num_heads=4),
-        seg_token_id=2047,
-        max_video_frames=16,
-        max_seg_frames=16,
+        fusion=FusionConfig(num_heads=4, dropout=0.0),
+        seg_token_id=617,
+        num_seg_tokens=2,
+        max_video_frames=8,
+        max_seg_frames=8,
+        frames_per_anchor=2,
     )
 
 
@@ -257,19 +263,28 @@ def from_json(text: str, where: str = "config.json") -> VirstConfig:
         raise UserError(f"{where}: not valid JSON ({error}); write it again or copy it from a preset") from error
 
 
-def _build(cls: type, data: Any, where: str, path: str) -> Any:
-    if not isinstance(data, dict):
+def override(config: Any, changes: Mapping[str, Any], where: str = "config") -> Any:
+    """A copy of a config dataclass with some values changed: nested dictionaries, as {"llm": {"lora": {"rank": 8}}}.
+
+    Raises:
+      UserError: an unknown key, or a value of another type; names `where`.
+    """
+    return _build(type(config), changes, where, "", config)
+
+
+def _build(cls: type, data: Any, where: str, path: str, default: Any = None) -> Any:
+    if not isinstance(data, Mapping):
         raise UserError(f"{where}: {path or 'the file'} must be an object, not {type(data).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - set(fields))
     if unknown:
         raise UserError(f"{where}: unknown key {path + unknown[0]!r}: known are {', '.join(sorted(fields))}")
-    default = cls()
+    default = cls() if default is None else default
     values = {}
     for name, value in data.items():
         old = getattr(default, name)
         if dataclasses.is_dataclass(old):
-            values[name] = _build(type(old), value, where, f"{path}{name}.")
+            values[name] = _build(type(old), value, where, f"{path}{name}.", old)
         elif isinstance(old, tuple) and isinstance(value, list):
             values[name] = tuple(value)
         elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
@@ -280,4 +295,4 @@ def _build(cls: type, data: Any, where: str, path: str) -> Any:
             raise UserError(
                 f"{where}: {path + name!r} must be {type(old).__name__}, not {type(value).__name__} {value!r}"
             )
-    return cls(**values)
+    return dataclasses.replace(default, **values)

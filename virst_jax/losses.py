@@ -1,7 +1,7 @@
 """Training losses, equal to the release's.
 
-Axes: O conversations of one video, L positions of the sequence, T segmentation frames, U frames used, A anchors,
-N [SEG] tokens, R side of the tracker's image.
+Axes: O conversations of one video, L positions of the sequence, D width of the language model, T segmentation frames,
+U frames used, A anchors, N [SEG] tokens, S, R sides of the video encoder's and the tracker's image.
 Source: model/VIRST.py (dice_loss, sigmoid_ce_loss, VirstForCausalLM.forward).
 """
 
@@ -10,12 +10,17 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from virst_jax.config import IGNORE, VirstConfig
-from virst_jax.models.sam2.sam2 import Sam2
+from virst_jax.models.sam2.sam2 import PYRAMID, Sam2
 from virst_jax.models.virst import Virst
 from virst_jax.tracking.tracker import Tracker
+
+CE_BUDGET = 2**26  # logits that the cross-entropy holds at a time: 256 MiB in float32
+PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+PIXEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def dice_loss(logits: jax.Array, target: jax.Array, scale: float = 1000.0, eps: float = 1e-6) -> jax.Array:
@@ -33,33 +38,44 @@ def bce_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
     return loss.mean((-2, -1))
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Next-token cross-entropy, averaged over the labels that count.
-
-    Args:
-      logits: float32[O, L, vocab].
-      labels: int[O, L]; IGNORE: no loss here.
-    """
-    target = labels[:, 1:]
-    counts = target != IGNORE
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], jnp.where(counts, target, 0))
-    return (loss * counts).sum() / jnp.maximum(counts.sum(), 1)
-
-
 @flax.struct.dataclass
-class VideoBatch:
-    """One video with its conversations; all arrays of fixed shape."""
+class TextBatch:
+    """Conversations about one video or image; all arrays of fixed shape.
 
-    clips: jax.Array  # float[clips, frames, S, S, 3], normalised, for the language model
+    Conversations that fill up a batch have a mask of False and labels of IGNORE.
+    """
+
+    clips: jax.Array  # float (normalised) or uint8 [clips, frames, S, S, 3], for the language model
     token_ids: jax.Array  # int32[O, L]
     visual_index: jax.Array  # int32[O, L]
     labels: jax.Array  # int32[O, L]
     mask: jax.Array  # bool[O, L]
+    # so many first positions are the same in every conversation and are read once; 0: read them all
+    shared: int = flax.struct.field(pytree_node=False, default=0, kw_only=True)
+
+
+@flax.struct.dataclass
+class VideoBatch(TextBatch):
+    """One video with conversations that segment it."""
+
     seg_positions: jax.Array  # int32[O, N]
-    frames: jax.Array  # float[T, R, R, 3], normalised, for the tracker
-    targets: jax.Array  # bool[O, T, R, R]
+    frames: jax.Array  # float (normalised) or uint8 [T, R, R, 3], for the tracker
+    targets: jax.Array  # bool[O, U, R, R], on the frames used
     anchors: jax.Array  # int32[A], rising, among the T frames
     frames_used: jax.Array  # int32[U], rising, anchors included; equal to anchors: nothing is tracked
+    # which of the frames used, and of the conversations, count; None: all. Frames that do not stand at the end.
+    used_valid: jax.Array | None = None  # bool[U]
+    conversation_valid: jax.Array | None = None  # bool[O]
+
+
+def text_loss(
+    cfg: VirstConfig, params: Any, batch: TextBatch, dropout_rng: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of conversations without segmentation, float32[], and {"ce_loss": the same}."""
+    apply = _applier(cfg, params, dropout_rng)
+    hidden = _read(apply, batch, _embed(apply, batch), dropout_rng is None)
+    loss = cfg.loss.ce * _cross_entropy(cfg, apply, hidden, batch)
+    return loss, {"ce_loss": loss}
 
 
 def video_losses(
@@ -75,83 +91,165 @@ def video_losses(
 
     Returns:
       The weighted sum float32[], and its parts: ce_loss, mask_bce_loss, mask_dice_loss, iou_loss, occ_loss,
-      mask_loss (all weighted, float32[]), masks float32[O, U, R, R] (logits).
+      mask_loss (all weighted, float32[]), mean_iou float32[], masks float32[O, U, R, R] (logits).
     """
-    model, tracker = Virst(cfg), Tracker(Sam2(cfg.sam2, cfg.compute), training=True)
-    deterministic = dropout_rng is None
-    rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
+    tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True)
+    apply, deterministic = _applier(cfg, params, dropout_rng), dropout_rng is None
+    conversations = batch.token_ids.shape[0]
+
+    def encode(frame: jax.Array) -> Any:
+        encoded = tracker.sam.apply({"params": params["sam2"]}, _normalised(frame)[None], method=Sam2.encode_image)
+        return jax.tree.map(lambda x: x[0], encoded)
+
+    # frame by frame, recomputed in the backward pass but for its outputs: the encoder's activations at full size are
+    # gigabytes a frame
+    if cfg.compute.remat == "none":
+        features = jax.vmap(encode)(batch.frames)
+    else:
+        keep = jax.checkpoint_policies.save_only_these_names(PYRAMID)
+        features = jax.lax.map(jax.checkpoint(encode, policy=keep), batch.frames)
+    maps = jnp.broadcast_to(features.top, (conversations, *features.top.shape))
+    embeds = _embed(apply, batch)
+    if cfg.fusion.initial:
+        embeds = apply(Virst.fuse_initially, embeds, batch.seg_positions, maps)
+    hidden = _read(apply, batch, embeds, deterministic)
+    ce = _cross_entropy(cfg, apply, hidden, batch)
+
+    # [SEG] stands in the part that is not shared
+    rest, offset = hidden[1], batch.shared
+    prompts, _ = apply(Virst.prompts, rest, batch.seg_positions - offset, maps, deterministic=deterministic)
+    anchor_prompts = prompts[:, :, batch.anchors].swapaxes(1, 2)
+    take = lambda index: jax.tree.map(lambda x: x[index], features)  # noqa: E731
+    count = batch.frames_used.shape[0]
+    used = jnp.ones(count, bool) if batch.used_valid is None else batch.used_valid
+    # the tracker numbers the frames that it is given
+    order = jnp.where(used, batch.frames_used, jnp.iinfo(jnp.int32).max)
+    anchors = tracker.prompt_anchors(
+        params["sam2"],
+        take(batch.anchors),
+        jnp.searchsorted(order, batch.anchors).astype(jnp.int32),
+        jnp.ones(batch.anchors.shape, bool),
+        anchor_prompts,
+    )
+    if count == batch.anchors.shape[0]:
+        prediction = anchors.prediction
+    else:
+        _, tracked = tracker.track(
+            params["sam2"],
+            anchors,
+            tracker.start(conversations),
+            take(batch.frames_used),
+            jnp.arange(count),
+            used,
+            used.sum(),
+        )
+        prediction = tracked.prediction
+    return _weigh(cfg, batch, ce, prediction, used, tracker)
+
+
+def _applier(cfg: VirstConfig, params: Any, dropout_rng: jax.Array | None) -> Any:
+    model, rngs = Virst(cfg), {} if dropout_rng is None else {"dropout": dropout_rng}
 
     def apply(method: Any, *args: Any, **kwargs: Any) -> Any:
         return model.apply({"params": params}, *args, method=method, rngs=rngs, **kwargs)
 
-    conversations = batch.token_ids.shape[0]
+    return apply
 
-    @jax.checkpoint
-    def encode(frame: jax.Array) -> Any:
-        encoded = tracker.sam.apply({"params": params["sam2"]}, frame[None], method=Sam2.encode_image)
-        return jax.tree.map(lambda x: x[0], encoded)
 
-    # frame by frame, recomputed in the backward pass: the encoder's activations at full size are gigabytes a frame
-    features = jax.lax.map(encode, batch.frames)
-    maps = jnp.broadcast_to(features.top, (conversations, *features.top.shape))
-    visual = apply(Virst.encode_clips, batch.clips)
+def _normalised(pixels: jax.Array) -> jax.Array:
+    """uint8 pixels as data.transforms.normalize makes them; others are so already."""
+    if pixels.dtype != jnp.uint8:
+        return pixels
+    return (pixels.astype(jnp.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
+
+
+def _embed(apply: Any, batch: TextBatch) -> jax.Array:
+    visual = apply(Virst.encode_clips, _normalised(batch.clips))
     visual = visual.reshape(1, -1, visual.shape[-1])
-    embeds = apply(
-        Virst.embed,
-        batch.token_ids,
-        batch.visual_index,
-        jnp.broadcast_to(visual, (conversations, *visual.shape[1:])),
-    )
-    if cfg.fusion.initial:
-        embeds = apply(Virst.fuse_initially, embeds, batch.seg_positions, maps)
-    hidden = apply(Virst.hidden, embeds, batch.mask, deterministic=deterministic)
-    labels = jnp.where(batch.labels == cfg.seg_token_id, IGNORE, batch.labels)
-    ce = cross_entropy(apply(Virst.logits, hidden), labels)
+    conversations = batch.token_ids.shape[0]
+    visual = jnp.broadcast_to(visual, (conversations, *visual.shape[1:]))
+    return apply(Virst.embed, batch.token_ids, batch.visual_index, visual)
 
-    prompts, _ = apply(Virst.prompts, hidden, batch.seg_positions, maps, deterministic=deterministic)
-    anchor_prompts = prompts[:, :, batch.anchors].swapaxes(1, 2)
-    take = lambda index: jax.tree.map(lambda x: x[index], features)  # noqa: E731
-    # the tracker numbers the frames that it is given
-    local_anchors = jnp.searchsorted(batch.frames_used, batch.anchors)
-    count = batch.frames_used.shape[0]
-    anchors = tracker.prompt_anchors(
-        params["sam2"],
-        take(batch.anchors),
-        local_anchors,
-        jnp.ones(batch.anchors.shape, bool),
-        anchor_prompts,
-    )
-    _, tracked = tracker.track(
-        params["sam2"],
-        anchors,
-        tracker.start(conversations),
-        take(batch.frames_used),
-        jnp.arange(count),
-        jnp.ones(count, bool),
-        jnp.asarray(count),
-    )
-    return _weigh(cfg, batch, ce, tracked.prediction, tracker)
+
+def _read(apply: Any, batch: TextBatch, embeds: jax.Array, deterministic: bool) -> tuple[jax.Array | None, jax.Array]:
+    """Hidden states of the shared positions dtype[1, P, D], or None, and of the others dtype[O, L - P, D]."""
+    if batch.shared:
+        return apply(Virst.hidden_after_prefix, embeds, batch.mask, batch.shared, deterministic=deterministic)
+    return None, apply(Virst.hidden, embeds, batch.mask, deterministic=deterministic)
+
+
+def _cross_entropy(
+    cfg: VirstConfig, apply: Any, hidden: tuple[jax.Array | None, jax.Array], batch: TextBatch
+) -> jax.Array:
+    """Next-token cross-entropy, averaged over the labels that count; [SEG] does not."""
+    labels = jnp.where(batch.labels == cfg.seg_token_id, IGNORE, batch.labels)
+    prefix, rest = hidden
+    vocabulary = cfg.llm.vocab_size
+    if prefix is None:
+        total, count = _sum_cross_entropy(apply, rest[:, :-1], labels[:, 1:], vocabulary)
+    else:
+        shared, rows = batch.shared, rest.shape[0]
+        before = jnp.concatenate([jnp.broadcast_to(prefix[:, -1:], (rows, 1, rest.shape[-1])), rest[:, :-1]], axis=1)
+        total, count = _sum_cross_entropy(apply, before, labels[:, shared:], vocabulary)
+        total_once, count_once = _sum_cross_entropy(apply, prefix[:, :-1], labels[:1, 1:shared], vocabulary)
+        real = (labels != IGNORE).any(1).sum()  # conversations that fill up a batch share nothing
+        total, count = total + real * total_once, count + real * count_once
+    return total / jnp.maximum(count, 1)
+
+
+def _sum_cross_entropy(
+    apply: Any, hidden: jax.Array, target: jax.Array, vocabulary: int
+) -> tuple[jax.Array, jax.Array]:
+    """hidden dtype[B, L, D], target int[B, L] -> sum float32[] over the targets that count, and their number."""
+
+    def of(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden, target = piece
+        logits = apply(Virst.logits, hidden)
+        counts = target != IGNORE
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counts, target, 0))
+        return (loss * counts).sum()
+
+    batch, length, width = hidden.shape
+    pieces = -(-batch * length * vocabulary // CE_BUDGET)
+    if pieces > 1:  # the logits of a long video would take gigabytes
+        size = -(-length // pieces)
+        padding = ((0, 0), (0, size * pieces - length))
+        targets = jnp.pad(target, padding, constant_values=IGNORE).reshape(batch, pieces, size).swapaxes(0, 1)
+        states = jnp.pad(hidden, (*padding, (0, 0))).reshape(batch, pieces, size, width).swapaxes(0, 1)
+        total = jax.lax.map(jax.checkpoint(of), (states, targets)).sum()
+    else:
+        total = of((hidden, target))
+    return total, (target != IGNORE).sum()
 
 
 def _weigh(
-    cfg: VirstConfig, batch: VideoBatch, ce: jax.Array, prediction: Any, tracker: Tracker
+    cfg: VirstConfig, batch: VideoBatch, ce: jax.Array, prediction: Any, used: jax.Array, tracker: Tracker
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     weights = cfg.loss
     logits = jax.vmap(tracker.sam.high_res)(prediction.low_res)  # [U, O, R, R]
-    target = batch.targets[:, batch.frames_used].swapaxes(0, 1)
-    predicted = jax.nn.sigmoid(logits) > 0.5
+    target = batch.targets.swapaxes(0, 1)
+    counts = used[:, None].astype(jnp.float32)
+    if batch.conversation_valid is not None:
+        counts = counts * batch.conversation_valid
+    counts = jnp.broadcast_to(counts, logits.shape[:2])
+
+    def mean(x: jax.Array) -> jax.Array:
+        return (jnp.where(counts > 0, x, 0) * counts).sum() / jnp.maximum(counts.sum(), 1)
+
+    predicted = logits > 0
     overlap = (predicted & target).sum((-2, -1)).astype(jnp.float32)
     union = (predicted | target).sum((-2, -1)).astype(jnp.float32)
     iou = overlap / (union + 1e-6)
     there = target.any((-2, -1)).astype(jnp.float32)
     parts = {
         "ce_loss": weights.ce * ce,
-        "mask_bce_loss": weights.bce * bce_loss(logits, target).mean(),
-        "mask_dice_loss": weights.dice * dice_loss(logits, target).mean(),
-        "iou_loss": weights.iou * jnp.abs(iou - prediction.iou).mean(),
-        "occ_loss": weights.occ * optax.sigmoid_binary_cross_entropy(prediction.object_score, there).mean(),
+        "mask_bce_loss": weights.bce * mean(bce_loss(logits, target)),
+        "mask_dice_loss": weights.dice * mean(dice_loss(logits, target)),
+        "iou_loss": weights.iou * mean(jnp.abs(iou - prediction.iou)),
+        "occ_loss": weights.occ * mean(optax.sigmoid_binary_cross_entropy(prediction.object_score, there)),
     }
     # the IoU loss counts twice: as a part of mask_loss and on its own
     parts["mask_loss"] = parts["mask_bce_loss"] + parts["mask_dice_loss"] + parts["iou_loss"]
     loss = parts["ce_loss"] + parts["mask_loss"] + parts["iou_loss"] + parts["occ_loss"]
-    return loss, {**parts, "masks": logits.swapaxes(0, 1)}
+    mean_iou = mean(jnp.where(union > 0, iou, 1.0))
+    return loss, {**parts, "mean_iou": mean_iou, "masks": logits.swapaxes(0, 1)}

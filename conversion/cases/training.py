@@ -56,7 +56,7 @@ def run_train_loss(case: Case) -> None:
         mask=jnp.asarray(sequence.mask)[None],
         seg_positions=jnp.asarray(sequence.seg_positions)[None],
         frames=jnp.asarray(sam_pixels(video, cfg.sam2.image_size, "bilinear")),
-        targets=jnp.asarray(ellipse_targets(case, count, cfg.sam2.image_size))[None],
+        targets=jnp.asarray(ellipse_targets(case, count, cfg.sam2.image_size)[meta["frames_used"]])[None],
         anchors=jnp.asarray(meta["cond_frames"]),
         frames_used=jnp.asarray(meta["frames_used"]),
     )

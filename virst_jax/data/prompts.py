@@ -49,6 +49,9 @@ _CONTROL = re.compile(r"<image>|\[seg\]|<\|\w+\|>", re.IGNORECASE)
 MODALITIES = ("image", "video")  # the release says "image" of videos too
 
 
+CACHED_PIECES = 20_000
+
+
 class Message(TypedDict):
     role: str  # system | user | assistant
     content: str
@@ -71,6 +74,7 @@ class Tokenizer:
         self._backend = backend
         self.seg_id, self.start_id, self.end_id = ids[SEG], ids[START], ids[END]
         self.pad_id, self.newline_id = ids[PAD], ids["\n"]
+        self._pieces: dict[str, tuple[int, ...]] = {}
 
     @property
     def num_rows(self) -> int:
@@ -83,7 +87,12 @@ class Tokenizer:
         for i, piece in enumerate(text.split(IMAGE)):
             if i:
                 ids.append(IMAGE_TOKEN)
-            ids += self._backend(piece, add_special_tokens=False).input_ids
+            # the same messages come again and again in training; the backend takes a millisecond for each
+            if piece not in self._pieces:
+                if len(self._pieces) >= CACHED_PIECES:
+                    self._pieces.clear()
+                self._pieces[piece] = tuple(self._backend(piece, add_special_tokens=False).input_ids)
+            ids += self._pieces[piece]
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

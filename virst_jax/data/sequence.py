@@ -25,7 +25,11 @@ class Sequence:
 
 
 def splice(
-    input_ids: Ints[int], labels: Ints[int], num_visual: int, seg_token_id: int, length: int | None = None
+    input_ids: Ints[int] | np.ndarray,
+    labels: Ints[int] | np.ndarray,
+    num_visual: int,
+    seg_token_id: int,
+    length: int | None = None,
 ) -> Sequence:
     """Replaces the image token by `num_visual` visual tokens and pads on the right to `length`.
 

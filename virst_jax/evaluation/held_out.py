@@ -75,7 +75,7 @@ def _exchange(texts: dict[int, str], truth: np.ndarray) -> dict[int, str]:
 
 
 def summarize(scores: Sequence[Score]) -> dict[str, float]:
-    """Means over expressions: j_and_f, j, f, j_and_f/CATEGORY, and no_target_accuracy, target_accuracy where they apply.
+    """Means over expressions: j_and_f, j, f, j_and_f/CATEGORY; no_target_accuracy and target_accuracy if they apply.
 
     No-target accuracy is the share of expressions without a target for which nothing was segmented; target accuracy
     the share of the others for which something was.

@@ -3,6 +3,7 @@
 Source: the release wraps its language model with peft.LoraConfig (eval.py); peft/tuners/lora/layer.py.
 """
 
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 from virst_jax.config import Compute, LoraConfig
 from virst_jax.errors import UserError
 from virst_jax.models.layers import default_init, named
+
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoraDense(nn.Module):
@@ -47,6 +50,40 @@ class LoraDense(nn.Module):
         b = self.param("lora_b", zeros, (rank, self.features), param_dtype)
         dropped = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
         return y + dropped @ a.astype(dtype) @ b.astype(dtype) * self.lora.scale
+
+
+def add_lora(params: Mapping[str, Any], have: LoraConfig, want: LoraConfig, seed: int) -> dict[str, Any]:
+    """Parameters of the network with fresh adapters in the language model, if it has none yet.
+
+    Args:
+      params: of Virst.
+      have, want: the adapters of `params`, and those of the network that will use them.
+
+    Raises:
+      UserError: `params` has adapters of another rank.
+    """
+    if have.rank == want.rank:
+        return dict(params)
+    if have.rank:
+        raise UserError(
+            f"the model to start from has adapters of rank {have.rank}, the recipe asks for {want.rank}: convert it "
+            "with --lora merge, or set the recipe's rank to the model's"
+        )
+    key = jax.random.key(seed)
+
+    def add(node: Mapping[str, Any], path: str) -> dict[str, Any]:
+        out = {name: add(x, f"{path}/{name}") if isinstance(x, Mapping) else x for name, x in node.items()}
+        if path.rsplit("/", 1)[-1] in ADAPTED:
+            *layers, width, features = node["kernel"].shape
+            place = zlib.crc32(path.encode())
+            # the fan-in counts one layer
+            bound = width**-0.5
+            draw = jax.random.uniform(jax.random.fold_in(key, place), (*layers, width, want.rank), minval=-1)
+            out["lora_a"] = (draw * bound).astype(node["kernel"].dtype)
+            out["lora_b"] = jnp.zeros((*layers, want.rank, features), node["kernel"].dtype)
+        return out
+
+    return {**params, "llm": add(params["llm"], "llm")}
 
 
 def merge_lora(params: Mapping[str, Any], scale: float) -> dict[str, Any]:

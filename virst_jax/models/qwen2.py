@@ -21,6 +21,7 @@ from virst_jax.errors import UserError
 from virst_jax.models.layers import default_init, named, remat
 from virst_jax.models.lora import LoraDense
 from virst_jax.ops.attention import attention
+from virst_jax.ops.constrain import constrain
 
 
 @flax.struct.dataclass
@@ -101,6 +102,7 @@ class Attention(nn.Module):
         k = project(kv_width, ("embed", "kv_heads"), name="k_proj")(x, deterministic)
         v = project(kv_width, ("embed", "kv_heads"), name="v_proj")(x, deterministic)
         q, k, v = (rearrange(y, "b s (h w) -> b s h w", w=cfg.head_dim) for y in (q, k, v))
+        q, k, v = (constrain(y, None, None, "heads", None) for y in (q, k, v))
         q, k = rotate_halves(q, *rotary), rotate_halves(k, *rotary)
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
@@ -129,7 +131,8 @@ class Mlp(nn.Module):
         project = functools.partial(LoraDense, self.compute, lora=cfg.lora, use_bias=False)
         gate = project(cfg.intermediate_size, ("embed", "mlp"), name="gate_proj")(x, deterministic)
         up = project(cfg.intermediate_size, ("embed", "mlp"), name="up_proj")(x, deterministic)
-        return project(cfg.hidden_size, ("mlp", "embed"), name="down_proj")(nn.silu(gate) * up, deterministic)
+        hidden = constrain(nn.silu(gate) * up, None, None, "hidden")
+        return project(cfg.hidden_size, ("mlp", "embed"), name="down_proj")(hidden, deterministic)
 
 
 class Block(nn.Module):
@@ -161,6 +164,7 @@ class Block(nn.Module):
         Returns:
           dtype[B, S, D]; the cache with x in it, and x if `return_input`.
         """
+        x = constrain(x, None, None, "width")
         norms = (RmsNorm(self.compute, self.cfg.rms_norm_eps, name=n) for n in ("input_norm", "post_norm"))
         input_norm, post_norm = norms
         attended, cache = Attention(self.cfg, self.compute, name="attn")(
@@ -210,11 +214,12 @@ class Qwen2(nn.Module):
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """int[B, S] -> dtype[B, S, D]"""
-        return self.embed_tokens(ids)
+        return constrain(self.embed_tokens(ids), None, None, "width")
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """dtype[..., D] -> float32[..., vocab]; not rounded to dtype in between."""
-        return self.lm_head(hidden)
+        logits = self.lm_head(hidden)
+        return constrain(logits, *(None,) * (logits.ndim - 1), "vocab")
 
     def __call__(
         self,
@@ -265,7 +270,7 @@ class Qwen2(nn.Module):
         alone = cache is None or cache.empty
         x = embeds.astype(jnp.dtype(self.compute.dtype))
         x, (kv, inputs) = self.layers(x, kv, valid, rotary, slots, alone, deterministic, return_layers)
-        hidden = self.norm(x)
+        hidden = self.norm(constrain(x, None, None, "width"))
         if self.is_initializing():  # `init` through this method makes all parameters
             self.logits(self.embed(jnp.zeros((1, 1), jnp.int32)))
         result: tuple[Any, ...] = (hidden,)

@@ -10,6 +10,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from virst_jax.config import Compute, FusionConfig
@@ -74,7 +75,7 @@ class RotaryCrossAttention(nn.Module):
         )
         q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=self.num_heads) for x in projected)
         head_dim = width // self.num_heads
-        q_angles = jnp.tile(spacetime_angles(frames, 1, head_dim), (q.shape[1] // frames, 1))
+        q_angles = np.tile(spacetime_angles(frames, 1, head_dim), (q.shape[1] // frames, 1))
         q, k = rotate_pairs(q, q_angles), rotate_pairs(k, spacetime_angles(frames, grid, head_dim))
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
         weights = nn.softmax(logits / math.sqrt(head_dim))

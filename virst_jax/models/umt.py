@@ -14,6 +14,7 @@ from einops import rearrange
 from virst_jax.config import Compute, VisionConfig
 from virst_jax.models.layers import default_init, dense, gelu, layer_norm, named, remat
 from virst_jax.ops.attention import attention
+from virst_jax.ops.constrain import constrain
 from virst_jax.ops.position import sinusoid_table
 
 
@@ -55,6 +56,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        x = constrain(x, None, None, "width")
         norm1, norm2 = (layer_norm(self.compute, 1e-6, name=f"norm{i}") for i in (1, 2))
         x = x + Attention(self.cfg, self.compute, name="attn")(norm1(x))
         hidden = dense(self.compute, int(x.shape[-1] * self.cfg.mlp_ratio), ("embed", "mlp"), name="fc1")(norm2(x))
@@ -88,4 +90,5 @@ class VideoEncoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, _ = blocks(cfg, self.compute, name="layers")(x, None)
+        x = constrain(x, None, None, "width")
         return layer_norm(self.compute, 1e-12, name="norm")(x)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from virst_jax.config import VirstConfig
 from virst_jax.models.layers import dense
 from virst_jax.models.projector import Projector
-from virst_jax.models.qwen2 import Qwen2
+from virst_jax.models.qwen2 import Cache, Qwen2, init_cache
 from virst_jax.models.sam2.sam2 import Sam2
 from virst_jax.models.st_fusion import InitialFusion, SecondFusion
 from virst_jax.models.umt import VideoEncoder
@@ -63,6 +63,31 @@ class Virst(nn.Module):
     def hidden(self, embeds: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
         """Hidden states after the final norm: embeds dtype[B, L, D], mask bool[B, L] -> dtype[B, L, D]."""
         return self.llm(embeds, mask, deterministic=deterministic)
+
+    def hidden_after_prefix(
+        self, embeds: jax.Array, mask: jax.Array, shared: int, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `hidden` for conversations that begin alike: what they share, such as the video, is read once.
+
+        Args:
+          embeds: dtype[B, L, D]; the first `shared` positions are the same in every row and none is padding.
+          mask: bool[B, L].
+          shared: at least 1, less than L.
+
+        Returns:
+          Hidden states of the shared positions dtype[1, shared, D], and of the others dtype[B, L - shared, D].
+        """
+        batch, length, _ = embeds.shape
+        cache = init_cache(self.cfg.llm, self.cfg.compute, 1, length)
+        prefix, cache = self.llm(embeds[:1, :shared], None, cache=cache, deterministic=deterministic)
+        cache = Cache(
+            jnp.broadcast_to(cache.k, (cache.k.shape[0], batch, *cache.k.shape[2:])),
+            jnp.broadcast_to(cache.v, (cache.v.shape[0], batch, *cache.v.shape[2:])),
+            jnp.broadcast_to(cache.mask, (batch, length)),
+            jnp.broadcast_to(cache.length, (batch,)),
+        )
+        rest, _ = self.llm(embeds[:, shared:], mask[:, shared:], cache=cache, deterministic=deterministic)
+        return prefix, rest
 
     def hidden_layers(self, embeds: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As `hidden`, with every layer's input dtype[layers, B, L, D]."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from virst_jax.ops.platform import target_platform
 from virst_jax.ops.resize import resize_matrix
 
 
@@ -91,9 +92,16 @@ def spacetime_angles(frames: int, grid: int, head_dim: int) -> np.ndarray:
     return angles
 
 
-def rotate_pairs(x: jax.Array, angles: jax.Array | np.ndarray) -> jax.Array:
+def rotate_pairs(x: jax.Array, angles: np.ndarray) -> jax.Array:
     """Rotates neighbouring channels (2i, 2i+1) of dtype[..., S, heads, D] by angles float32[S, D // 2]."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    wide = x.astype(jnp.float32)
+    if target_platform() == "tpu":
+        # slices with a stride of 2 along the lanes take its compiler minutes
+        is_even = np.arange(x.shape[-1]) % 2 == 0
+        partner = jnp.where(is_even, jnp.roll(wide, -1, -1), jnp.roll(wide, 1, -1))
+        signed = np.where(is_even, -1, 1).astype(np.float32) * np.repeat(sin, 2, -1)
+        return (wide * np.repeat(cos, 2, -1) + partner * signed).astype(x.dtype)
+    even, odd = wide[..., 0::2], wide[..., 1::2]
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return rotated.reshape(x.shape).astype(x.dtype)

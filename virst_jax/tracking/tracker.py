@@ -68,7 +68,7 @@ class Tracker:
         self.sam = sam
         self.cfg: Sam2Config = sam.cfg
         self.training = training
-        self.mode = "single" if training else "multimask"
+        self.mode = "single" if training else sam.cfg.evaluated_mask
         self.memory_dtype = jnp.dtype(sam.compute.dtype) if training else jnp.dtype(jnp.bfloat16)
 
     def _apply(self, params: Any, method: Any, *args: Any, **kwargs: Any) -> Any:

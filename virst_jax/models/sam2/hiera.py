@@ -15,6 +15,7 @@ from einops import rearrange
 from virst_jax.config import Compute, HieraConfig, Sam2Config
 from virst_jax.models.layers import Mlp, conv, default_init, dense, gelu, layer_norm, named, remat
 from virst_jax.ops.attention import attention
+from virst_jax.ops.constrain import constrain
 from virst_jax.ops.resize import resize_matrix, upsample_nearest_2x
 
 
@@ -105,7 +106,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
         spec = self.spec
-        shortcut = x
+        x = shortcut = constrain(x, None, None, None, "width")
         x = layer_norm(self.compute, 1e-6, name="norm1")(x)
         if spec.dim != spec.dim_out:
             shortcut = dense(self.compute, spec.dim_out, ("conv_in", "embed"), name="proj")(x)
@@ -184,6 +185,7 @@ class ImageEncoder(nn.Module):
         previous = None
         for level in reversed(range(len(stages))):
             x = conv(self.compute, cfg.hidden_size, 1, name=f"lateral{level}")(stages[level])
+            x = constrain(x, None, None, None, "width")
             if previous is not None and level in cfg.fpn_top_down_levels:
                 x = x + upsample_nearest_2x(previous)
             previous = x

@@ -16,7 +16,9 @@ from einops import rearrange
 from virst_jax.config import Compute, Sam2Config
 from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, named, remat
 from virst_jax.ops.attention import attention
+from virst_jax.ops.constrain import constrain
 from virst_jax.ops.depthwise import shifted_depthwise
+from virst_jax.ops.platform import target_platform
 from virst_jax.ops.position import axial_angles, rotate_pairs, sine_2d
 
 
@@ -41,11 +43,12 @@ class RotaryAttention(nn.Module):
         )
         q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=cfg.memory_heads) for x in projected)
         angles = axial_angles(cfg.feature_size, cfg.feature_size, width // cfg.memory_heads, cfg.rope_theta)
-        frames = (k.shape[1] - unrotated) // angles.shape[0]
-        key_angles = np.pad(np.tile(angles, (frames, 1)), ((0, unrotated), (0, 0)))
+        whole = k.shape[1] - unrotated
+        frames = rearrange(k[:, :whole], "b (f s) h d -> b f s h d", s=angles.shape[0])
+        rotated = rearrange(rotate_pairs(frames, angles), "b f s h d -> b (f s) h d")
         out = attention(
             rotate_pairs(q, angles),
-            rotate_pairs(k, key_angles),
+            jnp.concatenate([rotated, k[:, whole:]], axis=1),
             v,
             key_mask=key_mask,
             impl=self.compute.attention,
@@ -63,6 +66,7 @@ class Layer(nn.Module):
         self, x: jax.Array, memory: jax.Array, memory_pos: jax.Array, key_mask: jax.Array | None
     ) -> tuple[jax.Array, None]:
         cfg, compute = self.cfg, self.compute
+        x = constrain(x, None, None, "width")
         norm = [layer_norm(compute, name=f"norm{i}") for i in range(1, 4)]
         y = norm[0](x)
         x = x + RotaryAttention(cfg, compute, name="self_attn")(y, y, y)
@@ -132,7 +136,7 @@ class DepthwiseConv(nn.Module):
         kernel = self.param("kernel", init, (n, n, 1, channels), param_dtype).astype(dtype)
         bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (channels,), param_dtype).astype(dtype)
         x = x.astype(dtype)
-        if jax.default_backend() == "cpu":
+        if target_platform() == "cpu":
             return shifted_depthwise(x, kernel[:, :, 0]) + bias
         return bias + jax.lax.conv_general_dilated(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=channels

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from virst_jax.config import Compute, Sam2Config
 from virst_jax.models.layers import Mlp, conv, dense, named
@@ -20,6 +21,7 @@ from virst_jax.ops.position import sine_1d, sine_2d
 from virst_jax.ops.resize import resize_maps
 
 NO_OBJECT_LOGIT = -1024.0
+PYRAMID = "pyramid"  # of jax.checkpoint_policies: the image encoder's maps
 
 
 @flax.struct.dataclass
@@ -71,7 +73,8 @@ class Sam2(nn.Module):
 
     def encode_image(self, pixels: jax.Array) -> Features:
         """Normalised pixels float[T, R, R, 3] -> features of T frames."""
-        high0, high1, top = self.image_encoder(pixels)
+        # named, so that a backward pass that starts here need not run the encoder again
+        high0, high1, top = (checkpoint_name(x, PYRAMID) for x in self.image_encoder(pixels))
         return Features(self.high_res0(high0), self.high_res1(high1), top)
 
     def image_position(self) -> jax.Array:

@@ -1,0 +1,69 @@
+"""What the recipes of the full-size network share; every one of them says what it changes."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from virst_jax.data.datasets.mixtures import MEMBERS, mixture
+
+# parameter groups: pattern of the path, factor of the learning rate (0: frozen)
+GROUPS = (
+    (r"llm/layers/.*/lora_[ab]", 1.0),
+    (r"llm/(embed_tokens|lm_head)/.*", 1.0),
+    (r"llm/.*", 0.0),
+    (r"vision/.*", 0.0),
+    (r"projector/.*", 1.0),
+    (r"(initial|second)_fusion/.*", 1.0),
+    (r"sam2/image_encoder/.*", 0.0),
+    (r"sam2/(no_memory_position|mask_downsample/.*)", 0.0),  # nothing that is trained uses them
+    (r"sam2/.*", 1.0),
+    (r"occ_predictor/.*", 0.0),
+)
+
+# the release's arguments (utils/argument.py, scripts): learning rate, weight decay; LoRA r 64, alpha 16, dropout 0.05
+OPTIM = {"learning_rate": 1e-5, "warmup_steps": 100, "weight_decay": 0.0, "clip_norm": 1.0, "b2": 0.95}
+
+
+def base() -> ConfigDict:
+    """A recipe without stages: the released network with adapters, in bfloat16 over float32 master parameters."""
+    c = ConfigDict()
+    c.model = {
+        "preset": "virst_7b",
+        "init": "",
+        "tokenizer": "",
+        "overrides": {
+            "llm": {"lora": {"rank": 64, "alpha": 16.0, "dropout": 0.05}},
+            "compute": {"dtype": "bfloat16", "remat": "full"},
+        },
+    }
+    c.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    c.seed = 0
+    c.distributed = False  # several processes, started by a launcher that jax.distributed.initialize() knows
+    c.threads, c.workers = 8, 0
+    c.checkpoint = {"every": 500, "keep": 2}
+    c.data_root = ""  # the folder that holds the data sets' folders; sources may name a root of their own
+    c.eval = {"source": {"kind": "mevis", "split": "valid_u"}, "videos": 8, "every": 1000}
+    return c
+
+
+def mixed(groups: dict[str, float], **shape: Any) -> dict[str, Any]:
+    """A stage's data: the release's mixture of groups of data sets, sorted by the kind of batch that they need."""
+    kinds = {
+        "sem_seg": "image",
+        "refer_seg": "image",
+        "reason_seg": "image",
+        "rvos": "video",
+        "video_vqa": "video_text",
+    }
+    weights, data = mixture(groups), {}
+    for kind in ("image", "video", "video_text"):
+        names = [name for group in groups if kinds[group] == kind for name in MEMBERS[group]]
+        if not names:
+            continue
+        sources = {name: {"weight": weights[name]} for name in names}
+        data[kind] = {"kind": kind, "weight": sum(weights[name] for name in names), "sources": sources, **shape}
+    if "image" in data:
+        data["image"] |= {"seg_tokens": 1}  # as the release answers for pictures
+    if "video_text" in data:
+        data["video_text"] |= {"conversations": 1, "text_length": 512, "vlm_frames": 32, "policy": "flex"}
+    return data

@@ -1,0 +1,27 @@
+"""Stage 1: pictures and text. Semantic, referring and reasoning segmentation, and video question answering.
+
+python train.py --config=configs/stage1.py --workdir=runs/stage1 --config.model.init=START --config.data_root=DATA
+
+START is a converted model folder (`python -m conversion.convert` without --virst: VideoChat-Flash and SAM 2.1, fresh
+fusions); DATA holds the data sets' folders (docs/datasets.md).
+Hardware and cost: docs/sharding.md. Expected score: the release has none for its stages; watch the loss curves and the
+J&F on MeViS valid_u that a run writes.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config() -> ConfigDict:
+    c = common.base()
+    c.stages = ("stage1",)
+    c.stage1 = {
+        "steps": 15_000,
+        "optim": common.OPTIM,
+        "groups": common.GROUPS,
+        "data": common.mixed(
+            {"sem_seg": 9, "refer_seg": 3, "reason_seg": 1, "video_vqa": 4}, batch_size=16, conversations=3
+        ),
+    }
+    return c

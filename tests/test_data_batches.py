@@ -1,0 +1,196 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from virst_jax.config import IGNORE, tiny
+from virst_jax.data.batches import BatchConfig, ExampleMaker, batch_shapes
+from virst_jax.data.pipeline import Mixture, batches
+from virst_jax.data.prompts import load_tokenizer
+from virst_jax.data.samples import Expression, Question, Video
+from virst_jax.data.synthetic import SyntheticQuestions, SyntheticVideos
+from virst_jax.errors import UserError
+
+CFG = tiny()
+TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "virst_jax" / "assets" / "tiny" / "tokenizer", CFG.seg_token_id)
+KINDS = {
+    "video": BatchConfig(kind="video", batch_size=2, conversations=5, text_length=80),
+    "tracked": BatchConfig(
+        kind="video", batch_size=2, conversations=5, text_length=80, propagate=True, after=2, before=1
+    ),
+    "image": BatchConfig(kind="image", batch_size=2, conversations=5, text_length=80, seg_tokens=1),
+    "video_text": BatchConfig(kind="video_text", batch_size=2, conversations=5, text_length=80),
+    "image_text": BatchConfig(kind="image_text", batch_size=2, conversations=5, text_length=80),
+}
+
+
+def source(batch, **arguments):
+    made = SyntheticQuestions if batch.is_text else SyntheticVideos
+    return made(20, 3, expressions=4, is_image=batch.is_image, **arguments)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_shapes_are_as_announced(name):
+    batch = KINDS[name]
+    maker = ExampleMaker(CFG, TOKENIZER, batch)
+    made = next(batches(source(batch), maker, seed=0, threads=1))
+    announced = batch_shapes(CFG, batch, maker.shared)
+    assert {k: (v.shape, v.dtype) for k, v in made.items()} == {k: (s, np.dtype(d)) for k, (s, d) in announced.items()}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_shared_is_the_same_and_the_rest_is_not(name):
+    batch = KINDS[name]
+    maker = ExampleMaker(CFG, TOKENIZER, batch)
+    out = maker(source(batch)[1], np.random.default_rng(0))
+    shared = maker.shared
+    for key in ("token_ids", "visual_index", "mask"):
+        assert (out[key][:, :shared] == out[key][:1, :shared]).all()
+    assert out["mask"][:, :shared].all()
+    assert (out["visual_index"][0] >= 0).sum() == maker.num_visual
+    assert out["visual_index"][0, shared - 1] == maker.num_visual - 1
+    assert len({row.tobytes() for row in out["token_ids"][:4]}) == 4
+    # four conversations, and one that fills up
+    assert (out["labels"][4] == IGNORE).all()
+    assert (out["labels"][:4] != IGNORE).any(1).all()
+    if "seg_positions" in out:
+        at_seg = np.take_along_axis(out["labels"][:4], out["seg_positions"][:4], 1)
+        assert (at_seg == CFG.seg_token_id).all()
+        assert out["conversation_valid"].tolist() == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize("name", ["video", "tracked", "image"])
+def test_targets_are_the_masks_of_the_frames_used(name):
+    batch = KINDS[name]
+    video = source(batch)[2]
+    maker = ExampleMaker(CFG, TOKENIZER, dataclasses.replace(batch, policy="flex"))
+    out = maker(video, np.random.default_rng(5))
+    used = out["frames_used"][out["used_valid"]]
+    assert set(out["anchors"]) <= set(used)
+    every = video.read_frames(range(video.num_frames))
+    numbers = [int(np.flatnonzero((every == frame).all((1, 2, 3)))[0]) for frame in out["frames"]]
+    assert numbers == sorted(numbers)
+    # found again by what is in them: each expression's masks, in some order
+    truth = {video.read_masks(i, [numbers[u] for u in used]).tobytes(): i for i in range(len(video.expressions))}
+    found = [truth[row[: len(used)].tobytes()] for row in out["targets"][:4]]
+    for row, i in enumerate(found):
+        text = TOKENIZER.decode(out["token_ids"][row][out["mask"][row]])
+        same = [
+            e.text
+            for k, e in enumerate(video.expressions)
+            if (video.read_masks(k, numbers) == video.read_masks(i, numbers)).all()
+        ]
+        assert any(words in text for words in same), (text, same)
+
+
+def test_the_stream_follows_from_the_seed_and_goes_on_from_its_state():
+    batch = KINDS["video"]
+    maker = ExampleMaker(CFG, TOKENIZER, batch)
+    one, two = (batches(source(batch), maker, seed=7, threads=n) for n in (1, 3))
+    first = [next(one) for _ in range(3)]
+    state = one.get_state()
+    fourth = next(one)
+    for wanted in (*first, fourth):
+        made = next(two)
+        for key, value in wanted.items():
+            np.testing.assert_array_equal(made[key], value, err_msg=key)
+    restored = batches(source(batch), maker, seed=7, threads=1)
+    restored.set_state(state)
+    np.testing.assert_array_equal(next(restored)["frames"], fourth["frames"])
+    other = next(batches(source(batch), maker, seed=8, threads=1))
+    assert (other["frames"] != first[0]["frames"]).any()
+
+
+def test_processes_share_a_batch_out():
+    batch = dataclasses.replace(KINDS["image"], batch_size=4)
+    maker = ExampleMaker(CFG, TOKENIZER, batch)
+    whole = batches(source(batch), maker, seed=1, threads=1)
+    parts = [batches(source(batch), maker, seed=1, process_index=i, process_count=2, threads=1) for i in (0, 1)]
+    for _ in range(2):
+        rows = [next(part)["frames"] for part in parts]
+        together = {frame.tobytes() for frame in next(whole)["frames"]}
+        assert together == {frame.tobytes() for part in rows for frame in part}
+    with pytest.raises(UserError, match="cannot be shared out over 3"):
+        batches(source(batch), maker, seed=1, process_count=3)
+
+
+def test_mixture_draws_by_weight():
+    one, two = (SyntheticVideos(10, seed, is_image=True) for seed in (1, 2))
+    mixture = Mixture([one, two], [3, 1])
+    names = {one[i].name for i in range(10)}
+    share = np.mean([mixture[i].name in names for i in range(400)])
+    assert 0.67 < share < 0.83
+    assert mixture[17].name == Mixture([one, two], [3, 1])[17].name
+    with pytest.raises(UserError, match="weights"):
+        Mixture([one], [0])
+
+
+def small_video(text="the thing", frames=3):
+    pixels = np.zeros((frames, 20, 30, 3), np.uint8)
+    pixels[:] = np.arange(frames)[:, None, None, None]
+    return Video(
+        "short",
+        frames,
+        (20, 30),
+        (Expression(text),),
+        lambda n: pixels[list(n)],
+        lambda i, n: pixels[list(n), ..., 0] > 0,
+    )
+
+
+def test_short_videos_are_filled_up_and_resized():
+    maker = ExampleMaker(CFG, TOKENIZER, KINDS["video"])
+    out = maker(small_video(), np.random.default_rng(0))
+    assert out["frames"].shape[1:3] == (128, 128)
+    assert out["clips"].shape[2:4] == (96, 96)
+    assert sorted(set(out["frames"][:, 0, 0, 0].tolist())) == [0, 1, 2]
+    used = out["frames"][out["frames_used"], 0, 0, 0] > 0
+    assert (out["targets"][0].all((1, 2)) == used).all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "sample", "message"),
+    [
+        (KINDS["video"], small_video("word " * 90), "no expression or question fits 80 positions"),
+        (KINDS["image"], small_video(), "another kind"),
+        (KINDS["video"], dataclasses.replace(small_video(), read_masks=None), "masks are not public"),
+    ],
+)
+def test_samples_that_cannot_be_used(batch, sample, message):
+    with pytest.raises(UserError, match=message):
+        ExampleMaker(CFG, TOKENIZER, batch)(sample, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "audio"}, "unknown kind of batch 'audio'"),
+        ({"vlm_frames": 6}, "multiple of 4"),
+        ({"policy": "first"}, "unknown policy 'first'"),
+    ],
+)
+def test_bad_settings(change, message):
+    with pytest.raises(UserError, match=message):
+        ExampleMaker(CFG, TOKENIZER, dataclasses.replace(KINDS["video"], **change))
+
+
+def test_videos_without_expressions_are_drawn_again():
+    class Sparse:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            video = small_video()
+            return video if index == 2 else dataclasses.replace(video, expressions=())
+
+    maker = ExampleMaker(CFG, TOKENIZER, KINDS["video"])
+    assert next(batches(Sparse(), maker, seed=0, threads=1))["conversation_valid"][:, 0].all()
+
+
+def test_questions_and_answers_stand_in_the_text():
+    question = Question("q", 1, (("what is it?", "a red circle"),), lambda n: np.zeros((1, 9, 9, 3), np.uint8), True)
+    out = ExampleMaker(CFG, TOKENIZER, KINDS["image_text"])(question, np.random.default_rng(0))
+    learnt = TOKENIZER.decode(out["labels"][0])
+    assert "a red circle" in learnt
+    assert "what is it" not in learnt

@@ -1,0 +1,135 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from virst_jax import losses
+from virst_jax.config import IGNORE, tiny
+from virst_jax.losses import TextBatch, VideoBatch, text_loss, video_losses
+from virst_jax.models.virst import Virst
+
+SHARED, TAIL, ROWS = 40, 20, 3  # 32 visual tokens stand in the shared part
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    base = tiny()
+    llm = dataclasses.replace(base.llm, vocab_size=64, num_layers=2, hidden_size=32, intermediate_size=48)
+    vision = dataclasses.replace(base.vision, hidden_size=32, depth=2, image_size=48, tokens_per_frame=8)
+    hiera = dataclasses.replace(base.sam2.hiera, embed_dim=8, stages=(1, 1, 1, 1), global_att_blocks=(2,))
+    sam2 = dataclasses.replace(
+        base.sam2,
+        hiera=hiera,
+        image_size=128,
+        hidden_size=32,
+        memory_dim=8,
+        memory_layers=1,
+        memory_mlp_dim=32,
+        decoder_mlp_dim=32,
+        decoder_heads=2,
+    )
+    return dataclasses.replace(base, llm=llm, vision=vision, sam2=sam2, seg_token_id=63)
+
+
+@pytest.fixture(scope="module")
+def params(cfg):
+    made = nn.meta.unbox(jax.jit(lambda: Virst(cfg).init(jax.random.key(0)))()["params"])
+    # an absent object has no mask to learn from
+    made["sam2"]["mask_decoder"]["object_head"]["layer2"]["bias"] += 3.0
+    return made
+
+
+def make_batch(cfg, shared, used=(0, 1, 2), slots=3):
+    rng = np.random.default_rng(0)
+    length = SHARED + TAIL
+    index = np.full((ROWS, length), -1, np.int32)
+    index[:, 4:36] = np.arange(32)
+    ids = rng.integers(0, 60, (ROWS, length)).astype(np.int32)
+    ids[:, :SHARED] = ids[0, :SHARED]
+    labels = np.where(index >= 0, IGNORE, ids)
+    seg = np.array([[SHARED + 6 + row, SHARED + 9 + row] for row in range(ROWS)], np.int32)
+    np.put_along_axis(labels, seg, cfg.seg_token_id, 1)
+    mask = np.arange(length) < length - 2 * np.arange(ROWS)[:, None]
+    labels = np.where(mask, labels, IGNORE)
+    size = cfg.sam2.image_size
+    valid = np.arange(slots) < len(used)
+    return VideoBatch(
+        clips=rng.integers(0, 255, (1, 4, 48, 48, 3), dtype=np.uint8),
+        token_ids=ids,
+        visual_index=index,
+        labels=labels,
+        mask=mask,
+        shared=shared,
+        seg_positions=seg,
+        frames=rng.integers(0, 255, (4, size, size, 3), dtype=np.uint8),
+        targets=rng.random((ROWS, slots, size, size)) > 0.7,
+        anchors=np.array([0, 2], np.int32),
+        frames_used=np.pad(np.array(used, np.int32), (0, slots - len(used))),
+        used_valid=valid,
+        conversation_valid=np.array([True, True, True]),
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(cfg):
+    def losses_of(params, batch):
+        return jax.value_and_grad(lambda p: video_losses(cfg, p, batch), has_aux=True)(params)
+
+    return jax.jit(losses_of)
+
+
+def assert_same(ours, theirs, tolerance=2e-4):
+    for path, (a, b) in zip(
+        jax.tree_util.tree_leaves_with_path(ours), zip(jax.tree.leaves(ours), jax.tree.leaves(theirs))
+    ):
+        scale = float(jnp.abs(b).max()) + 1e-6
+        np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=0, err_msg=str(path[0]))
+
+
+@pytest.mark.heavy  # gradients through the tracker take a minute to compile
+def test_reading_the_shared_part_once_changes_nothing(cfg, params, compiled):
+    (loss, parts), gradients = compiled(params, make_batch(cfg, 0))
+    (shared_loss, shared_parts), shared_gradients = compiled(params, make_batch(cfg, SHARED))
+    assert float(loss) == pytest.approx(float(shared_loss), rel=1e-5)
+    assert_same(shared_parts, parts)
+    ours, theirs = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for g in (shared_gradients, gradients))
+    assert float(jnp.linalg.norm(theirs)) > 1e-3
+    assert float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)) < 1e-4
+
+
+@pytest.mark.heavy  # gradients through the tracker take a minute to compile
+def test_filling_up_changes_nothing(cfg, params, compiled):
+    (loss, parts), _ = compiled(params, make_batch(cfg, SHARED))
+    batch = make_batch(cfg, SHARED, slots=4)
+    batch = batch.replace(targets=batch.targets.copy())
+    batch.targets[:, :3] = make_batch(cfg, SHARED).targets
+    (filled, filled_parts), _ = compiled(params, batch)
+    for name in ("mask_bce_loss", "mask_dice_loss", "iou_loss", "occ_loss", "mean_iou"):
+        assert float(filled_parts[name]) == pytest.approx(float(parts[name]), rel=1e-5), name
+    assert float(filled) == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.heavy  # gradients through the tracker take a minute to compile
+def test_a_conversation_that_does_not_count(cfg, params, compiled):
+    batch = make_batch(cfg, SHARED)
+    (_, parts), gradients = compiled(params, batch)
+    changed = batch.targets.copy()
+    changed[2] = ~changed[2]
+    off = np.array([True, True, False])
+    (_, one), _ = compiled(params, batch.replace(conversation_valid=off))
+    (_, two), _ = compiled(params, batch.replace(conversation_valid=off, targets=changed))
+    assert float(one["mask_loss"]) == pytest.approx(float(two["mask_loss"]), rel=1e-6)
+    assert float(one["mask_loss"]) != pytest.approx(float(parts["mask_loss"]), rel=1e-6)
+
+
+def test_cross_entropy_in_pieces(cfg, params, monkeypatch):
+    batch = make_batch(cfg, SHARED)
+    text = TextBatch(batch.clips, batch.token_ids, batch.visual_index, batch.labels, batch.mask, shared=SHARED)
+    whole, _ = jax.jit(lambda: text_loss(cfg, params, text))()
+    monkeypatch.setattr(losses, "CE_BUDGET", 500)
+    pieces, _ = jax.jit(lambda: text_loss(cfg, params, text))()
+    assert float(pieces) == pytest.approx(float(whole), rel=1e-6)
+    assert float(whole) > 1

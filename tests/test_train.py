@@ -1,0 +1,150 @@
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from train_cases import ROOT, command, recipe
+
+import train
+import virst_jax
+from virst_jax.checkpoint import load_model
+from virst_jax.errors import UserError
+
+
+def losses(workdir):
+    with (workdir / "stage" / "metrics.csv").open() as f:
+        return {int(row["step"]): row["shapes/loss"] for row in csv.DictReader(f)}
+
+
+def run(arguments, **kwargs):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    train.train(recipe(), workdir)
+    return workdir
+
+
+def test_it_learns_and_leaves_a_model(undisturbed):
+    found = losses(undisturbed)
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert float(found[6]) < float(found[1])
+    model = undisturbed / "stage" / "model"
+    cfg, params = load_model(model)
+    assert cfg.llm.hidden_size == 32
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+    assert virst_jax.load(model).cfg.name == "tiny"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_stopped_run_goes_on_as_if_undisturbed(undisturbed, tmp_path, number):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command(tmp_path), cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    saved = tmp_path / "stage" / "checkpoints"
+    deadline = time.monotonic() + 300
+    # a step after the first checkpoint has begun to be written
+    while not (saved.is_dir() and any(saved.iterdir())):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.02)
+    process.send_signal(number)
+    status = process.wait(120)
+    process.stderr.close()
+    # it may have been done by then
+    assert status in (-9, 130, 0)
+    if status == 130:
+        assert any(entry.name.isdigit() for entry in saved.iterdir())
+    train.train(recipe(), tmp_path)
+    assert losses(tmp_path) == losses(undisturbed)
+    _, ours = load_model(tmp_path / "stage" / "model")
+    _, theirs = load_model(undisturbed / "stage" / "model")
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_finished_run_does_nothing(undisturbed):
+    before = (undisturbed / "stage" / "metrics.csv").stat().st_mtime_ns
+    train.train(recipe(), undisturbed)
+    assert (undisturbed / "stage" / "metrics.csv").stat().st_mtime_ns == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = recipe(learning_rate=1e38, clip_norm=0.0)
+    config.checkpoint.every = 0
+    with pytest.raises(UserError, match="not finite"):
+        train.train(config, tmp_path)
+    (batch,) = (tmp_path / "stage").glob("nan_batch_*.npz")
+    assert "token_ids" in np.load(batch)
+
+
+def test_another_recipe_does_not_go_on(undisturbed, tmp_path):
+    config = recipe(steps=4)
+    train.train(config, tmp_path)
+    (tmp_path / "stage" / "model" / "config.json").unlink()
+    (tmp_path / "stage" / "model").rename(tmp_path / "gone")
+    config.stage.steps = 6
+    config.model.overrides.llm.num_layers = 3
+    with pytest.raises(UserError, match=r"checkpoints/4: cannot go on from this checkpoint"):
+        train.train(config, tmp_path)
+
+
+def other_source(config):
+    del config.stage.data.shapes.sources["synthetic"]
+    config.stage.data.shapes.sources.mevis = {"root": "nowhere"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.stage.optim.update(rate=1.0), "rate"),
+        (lambda c: c.stage.data.shapes.update(batchsize=2), "batchsize"),
+        (lambda c: c.model.update(preset="huge"), "unknown config 'huge'"),
+        (lambda c: c.model.update(init="nowhere"), "nowhere"),
+        (lambda c: c.mesh.update(data=3, fsdp=2), "mesh data=3 x fsdp=2"),
+        (lambda c: other_source(c), "nowhere"),
+        (lambda c: c.update(stages=("other",)), "other"),
+    ],
+)
+def test_bad_recipes(tmp_path, change, message):
+    config = recipe()
+    with config.unlocked():
+        change(config)
+    with pytest.raises(UserError, match=message):
+        train.train(config, tmp_path)
+
+
+@pytest.mark.heavy
+def test_goes_on_with_more_devices_on_another_mesh(tmp_path):
+    def on(devices, workdir, steps, **mesh):
+        flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+        flags += [f"--config.stage.steps={steps}", "--config.stage.optim.schedule=constant"]
+        flags += ["--config.stage.data.shapes.batch_size=8"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        done = subprocess.run(command(workdir, *flags), cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    on(1, tmp_path / "one", 4, data=1)
+    on(4, tmp_path / "many", 2, data=2, fsdp=2)
+    shutil.rmtree(tmp_path / "many" / "stage" / "model")
+    on(8, tmp_path / "many", 4, data=2, fsdp=2, tensor=2)
+    one, many = losses(tmp_path / "one"), losses(tmp_path / "many")
+    assert list(many) == [1, 2, 3, 4]
+    for step, loss in one.items():
+        assert float(many[step]) == pytest.approx(float(loss), rel=2e-4), step
+
+
+def test_bad_flags_are_one_line(tmp_path):
+    done = run(command(tmp_path, "--config.sead=3"))
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    assert len(lines) == 1
+    assert "sead" in lines[0]
+    assert "Traceback" not in done.stderr

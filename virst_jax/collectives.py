@@ -1,0 +1,178 @@
+"""What a compiled program sends between devices, read from its HLO text.
+
+XLA has no count of its own. A collective in a loop counts once for every turn, where the loop's condition compares
+with a constant, as that of lax.scan does.
+"""
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_BYTES = {"pred": 1, "token": 0, "opaque": 0, "bf16": 2}
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
+_OPCODE = re.compile(r"(?:^|\s)(?P<op>[a-z][a-z0-9\-]*)\(")
+_ARRAY = re.compile(r"\b(?P<dtype>[a-z][a-z0-9]*)\[(?P<dims>[\d,<=]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|async_execution_thread)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIP = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind in one step, on one device."""
+
+    count: int  # executed
+    payload: int  # bytes of the gathered, reduced or permuted arrays
+    sent: int  # bytes that a device sends when the group forms a ring
+
+
+def collective_traffic(hlo: str) -> tuple[dict[str, Traffic], int]:
+    """Counts the collectives of a compiled module.
+
+    Args:
+      hlo: Compiled.as_text(), of one device (partitioned).
+
+    Returns:
+      Traffic of every kind that occurs, and the number of loops with collectives whose length could not be read
+      (counted as one turn).
+    """
+    entry, bodies = _computations(hlo)
+    turns = _loop_lengths(bodies)
+    per_kind: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    unknown: set[str] = set()
+    own: dict[str, list[tuple[str, int, int]]] = {}  # collectives of a computation: kind, payload, sent
+    calls: dict[str, list[tuple[str, int, str]]] = {}
+    for name, lines in bodies.items():
+        own[name], calls[name] = [], []
+        for line in lines:
+            found = _collective(line)
+            if found:
+                own[name].append(found)
+            for callee in _callees(line):
+                if callee not in bodies:
+                    continue
+                is_body = f"body=%{callee}" in line or f"body={callee}" in line
+                length = turns.get(line) if is_body else 1
+                calls[name].append((callee, length or 1, callee if is_body and length is None else ""))
+
+    reached: dict[str, bool] = {}
+
+    def speaks(name: str) -> bool:
+        """Whether a computation, or one that it calls, has a collective."""
+        if name not in reached:
+            reached[name] = False
+            reached[name] = bool(own[name]) or any(speaks(callee) for callee, _, _ in calls[name])
+        return reached[name]
+
+    def visit(name: str, times: int) -> None:
+        for kind, payload, sent in own[name]:
+            for i, value in enumerate((1, payload, sent)):
+                per_kind[kind][i] += times * value
+        for callee, length, unread in calls[name]:
+            if speaks(callee):
+                if unread:
+                    unknown.add(unread)
+                visit(callee, times * length)
+
+    visit(entry, 1)
+    return {kind: Traffic(*per_kind[kind]) for kind in KINDS if kind in per_kind}, len(unknown)
+
+
+def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
+    """The name of the entry computation, and every computation's instructions."""
+    entry, name = "", ""
+    bodies: dict[str, list[str]] = {}
+    for line in hlo.splitlines():
+        if name:
+            if line.rstrip() == "}":  # attributes of a kernel run over several lines, which may begin with a brace
+                name = ""
+            else:
+                bodies[name].append(line)
+        elif (match := _COMPUTATION.match(line)) and not line.startswith("HloModule"):
+            name = match["name"]
+            bodies[name] = []
+            if match["entry"]:
+                entry = name
+    if not entry:
+        raise ValueError("no ENTRY computation: not the text of an HLO module")
+    return entry, bodies
+
+
+def _loop_lengths(bodies: dict[str, list[str]]) -> dict[str, int]:
+    """Turns of every `while` whose length can be read, by its line."""
+    lengths = {}
+    for lines in bodies.values():
+        for line in lines:
+            if " while(" not in line:
+                continue
+            if known := _TRIP.search(line):
+                lengths[line] = int(known[1])
+            elif (condition := re.search(r"condition=%?([\w.\-]+)", line)) and condition[1] in bodies:
+                length = _compared_with(bodies[condition[1]], bodies)
+                if length is not None:
+                    lengths[line] = length
+    return lengths
+
+
+def _compared_with(condition: list[str], bodies: dict[str, list[str]]) -> int | None:
+    """The one integer constant of a loop condition of the kind i < n."""
+    lines = list(condition)
+    for line in condition:
+        lines += [inner for callee in _callees(line) for inner in bodies.get(callee, [])]
+    if not any("direction=LT" in line for line in lines):
+        return None
+    constants = {int(m[1]) for line in lines if (m := re.search(r"[su]\d+\[\]\S* constant\((\d+)\)", line))}
+    return constants.pop() if len(constants) == 1 else None
+
+
+def _callees(line: str) -> list[str]:
+    names = _CALLED.findall(line)
+    if branches := _BRANCHES.search(line):
+        names += [name.strip().lstrip("%") for name in branches[1].split(",")]
+    return names
+
+
+def _collective(line: str) -> tuple[str, int, int] | None:
+    """Kind, payload and bytes sent of an instruction, if it is a collective."""
+    match = _INSTRUCTION.match(line)
+    if not match or not (op := _OPCODE.search(match["rest"])):
+        return None
+    opcode = op["op"].removesuffix("-start")
+    if opcode not in KINDS:
+        return None
+    result = match["rest"][: op.start()]
+    sizes = [_size(m["dtype"], m["dims"]) for m in _ARRAY.finditer(re.sub(r"\{[^{}]*\}", "", result))]
+    group = _group_size(line)
+    if op["op"].endswith("-start"):
+        if opcode == "all-gather":
+            sizes = sizes[len(sizes) // 2 :]  # operands, then results
+        elif opcode == "collective-permute":
+            sizes = sizes[1:2]  # operand, result, two contexts
+    payload = sum(sizes)
+    if opcode == "reduce-scatter":
+        payload *= group  # of the operand
+    share = (group - 1) / group if group else 1.0
+    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(opcode, share)
+    return opcode, payload, round(payload * factor)
+
+
+def _size(dtype: str, dims: str) -> int:
+    bits = re.search(r"\d+", dtype)
+    width = _BYTES.get(dtype, int(bits[0]) / 8 if bits else 4)
+    return round(width * math.prod(int(d.removeprefix("<=")) for d in dims.split(",") if d))
+
+
+def _group_size(line: str) -> int:
+    """Devices that take part together; 0: not said, all of them."""
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(iota[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return listed[1].count(",") + 1
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]) if axis in sizes)
+    return 0

@@ -1,0 +1,254 @@
+"""Training batches: samples drawn, worded, resized and brought to fixed shapes, in numpy.
+
+Axes: B samples of a batch, O conversations, L positions, N [SEG] tokens, T segmentation frames, U frames used,
+A anchors, S, R sides of the video encoder's and the tracker's image.
+Source: data/rvos_dataset.py, data/video_vqa_dataset.py of the release.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from virst_jax.config import IMAGE_TOKEN, VirstConfig
+from virst_jax.data.frames import flex_frames, segmentation_frames, training_anchors, training_frames
+from virst_jax.data.prompts import Prompt, Tokenizer, build_prompt
+from virst_jax.data.samples import Question, Video
+from virst_jax.data.sequence import splice
+from virst_jax.data.transforms import masks_to_size, resize_frames
+from virst_jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The shape of a kind of batch, and how its samples are drawn."""
+
+    kind: str = "video"  # video | image: to be segmented; video_text | image_text: questions
+    batch_size: int = 1  # of all processes together
+    conversations: int = 3  # O, expressions or questions of a sample
+    seg_tokens: int = 0  # N; 0: as many as the network's evaluation uses
+    text_length: int = 160  # positions behind the video: the rest of the question, and the answer
+    vlm_frames: int = 8  # that the language model reads; a multiple of a clip's
+    policy: str = "uniform"  # how they are drawn: uniform (one of each interval), random or flex, as the release's
+    seg_frames: int = 8  # T
+    anchors: int = 3
+    propagate: bool = False  # also track the anchors' neighbours
+    after: int = 5
+    before: int = 2
+
+    @property
+    def is_image(self) -> bool:
+        return self.kind.startswith("image")
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind.endswith("_text")
+
+    @property
+    def num_frames(self) -> int:
+        """T"""
+        return 1 if self.is_image else min(self.seg_frames, self.vlm_frames)
+
+    @property
+    def num_anchors(self) -> int:
+        """A"""
+        return min(self.anchors, self.num_frames)
+
+    @property
+    def num_used(self) -> int:
+        """U"""
+        each = 1 + self.after + self.before if self.propagate else 1
+        return min(self.num_frames, self.num_anchors * each)
+
+
+KINDS = ("video", "image", "video_text", "image_text")
+
+
+class ExampleMaker:
+    """Turns samples into examples of one shape. A plain object, so that worker processes can have copies.
+
+    Args:
+      cfg: the network's sizes.
+      tokenizer: the network's.
+      batch: the shape.
+
+    Raises:
+      UserError: an unknown kind, or frames that do not make whole clips.
+    """
+
+    def __init__(self, cfg: VirstConfig, tokenizer: Tokenizer, batch: BatchConfig):
+        if batch.kind not in KINDS:
+            raise UserError(f"unknown kind of batch {batch.kind!r}: choose one of {', '.join(KINDS)}")
+        clip = cfg.vision.clip_frames
+        if batch.policy not in ("uniform", "random", "flex"):
+            raise UserError(f"unknown policy {batch.policy!r} of drawing frames: choose uniform, random or flex")
+        if not batch.is_image and (batch.vlm_frames < clip or batch.vlm_frames % clip):
+            raise UserError(f"vlm_frames must be a multiple of {clip}, a clip's frames, not {batch.vlm_frames}")
+        self.cfg, self.tokenizer, self.batch = cfg, tokenizer, batch
+        self.num_visual = visual_tokens(cfg, batch)
+        probe = self._question("what", "it") if batch.is_text else self._segment("it", 0, 0)
+        head = probe.input_ids
+        self.shared = int(np.flatnonzero(head == IMAGE_TOKEN)[0]) + self.num_visual
+        self.length = self.shared + batch.text_length
+
+    def _segment(self, text: str, question: int, answer: int) -> Prompt:
+        return build_prompt(
+            self.tokenizer,
+            " ".join(text.split()),
+            question_index=question,
+            answer_index=answer,
+            num_seg_tokens=self.batch.seg_tokens or self.cfg.num_seg_tokens,
+        )
+
+    def _question(self, question: str, answer: str) -> Prompt:
+        return build_prompt(self.tokenizer, question, text_only=True, explanation=answer)
+
+    def __call__(self, sample: Video | Question, rng: np.random.Generator) -> Arrays:
+        """A sample with its draws -> the arrays of a TextBatch or VideoBatch (see virst_jax.losses).
+
+        Raises:
+          UserError: the sample is of the other kind, or no expression of it fits.
+        """
+        batch = self.batch
+        if isinstance(sample, Question) != batch.is_text or sample.is_image != batch.is_image:
+            raise UserError(f"{sample.name}: a sample of another kind than the batch ({batch.kind}); check the recipe")
+        sampled = self._frames(sample, rng)
+        kept = [0] if batch.is_image else segmentation_frames(len(sampled), batch.seg_frames, rng=rng)
+        frames = sample.read_frames(sorted(set(sampled)))
+        frames = frames[np.searchsorted(sorted(set(sampled)), sampled)]
+        clips = resized(frames, self.cfg.vision.image_size, "bicubic")
+        clip = 1 if batch.is_image else self.cfg.vision.clip_frames
+        out: Arrays = {"clips": clips.reshape(-1, clip, *clips.shape[1:])}
+        if isinstance(sample, Question):
+            return {**out, **self._questions(sample, rng)}
+        return {**out, **self._expressions(sample, rng, frames, sampled, kept)}
+
+    def _frames(self, sample: Video | Question, rng: np.random.Generator) -> list[int]:
+        if self.batch.is_image:
+            return [0]
+        count = self.batch.vlm_frames
+        if self.batch.policy == "flex":
+            clip = self.cfg.vision.clip_frames
+            seed = int(rng.integers(2**31))
+            drawn = flex_frames(sample.num_frames, seed, max_frames=count, min_frames=min(8, count), clip_frames=clip)
+        else:
+            drawn = training_frames(self.batch.policy, sample.num_frames, rng, sample_range=(count, count))
+        return drawn + [drawn[-1]] * (count - len(drawn))
+
+    def _questions(self, sample: Question, rng: np.random.Generator) -> Arrays:
+        prompts: list[Prompt] = []
+        for i in rng.permutation(len(sample.turns)):
+            prompt = self._question(*sample.turns[i])
+            if self._fits(prompt):
+                prompts.append(prompt)
+        return self._conversations(prompts[: self.batch.conversations], sample.name)
+
+    def _expressions(
+        self, video: Video, rng: np.random.Generator, frames: np.ndarray, sampled: list[int], kept: list[int]
+    ) -> Arrays:
+        cfg, batch = self.cfg, self.batch
+        if video.read_masks is None:
+            raise UserError(f"{video.name}: its masks are not public; train on a split that has them")
+        chosen: list[int] = []
+        prompts: list[Prompt] = []
+        for i in rng.permutation(len(video.expressions)):
+            prompt = self._segment(video.expressions[i].text, *rng.integers(12, size=2))
+            if self._fits(prompt) and len(prompts) < batch.conversations:
+                chosen.append(int(i))
+                prompts.append(prompt)
+        out = self._conversations(prompts, video.name)
+        anchors, used = training_anchors(
+            rng, len(kept), batch.num_anchors, batch.after, batch.before, propagate=batch.propagate
+        )
+        numbers = [sampled[kept[i]] for i in used]
+        size, targets = cfg.sam2.image_size, np.zeros((batch.conversations, batch.num_used, 1, 1), bool)
+        targets = np.broadcast_to(targets, (*targets.shape[:2], size, size)).copy()
+        order, where = np.unique(numbers, return_inverse=True)
+        for row, i in enumerate(chosen):
+            masks = video.read_masks(i, order.tolist())
+            masks = masks if masks.shape[-2:] == (size, size) else masks_to_size(masks, size) > 0
+            targets[row, : len(used)] = masks[where]
+        return out | {
+            "frames": resized(frames[kept], size, "bilinear"),
+            "targets": targets,
+            "anchors": np.array(anchors, np.int32),
+            "frames_used": np.pad(np.array(used, np.int32), (0, batch.num_used - len(used))),
+            "used_valid": np.arange(batch.num_used) < len(used),
+            "conversation_valid": np.arange(batch.conversations) < len(chosen),
+        }
+
+    def _fits(self, prompt: Prompt) -> bool:
+        return len(prompt.input_ids) - 1 + self.num_visual <= self.length
+
+    def _conversations(self, prompts: Sequence[Prompt], name: str) -> Arrays:
+        if not prompts:
+            raise UserError(
+                f"{name}: no expression or question fits {self.batch.text_length} positions; raise text_length"
+            )
+        rows = [splice(p.input_ids, p.labels, self.num_visual, self.cfg.seg_token_id, self.length) for p in prompts]
+        out = {
+            field: np.stack([getattr(row, field) for row in rows])
+            for field in ("token_ids", "visual_index", "labels", "mask")
+        }
+        if not self.batch.is_text:
+            out["seg_positions"] = np.stack([row.seg_positions for row in rows])
+        missing = self.batch.conversations - len(rows)
+        if missing:  # fill up with the first, which then teaches nothing
+            out = {field: np.concatenate([x, np.repeat(x[:1], missing, 0)]) for field, x in out.items()}
+            out["labels"][len(rows) :] = -100
+        return out
+
+
+def visual_tokens(cfg: VirstConfig, batch: BatchConfig) -> int:
+    """Visual tokens of a sample."""
+    vision = cfg.vision
+    if batch.is_image:
+        return min(vision.tokens_per_image, vision.grid**2)
+    clip = vision.clip_frames
+    return batch.vlm_frames // clip * min(vision.tokens_per_frame * clip, vision.grid**2 * clip)
+
+
+def batch_shapes(
+    cfg: VirstConfig, batch: BatchConfig, shared: int
+) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    """Shape and dtype of all arrays of a batch, without data or tokenizer.
+
+    Args:
+      shared: ExampleMaker.shared: visual tokens and the text before them.
+    """
+    rows, conversations, length = batch.batch_size, batch.conversations, shared + batch.text_length
+    frames = 1 if batch.is_image else cfg.vision.clip_frames
+    clips = 1 if batch.is_image else batch.vlm_frames // frames
+    side, size = cfg.vision.image_size, cfg.sam2.image_size
+    words = (rows, conversations, length)
+    shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+        "clips": ((rows, clips, frames, side, side, 3), np.uint8),
+        "token_ids": (words, np.int32),
+        "visual_index": (words, np.int32),
+        "labels": (words, np.int32),
+        "mask": (words, np.bool_),
+    }
+    if batch.is_text:
+        return shapes
+    used = batch.num_used
+    return shapes | {
+        "seg_positions": ((rows, conversations, batch.seg_tokens or cfg.num_seg_tokens), np.int32),
+        "frames": ((rows, batch.num_frames, size, size, 3), np.uint8),
+        "targets": ((rows, conversations, used, size, size), np.bool_),
+        "anchors": ((rows, batch.num_anchors), np.int32),
+        "frames_used": ((rows, used), np.int32),
+        "used_valid": ((rows, used), np.bool_),
+        "conversation_valid": ((rows, conversations), np.bool_),
+    }
+
+
+def resized(frames: np.ndarray, size: int, resample: str) -> np.ndarray:
+    """As transforms.resize_frames, for nothing where the size is right."""
+    return frames if frames.shape[1:3] == (size, size) else resize_frames(frames, size, resample)
+
+
+def stack(examples: Sequence[Arrays]) -> Arrays:
+    """Examples of one shape as a batch with a leading axis B."""
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}

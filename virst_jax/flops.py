@@ -1,0 +1,360 @@
+"""Floating-point operations of a training step by formula, and what devices can do.
+
+A product of an m x k and a k x n matrix is 2 m k n operations; only products and convolutions are counted. Attention
+counts the whole matrix, causal or not.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from virst_jax.config import FusionConfig, QwenConfig, Sam2Config, VirstConfig, VisionConfig
+from virst_jax.models.sam2.hiera import block_specs
+from virst_jax.ops.token_merge import merge_schedule
+
+# Forward passes of single parts
+
+
+def video_encoder(cfg: VisionConfig, frames: int) -> float:
+    """One clip of `frames` frames."""
+    tokens, width = frames * cfg.grid**2, cfg.hidden_size
+    layer = 2 * tokens * width * width * (4 + 2 * cfg.mlp_ratio) + 4 * tokens**2 * width
+    return 2 * tokens * 3 * cfg.patch_size**2 * width + cfg.num_layers * layer
+
+
+def projector(cfg: VisionConfig, features: int, frames: int) -> float:
+    """One clip of `frames` frames: similarities of token merging, two linear layers."""
+    tokens = frames * cfg.grid**2
+    target = cfg.tokens_per_image if frames == 1 else cfg.tokens_per_frame * frames
+    merging = 0.0
+    if tokens > target:
+        left = tokens
+        for removed in merge_schedule(tokens, target):
+            merging += 2 * math.ceil(left / 2) * (left // 2) * (cfg.hidden_size // cfg.num_heads)
+            left -= removed
+    tokens = min(tokens, target)
+    return merging + 2 * tokens * features * (cfg.hidden_size + features)
+
+
+def llm_weights(cfg: QwenConfig) -> float:
+    """One token through the matrices of all layers, without adapters."""
+    width, heads, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    return cfg.num_layers * 2 * width * (2 * heads + 2 * kv + 3 * cfg.intermediate_size)
+
+
+def llm_adapters(cfg: QwenConfig) -> float:
+    """One token through the adapters of all layers."""
+    width, heads, kv = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    ends = 2 * (width + heads) + 2 * (width + kv) + 3 * (width + cfg.intermediate_size)
+    return cfg.num_layers * 2 * cfg.lora.rank * ends
+
+
+def llm_attention(cfg: QwenConfig, queries: int, keys: int) -> float:
+    """One row of `queries` tokens that attend to `keys` tokens, all layers."""
+    return cfg.num_layers * 4 * queries * keys * cfg.num_heads * cfg.head_dim
+
+
+def lm_head(cfg: QwenConfig) -> float:
+    """One token."""
+    return 2 * cfg.hidden_size * cfg.vocab_size
+
+
+def _spatial_reduce(cfg: Sam2Config, frames: int) -> float:
+    sides = (cfg.feature_size // 2, cfg.feature_size // 4, cfg.feature_size // 8)
+    return frames * sum(2 * 9 * cfg.hidden_size**2 * side**2 for side in sides)
+
+
+def initial_fusion(sam: Sam2Config, features: int, seg_tokens: int, frames: int) -> float:
+    """One conversation; `features` is the width of the language model."""
+    keys, width = frames * (sam.feature_size // 8) ** 2, features
+    attention = 2 * width**2 * (2 * seg_tokens + 2 * keys) + 4 * seg_tokens * keys * width
+    return _spatial_reduce(sam, frames) + 2 * keys * sam.hidden_size * width + attention
+
+
+def second_fusion(cfg: FusionConfig, sam: Sam2Config, features: int, seg_tokens: int, frames: int) -> float:
+    """One conversation."""
+    keys, width, queries = frames * (sam.feature_size // 8) ** 2, sam.hidden_size, seg_tokens * frames
+    self_attention = 8 * queries * width**2 + 4 * queries**2 * width
+    cross_attention = 4 * (queries + keys) * width**2 + 4 * queries * keys * width
+    layer = self_attention + cross_attention + 16 * queries * width**2
+    return _spatial_reduce(sam, frames) + 2 * seg_tokens * features * width + cfg.num_layers * layer
+
+
+def image_encoder(cfg: Sam2Config) -> float:
+    """One frame: Hiera, its pyramid, the decoder's high-resolution projections."""
+    hiera, side = cfg.hiera, cfg.image_size // 4
+    total = 2.0 * 7 * 7 * 3 * hiera.embed_dim * side**2
+    ends, sides = {sum(hiera.stages[: i + 1]) - 1 for i in range(len(hiera.stages))}, []
+    for index, spec in enumerate(block_specs(hiera)):
+        if spec.dim != spec.dim_out:
+            total += 2 * side**2 * spec.dim * spec.dim_out
+        window = spec.window or side
+        padded = math.ceil(side / window) * window
+        keys, shrink = window**2, 4 if spec.pool else 1
+        total += 2 * padded**2 * spec.dim * 3 * spec.dim_out
+        total += 4 * padded**2 / shrink * keys * spec.dim_out + 2 * padded**2 / shrink * spec.dim_out**2
+        side = side // 2 if spec.pool else side
+        total += 4 * side**2 * spec.dim_out**2 * hiera.mlp_ratio
+        if index in ends:
+            sides.append(side)
+    width = cfg.hidden_size
+    total += sum(2 * side**2 * dim * width for side, dim in zip(sides, hiera.stage_dims))
+    return total + 2 * width**2 * (sides[0] ** 2 / 8 + sides[1] ** 2 / 4)
+
+
+def memory_attention(cfg: Sam2Config, anchors: int) -> float:
+    """One frame of one object, with all memories in place."""
+    size, width = cfg.feature_size**2, cfg.hidden_size
+    attended = anchors if cfg.max_anchors_attended == -1 else min(anchors, cfg.max_anchors_attended)
+    pointers = (attended + cfg.max_pointers - 1) * (width // cfg.memory_dim)
+    keys = (attended + cfg.num_maskmem - 1) * size + pointers
+    self_attention = 8 * size * width**2 + 4 * size**2 * width
+    cross_attention = 4 * size * width**2 + 4 * keys * cfg.memory_dim * width + 4 * size * keys * width
+    return cfg.memory_layers * (self_attention + cross_attention + 4 * size * width * cfg.memory_mlp_dim)
+
+
+def mask_decoder(cfg: Sam2Config, prompt_tokens: int) -> float:
+    """One frame of one object."""
+    size, width, masks = cfg.feature_size**2, cfg.hidden_size, 1 + cfg.num_multimask
+    inner, tokens = width // 2, 2 + masks + prompt_tokens
+
+    def narrow(queries: int, keys: int) -> float:
+        return 4 * (queries + keys) * width * inner + 4 * queries * keys * inner
+
+    block: float = 8 * tokens * width**2 + 4 * tokens**2 * width + 4 * tokens * width * cfg.decoder_mlp_dim
+    block += narrow(tokens, size) + narrow(size, tokens)
+    upscale = 2 * size * width * width + 2 * 4 * size * (width // 4) * (width // 2)
+    heads = masks * (4 * width**2 + 2 * width * (width // 8)) + 2 * masks * 16 * size * (width // 8)
+    return cfg.decoder_layers * block + narrow(tokens, size) + upscale + heads
+
+
+def mask_prompt(cfg: Sam2Config) -> float:
+    """One mask of one object through the prompt encoder."""
+    side, channels = cfg.low_res_size, cfg.mask_prompt_channels
+    first = 2 * 4 * (channels // 4) * (side // 2) ** 2
+    return (
+        first
+        + 2 * 4 * (channels // 4) * channels * (side // 4) ** 2
+        + 2 * channels * cfg.hidden_size * (side // 4) ** 2
+    )
+
+
+def full_size_mask(cfg: Sam2Config) -> float:
+    """One mask resized to the image."""
+    return 2 * cfg.image_size * cfg.low_res_size**2 + 2 * cfg.image_size**2 * cfg.low_res_size
+
+
+def memory_encoder(cfg: Sam2Config) -> float:
+    """One frame of one object, the mask's resize included."""
+    size, width = cfg.feature_size**2, cfg.hidden_size
+    downsample = sum(2 * 9 * 4**i * 4 ** (i + 1) * (cfg.image_size // 2 ** (i + 1)) ** 2 for i in range(4))
+    projections = 2 * size * 4**4 * width + 2 * size * width**2
+    fuser = cfg.memory_fuser_layers * (2 * cfg.memory_kernel**2 * size * width + 16 * size * width**2)
+    return full_size_mask(cfg) + downsample + projections + fuser + 2 * size * width * cfg.memory_dim
+
+
+# A step
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The sizes of a batch that decide its cost."""
+
+    videos: int
+    clips: int
+    clip_frames: int
+    conversations: int
+    length: int
+    shared: int = 0
+    frames: int = 0  # 0: text alone
+    used: int = 0
+    anchors: int = 0
+    seg_tokens: int = 0
+
+    @classmethod
+    def of(cls, batch: Any) -> "StepShape":
+        """Of a losses.TextBatch or VideoBatch of arrays or shapes with a leading axis of videos."""
+        videos, clips, clip_frames = batch.clips.shape[:3]
+        _, conversations, length = batch.token_ids.shape
+        text = cls(videos, clips, clip_frames, conversations, length, batch.shared)
+        if not hasattr(batch, "frames"):
+            return text
+        return cls(
+            *(videos, clips, clip_frames, conversations, length, batch.shared),
+            frames=batch.frames.shape[1],
+            used=batch.frames_used.shape[1],
+            anchors=batch.anchors.shape[1],
+            seg_tokens=batch.seg_positions.shape[2],
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    forward: float
+    backward: float = 0.0
+    recomputed: float = 0.0  # by rematerialisation
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of one step on all devices together, by part of the network."""
+
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def forward(self) -> float:
+        return sum(part.forward for part in self.parts.values())
+
+    @property
+    def model(self) -> float:
+        """Forward and backward, what the mathematics needs: the numerator of MFU."""
+        return sum(part.forward + part.backward for part in self.parts.values())
+
+    @property
+    def hardware(self) -> float:
+        """With what is computed a second time to save memory."""
+        return self.model + sum(part.recomputed for part in self.parts.values())
+
+
+def step_flops(cfg: VirstConfig, shape: StepShape, trained: Iterable[str] | None = None) -> StepFlops:
+    """One training step over all videos of a batch.
+
+    Args:
+      cfg: `compute.remat` decides what is computed twice.
+      shape: of the batch.
+      trained: paths of the trained parameters, such as llm/layers/attn/q_proj/lora_a; None: all are trained. A part
+        whose parameters are frozen has gradients with respect to its inputs only, or none if nothing before it is
+        trained.
+    """
+    paths = None if trained is None else tuple(trained)
+
+    def learns(*prefixes: str, last: tuple[str, ...] = ()) -> bool:
+        if paths is None:
+            return True
+        return any(p.startswith(prefixes) and (not last or p.rsplit("/", 1)[-1] in last) for p in paths)
+
+    remat = cfg.compute.remat == "full"
+    s, llm, sam = shape, cfg.llm, cfg.sam2
+    parts: dict[str, Part] = {}
+
+    def add(name: str, forward: float, weights: bool, inputs: bool, again: bool) -> None:
+        """weights, inputs: whether their gradients are computed."""
+        forward *= s.videos
+        needed = weights or inputs
+        parts[name] = Part(forward, forward * (weights + inputs), forward if again and needed else 0.0)
+
+    vision, projecting = learns("vision/"), learns("projector/")
+    add("video encoder", s.clips * video_encoder(cfg.vision, s.clip_frames), vision, vision, remat)
+    add(
+        "projector",
+        s.clips * projector(cfg.vision, llm.hidden_size, s.clip_frames),
+        projecting,
+        vision or projecting,
+        False,
+    )
+
+    embeds = vision or projecting or learns("llm/embed_tokens") or (cfg.fusion.initial and learns("initial_fusion/"))
+    adapters = bool(llm.lora.rank) and learns("llm/layers/", last=("lora_a", "lora_b"))
+    weights = learns("llm/layers/", last=("kernel",))
+    through = embeds or adapters or weights or learns("llm/layers/")
+    tokens = s.shared + s.conversations * (s.length - s.shared)
+    attended = llm_attention(llm, s.shared, s.shared)
+    attended += s.conversations * llm_attention(llm, s.length - s.shared, s.length)
+    add("language model", tokens * llm_weights(llm), weights, through, remat)
+    # both factors of a product of activations have gradients
+    add("its attention", attended, through, through, remat)
+    if llm.lora.rank:
+        add("its adapters", tokens * llm_adapters(llm), adapters, through, remat)
+    predicted = s.shared - 1 + s.conversations * (s.length - s.shared) if s.shared else s.conversations * (s.length - 1)
+    add("its head", predicted * lm_head(llm), learns("llm/lm_head"), through, remat)
+    if not s.frames:
+        return StepFlops(parts)
+
+    encoder = learns("sam2/image_encoder/")
+    add("image encoder", s.frames * image_encoder(sam), encoder, encoder, remat)
+    if cfg.fusion.initial:
+        fused = s.conversations * initial_fusion(sam, llm.hidden_size, s.seg_tokens, s.frames)
+        add("initial fusion", fused, learns("initial_fusion/"), learns("llm/embed_tokens", "initial_fusion/"), False)
+    fused = s.conversations * second_fusion(cfg.fusion, sam, llm.hidden_size, s.seg_tokens, s.frames)
+    second = learns("second_fusion/")
+    add("second fusion", fused, second, through or second, False)
+    before = through or second
+    tracked = 0 if s.used == s.anchors else s.used - s.anchors
+    attending = tracked * s.conversations * memory_attention(sam, s.anchors)
+    add("memory attention", attending, learns("sam2/memory_attention/"), before, True)
+    decoding = s.anchors * (mask_decoder(sam, s.seg_tokens) + mask_prompt(sam)) + tracked * mask_decoder(sam, 2)
+    add("mask decoder", s.conversations * decoding, learns("sam2/mask_decoder/"), before, True)
+    if tracked:
+        remembering = s.conversations * s.used * memory_encoder(sam)
+        add("memory encoder", remembering, learns("sam2/memory_encoder/"), before, True)
+    add("full-size masks", s.conversations * s.used * full_size_mask(sam), False, True, False)
+    return StepFlops(parts)
+
+
+# Devices
+
+
+@dataclass(frozen=True)
+class Device:
+    """Data sheet of a device: one chip, or one GPU."""
+
+    flops: float  # a second, dense bfloat16 products
+    memory: float  # bytes
+    bandwidth: float  # of memory, bytes a second
+    kinds: tuple[str, ...]  # how jax.Device.device_kind begins
+
+
+PEAKS = {
+    "v4": Device(275e12, 32 * 2**30, 1228e9, ("TPU v4",)),
+    "v5e": Device(197e12, 16 * 2**30, 819e9, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Device(459e12, 95 * 2**30, 2765e9, ("TPU v5p", "TPU v5")),
+    "v6e": Device(918e12, 32 * 2**30, 1640e9, ("TPU v6 lite", "TPU v6e")),
+    "a100": Device(312e12, 85100068864, 2039040000000, ("NVIDIA A100",)),
+    "h100": Device(989.4e12, 84942979072, 3352320000000, ("NVIDIA H100",)),
+    "h200": Device(989.4e12, 151397597184, 4800000000000, ("NVIDIA H200",)),
+}
+
+
+def device_peak(device: Any | None = None) -> tuple[float, str]:
+    """Operations a second that a device can do, and where the figure is from: its data sheet, or a measurement.
+
+    device: a jax.Device; None: the first.
+    """
+    device = jax.devices()[0] if device is None else device
+    kind = device.device_kind
+    for name in ("v5e", *PEAKS):  # "TPU v5 lite" also begins like a v5p
+        if kind.startswith(PEAKS[name].kinds):
+            return PEAKS[name].flops, f"{kind}, data sheet, bfloat16"
+    peak = measured_matmul_peak()
+    return peak, f"{kind}, measured on a matrix product, float32"
+
+
+@functools.cache
+def measured_matmul_peak(size: int = 1024, seconds: float = 0.3) -> float:
+    """Operations a second of the default device in float32 products of size x size: the fastest of several."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul).lower(x, x).compile()
+    product(x, x).block_until_ready()
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def utilisation(flops: float, seconds: float, num_devices: int, peak: float) -> float:
+    """Share of what the devices could have done: MFU where `flops` is StepFlops.model.
+
+    Args:
+      flops: of the steps on all devices together.
+      seconds: that they took.
+      peak: of one device, a second.
+    """
+    return flops / (seconds * num_devices * peak)

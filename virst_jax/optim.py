@@ -1,0 +1,137 @@
+"""Which parameters are trained, and how: groups by path, schedules, AdamW.
+
+A path is the parameter's keys joined by "/", such as llm/layers/attn/q_proj/lora_a.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+from virst_jax.errors import UserError
+
+Groups = Sequence[tuple[str, float]]  # pattern (full match of a path), factor of the learning rate; 0: frozen
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float = 1e-5
+    warmup_steps: int = 100
+    total_steps: int = 1000  # optimizer steps; the rate has come down to final_factor then
+    schedule: str = "cosine"  # cosine | linear | constant
+    final_factor: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # of the gradients of a step; 0: none
+    accumulate: int = 1  # batches an optimizer step
+    ema: float = 0.0  # decay of the averaged parameters, per optimizer step; 0: none
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested parameters as {path: leaf}."""
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return flax.traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def rate_factors(paths: Sequence[str], groups: Groups) -> dict[str, float]:
+    """Every path's factor of the learning rate: that of the first pattern that fits it whole.
+
+    Raises:
+      UserError: a path that no pattern fits, a pattern that fits no path, or a broken pattern.
+    """
+    factors: dict[str, float] = {}
+    try:
+        compiled = [(re.compile(pattern), factor) for pattern, factor in groups]
+    except re.error as error:
+        raise UserError(f"parameter groups: {error.pattern!r} is no regular expression ({error})") from error
+    used = set()
+    for path in paths:
+        hit = next((i for i, (pattern, _) in enumerate(compiled) if pattern.fullmatch(path)), None)
+        if hit is None:
+            raise UserError(f"parameter groups: none fits {path}; end the table with ('.*', 0.0) to freeze the rest")
+        used.add(hit)
+        factors[path] = float(compiled[hit][1])
+    # the last one may be a remainder that is empty
+    idle = [groups[i][0] for i in range(len(groups) - 1) if i not in used]
+    if idle:
+        raise UserError(f"parameter groups: {idle[0]!r} decides no parameter; mend it or remove it")
+    return factors
+
+
+def split(params: Mapping[str, Any], groups: Groups) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Nested parameters as two nested trees: those that are trained, and the frozen ones."""
+    flat = flatten(params)
+    factors = rate_factors(list(flat), groups)
+    trained = unflatten({path: leaf for path, leaf in flat.items() if factors[path] > 0})
+    if not trained:
+        raise UserError("parameter groups: every parameter is frozen; nothing would be trained")
+    return trained, unflatten({path: leaf for path, leaf in flat.items() if factors[path] == 0})
+
+
+def join(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `split`."""
+    return unflatten({**flatten(trained), **flatten(frozen)})
+
+
+def learning_rate(cfg: OptimConfig) -> optax.Schedule:
+    """Optimizer step -> learning rate.
+
+    Raises:
+      UserError: an unknown schedule.
+    """
+    decay = max(1, cfg.total_steps - cfg.warmup_steps)
+    end = cfg.learning_rate * cfg.final_factor
+    schedules = {
+        "cosine": lambda: optax.cosine_decay_schedule(cfg.learning_rate, decay, cfg.final_factor),
+        "linear": lambda: optax.linear_schedule(cfg.learning_rate, end, decay),
+        "constant": lambda: optax.constant_schedule(cfg.learning_rate),
+    }
+    if cfg.schedule not in schedules:
+        raise UserError(f"unknown schedule {cfg.schedule!r}: choose one of {', '.join(schedules)}")
+    warmup = optax.linear_schedule(0.0, cfg.learning_rate, max(1, cfg.warmup_steps))
+    # the first step would do nothing at a rate of zero
+    shifted = lambda step: warmup(step + 1)  # noqa: E731
+    return optax.join_schedules([shifted, schedules[cfg.schedule]()], [cfg.warmup_steps])
+
+
+def make_optimizer(cfg: OptimConfig, groups: Groups) -> optax.GradientTransformation:
+    """Clipping, AdamW (decay on matrices only), the group's factor, accumulation; for the trained parameters."""
+
+    def scale_by_group(updates: Any, state: Any, params: Any = None) -> Any:
+        flat = flatten(updates)
+        factors = rate_factors(list(flat), [*((p, f) for p, f in groups if f > 0), (".*", 0.0)])
+        return unflatten({path: u if factors[path] == 1 else u * factors[path] for path, u in flat.items()}), state
+
+    def matrices(params: Any) -> Any:
+        return unflatten({path: decays(path, leaf) for path, leaf in flatten(params).items()})
+
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay, matrices) if cfg.weight_decay else optax.identity(),
+        optax.GradientTransformation(lambda _: optax.EmptyState(), scale_by_group),
+        optax.scale_by_learning_rate(learning_rate(cfg)),
+    )
+    if cfg.accumulate > 1:
+        return optax.MultiSteps(optimizer, cfg.accumulate).gradient_transformation()
+    return optimizer
+
+
+def decays(path: str, leaf: Any) -> bool:
+    """Whether weight decay applies: to kernels, adapters and embeddings, not to scales, biases or small tables."""
+    return path.rsplit("/", 1)[-1] in ("kernel", "lora_a", "lora_b", "embedding") and leaf.ndim >= 2
+
+
+def update_ema(ema: Any, params: Any, decay: jax.Array | float) -> Any:
+    """Averaged parameters float32, moved a little towards the present ones."""
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema, params)

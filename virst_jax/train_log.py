@@ -1,0 +1,61 @@
+"""What a training run tells: a CSV file, TensorBoard curves and a progress line."""
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+class TrainLog:
+    """Writes scalars of steps to `folder`/metrics.csv and to TensorBoard files beside it.
+
+    After a restart, rows of steps that will come again are dropped.
+
+    Args:
+      start: the step that the run goes on from.
+    """
+
+    def __init__(self, folder: Path, start: int = 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / "metrics.csv"
+        self.columns: list[str] = ["step"]
+        rows: list[dict[str, str]] = []
+        if self.file.is_file():
+            with self.file.open(newline="") as f:
+                reader = csv.DictReader(f)
+                # a kill may have cut the last line short
+                rows = [row for row in reader if row.get("step", "").isdigit() and int(row["step"]) <= start]
+                self.columns = list(reader.fieldnames or self.columns)
+        self._rewrite(rows)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds a step's scalars; a new name adds a column."""
+        if new := [name for name in scalars if name not in self.columns]:
+            with self.file.open(newline="") as f:
+                rows = list(csv.DictReader(f))
+            self.columns += new
+            self._rewrite(rows)
+        with self.file.open("a", newline="") as f:
+            csv.DictWriter(f, self.columns).writerow({"step": step, **{k: f"{v:.6g}" for k, v in scalars.items()}})
+        for name, value in scalars.items():
+            if math.isfinite(value):
+                self.board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: Any) -> None:
+        """A picture uint8[H, W, 3] for TensorBoard."""
+        self.board.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.board.close()
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        part = self.file.with_name(self.file.name + ".part")
+        with part.open("w", newline="") as f:
+            writer = csv.DictWriter(f, self.columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        part.replace(self.file)

@@ -1,0 +1,113 @@
+"""The training state and its step.
+
+Axes: B videos of a batch.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from virst_jax.config import VirstConfig
+from virst_jax.losses import TextBatch, VideoBatch, text_loss, video_losses
+from virst_jax.optim import Groups, OptimConfig, join, make_optimizer, split, update_ema
+from virst_jax.sharding import gather
+
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes, and the frozen parameters."""
+
+    step: jax.Array  # int32[], batches seen
+    params: Any  # the trained parameters, float32
+    frozen: Any  # the others, in the compute dtype
+    opt_state: Any
+    ema: Any  # averaged trained parameters float32, or None
+
+    def all_params(self, averaged: bool = False) -> dict[str, Any]:
+        """The parameters of `Virst`; the averaged ones if there are any and they are asked for."""
+        return join(self.ema if averaged and self.ema is not None else self.params, self.frozen)
+
+
+def init_state(cfg: VirstConfig, optim: OptimConfig, groups: Groups, params: Mapping[str, Any]) -> TrainState:
+    """The state before the first step. `params` may be traced or abstract: the function works under eval_shape."""
+    trained, frozen = split(params, groups)
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+    frozen = jax.tree.map(lambda x: x.astype(cfg.compute.dtype), frozen)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=trained,
+        frozen=frozen,
+        opt_state=make_optimizer(optim, groups).init(trained),
+        ema=jax.tree.map(jnp.copy, trained) if optim.ema else None,
+    )
+
+
+def batch_loss(
+    cfg: VirstConfig, params: Any, batch: TextBatch, rng: jax.Array | None, mesh_axes: tuple[str, ...] | None = None
+) -> tuple[jax.Array, Metrics]:
+    """The mean loss over the videos of a batch.
+
+    Args:
+      batch: a TextBatch or VideoBatch whose arrays have a leading axis B.
+      rng: of dropout; None: without.
+      mesh_axes: the mesh axes that share out B.
+
+    Returns:
+      float32[], and the parts, float32[].
+    """
+    count = batch.token_ids.shape[0]
+    losses: Callable[..., Any] = video_losses if isinstance(batch, VideoBatch) else text_loss
+
+    def of_video(batch: TextBatch, rng: jax.Array | None) -> Any:
+        loss, parts = losses(cfg, params, batch, rng)
+        return loss, {name: value for name, value in parts.items() if name != "masks"}
+
+    rngs = None if rng is None else jax.random.split(rng, count)
+    loss, parts = jax.vmap(of_video, spmd_axis_name=mesh_axes)(batch, rngs)
+    return loss.mean(), jax.tree.map(jnp.mean, parts)
+
+
+def make_train_step(
+    cfg: VirstConfig,
+    optim: OptimConfig,
+    groups: Groups,
+    *,
+    seed: int = 0,
+    mesh_axes: tuple[str, ...] | None = None,
+    dropout: bool = True,
+) -> Callable[[TrainState, TextBatch], tuple[TrainState, Metrics]]:
+    """A pure function (state, batch) -> (state, metrics); a batch whose loss or gradient is not finite changes nothing
+    but the count of steps."""
+    optimizer = make_optimizer(optim, groups)
+
+    def step(state: TrainState, batch: TextBatch) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+
+        def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:
+            return batch_loss(cfg, gather(join(trained, state.frozen)), batch, rng, mesh_axes)
+
+        (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        norm = optax.tree.norm(gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None
+        if state.ema is not None:
+            count = (state.step + 1) // optim.accumulate
+            decay = jnp.minimum(optim.ema, (1 + count) / (10 + count))  # the first parameters are soon forgotten
+            moved = (state.step + 1) % optim.accumulate == 0
+            ema = update_ema(state.ema, params, jnp.where(moved, decay, 1.0))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        old = (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), old
+        )
+        metrics = {"loss": loss, **parts, "grad_norm": norm, "finite": finite}
+        return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
+
+    return step
