@@ -70,12 +70,10 @@ def test_expressions_do_not_see_each_other(network):
 
 def test_videos_of_any_length_share_the_compiled_functions(network):
     segment(network, video(5), [3, 7], chunk=4)
-    compiled = [f._cache_size() for f in (network._encode, network._understand, network._anchor, network._track)]
+    compiled = network.num_compiled
     for count in (2, 7, 12):
         segment(network, video(count), [3, 7], chunk=4)
-    assert [
-        f._cache_size() for f in (network._encode, network._understand, network._anchor, network._track)
-    ] == compiled
+    assert network.num_compiled == compiled
 
 
 def test_splice():

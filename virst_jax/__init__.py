@@ -1,3 +1,18 @@
 """VIRST in JAX: a video and a sentence in, the masks of the object that the sentence means out."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from virst_jax.api import Model as Model
+    from virst_jax.api import load as load
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # `virst_jax.load` brings JAX; the package itself does not
+    if name in ("load", "Model"):
+        from virst_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'virst_jax' has no attribute {name!r}")

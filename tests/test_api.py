@@ -1,0 +1,362 @@
+"""Videos and sentences through the whole program: sharing, batching, streaming, and what the input may be."""
+
+import dataclasses
+import functools
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_models_virst import SMALL, random_params
+
+import virst_jax
+from virst_jax import checkpoint
+from virst_jax.api import Model, load
+from virst_jax.config import FusionConfig, HieraConfig, LoraConfig, to_json
+from virst_jax.data import frames as frame_choice
+from virst_jax.data.prompts import ANSWERS, QUESTIONS, build_prompt, load_tokenizer
+from virst_jax.data.sequence import splice
+from virst_jax.data.transforms import sam_pixels, vlm_pixels
+from virst_jax.errors import UserError
+from virst_jax.ops.resize import resize_maps
+from virst_jax.streaming import Options, build_texts, plan_frames
+
+pytestmark = pytest.mark.xdist_group("api")  # compiled once
+
+TOKENIZER = Path(__file__).parent / "data" / "tokenizer"
+CFG = dataclasses.replace(
+    SMALL,
+    llm=dataclasses.replace(SMALL.llm, vocab_size=151647, num_layers=1, lora=LoraConfig(rank=0)),
+    vision=dataclasses.replace(SMALL.vision, depth=2),
+    sam2=dataclasses.replace(
+        SMALL.sam2,
+        hiera=HieraConfig(8, 1, (1, 1, 1, 1), global_att_blocks=(2,), window_spec=(8, 4, 4, 2)),
+        memory_layers=1,
+        decoder_layers=1,
+        memory_fuser_layers=1,
+    ),
+    fusion=FusionConfig(num_layers=1),
+    seg_token_id=151646,
+    max_video_frames=8,
+    max_seg_frames=8,
+    num_seg_tokens=3,
+)
+DOG, CAT, CAR = "the dog", "A red cat   that runs", "what scared the seal?"
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(CFG, params(), load_tokenizer(TOKENIZER, CFG.seg_token_id), chunk=2, group_size=2)
+
+
+@functools.cache
+def params() -> Any:
+    given = random_params(CFG)
+    fusion = dict(given["second_fusion"])
+    # expressions matter: they are heard above the image, and the prompts above the features
+    fusion["seg_proj"] = jax.tree.map(lambda x: 20 * x, fusion["seg_proj"])
+    fusion["layer0"] = {**fusion["layer0"], "norm3": jax.tree.map(lambda x: 10 * x, fusion["layer0"]["norm3"])}
+    return {**given, "second_fusion": fusion}
+
+
+def video(count: int, height: int = 40, width: int = 56) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def three(model):
+    """Three expressions at once, in two groups."""
+    return model.segment(video(11), [DOG, CAT, CAR])
+
+
+def test_shapes_and_frames(three):
+    assert (three.masks.shape, three.masks.dtype) == ((3, 11, 40, 56), bool)
+    assert (three.scores.shape, three.scores.dtype) == ((3, 11), np.float32)
+    assert list(three.plan.sampled) == frame_choice.flex_frames(11, 0, max_frames=8)
+    assert three.anchors == tuple(three.plan.sampled[i] for i in (0, 7))
+    assert three.expressions == (DOG, "a red cat that runs", CAR)
+    assert 0 < three.masks.mean() < 1
+    assert all(seconds >= 0 for seconds in three.timings.values())
+
+
+def assert_same(a: Any, b: Any, rows: Any = slice(None)) -> None:
+    np.testing.assert_allclose(a.scores, b.scores[rows], atol=2e-5, rtol=0)
+    assert (a.masks != b.masks[rows]).mean() < 5e-5  # pixels whose logit is rounding
+
+
+def test_expressions_do_not_see_each_other(model, three):
+    # what an expression changes is far more than what its company does
+    for i, j in ((0, 1), (1, 2), (0, 2)):
+        assert np.abs(three.scores[i] - three.scores[j]).max() > 1e-3
+        assert (three.masks[i] != three.masks[j]).any()
+    for i, text in enumerate((DOG, CAT, CAR)):
+        assert_same(model.segment(video(11), text), three, slice(i, i + 1))
+    assert_same(model.segment(video(11), [CAR, DOG, CAT]), three, [2, 0, 1])
+
+
+def test_chunks_and_batches_do_not_matter(model, three):
+    model.chunk = 11
+    whole = model.segment(video(11), [DOG, CAT])
+    model.chunk = 2
+    np.testing.assert_array_equal(whole.masks, three.masks[:2])
+    np.testing.assert_array_equal(whole.scores, three.scores[:2])
+    model.batch = 3
+    batched = model.segment(video(11), [DOG, CAT])
+    model.batch = 1
+    np.testing.assert_allclose(batched.scores, three.scores[:2], atol=2e-5)
+
+
+def test_the_seed_chooses(model, three):
+    again = model.segment(video(11), [DOG, CAT, CAR])
+    np.testing.assert_array_equal(again.masks, three.masks)
+    np.testing.assert_array_equal(again.scores, three.scores)
+    plans = {model.segment_stream(video(11), DOG, seed=seed).plan for seed in (0, 1, [1, 2], [1, 3])}
+    assert len(plans) == 4
+
+
+def test_exact_mode_is_the_release_step_by_step(model):
+    frames, text = video(11), DOG
+    result = model.segment(frames, text, exact=True)
+    plan, network, size = result.plan, model.network, CFG.sam2.image_size
+    clips = vlm_pixels(frames[list(plan.sampled)], CFG.vision.image_size)
+    texts = build_texts(CFG, model.tokenizer, [text], 128, 128, Options())
+    question, answer = _templates_of(model, texts)
+    prompt = build_prompt(model.tokenizer, text, question_index=question, answer_index=answer, num_seg_tokens=3)
+    row = splice(prompt.input_ids.tolist(), prompt.labels.tolist(), 128, CFG.seg_token_id)
+    understood = network.understand(
+        clips.reshape(2, 4, *clips.shape[1:]),
+        network.encode_frames(sam_pixels(frames[list(plan.segmentation)], size, "bilinear")).top,
+        *(x[None] for x in (row.token_ids, row.visual_index, row.mask, row.seg_positions)),
+    )
+    pixels = sam_pixels(frames, size, "bicubic")
+    anchors = network.prompt_anchors(
+        network.encode_frames(pixels[list(result.anchors)]),
+        np.asarray(result.anchors),
+        understood.prompts[:, :, np.asarray(plan.anchors)],
+        CFG.max_anchors,
+    )
+    tracked = list(network.track(anchors, iter(pixels), len(frames), chunk=2))
+    scores = np.stack([np.asarray(f.prediction.object_score) for f in tracked], axis=1)
+    masks = np.stack([np.asarray(resize_maps(f.prediction.low_res, (40, 56)) > 0) for f in tracked], axis=1)
+    np.testing.assert_allclose(result.scores, scores, rtol=1e-5)
+    assert (result.masks != masks).mean() < 1e-4
+    # the shared mode is another computation
+    assert np.abs(model.segment(frames, text).scores - scores).max() > 1e-4
+
+
+def _templates_of(model: Model, texts: Any) -> tuple[int, int]:
+    """The wording that was chosen, found by trying all."""
+    for question in range(len(QUESTIONS["short"])):
+        for answer in range(len(ANSWERS)):
+            prompt = build_prompt(model.tokenizer, DOG, question_index=question, answer_index=answer, num_seg_tokens=3)
+            tail = prompt.input_ids[np.flatnonzero(prompt.input_ids == -200)[0] + 1 :]
+            if np.array_equal(tail, texts.rows[0][0]):
+                return question, answer
+    raise AssertionError("no known wording")
+
+
+@pytest.mark.parametrize(("exact", "count"), [(False, 11), (True, 11), (False, 3), (True, 3)])
+def test_each_frame_is_encoded_once(model, monkeypatch, exact, count):
+    # a frame is known by its colour
+    frames = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None] * 10, (count, 16, 16, 3))
+    seen: list[int] = []
+    encode = model.network.encode_batch
+
+    def counted(pixels: np.ndarray, *args: Any) -> Any:
+        seen.extend(int(frame.mean().round()) // 10 for frame in pixels)
+        return encode(pixels, *args)
+
+    monkeypatch.setattr(model.network, "encode_batch", counted)
+    plan = model.segment(np.ascontiguousarray(frames), DOG, exact=exact).plan
+    twice = set(plan.segmentation) if exact else set()
+    assert sorted(seen) == sorted([*range(count), *twice])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_short_videos(model, count):
+    result = model.segment(video(count, 17, 9), [DOG, CAT])
+    assert result.masks.shape == (2, count, 17, 9)
+    assert np.isfinite(result.scores).all()
+
+
+def test_nothing_is_compiled_again(model, three):
+    for n in (1, 2):  # both sizes of a group
+        model.segment(video(9), [DOG, CAT][:n])
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    known = model.network.num_compiled
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        model.segment(video(13, 70, 300), [DOG, CAT, CAR, "x", "y"])
+        model.segment(video(2, 11, 7), "the small white bird on the left of the tree")
+        model.segment(video(30), ["somebody", CAR])
+        jax.jit(lambda x: x + 1)(1.0)  # the listener hears
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert model.network.num_compiled == known
+    assert len(compiled) == 1
+
+
+def test_stream_goes_on_from_its_state(model, three):
+    stream = model.segment_stream(video(11), [DOG, CAT, CAR])
+    first = [next(stream) for _ in range(5)]
+    state = stream.state()
+    stream.close()
+    assert [frame.index for frame in first] == [0, 1, 2, 3, 4]
+    assert state["next"] == 4
+    state = {key: np.array(value) for key, value in state.items()}
+    assert {value.dtype.kind for value in state.values()} <= set("iufb")  # what .npz files keep
+    rest = list(model.segment_stream(video(11), [DOG, CAT, CAR], state=state))
+    assert [frame.index for frame in rest] == list(range(4, 11))
+    for frame in [*first, *rest]:
+        np.testing.assert_array_equal(frame.masks, three.masks[:, frame.index])
+        np.testing.assert_array_equal(frame.scores, three.scores[:, frame.index])
+
+
+def test_a_closed_stream_ends_its_thread(model):
+    before = threading.active_count()
+    with model.segment_stream(video(200, 8, 8), DOG) as stream:
+        next(stream)
+    assert threading.active_count() == before
+
+
+def test_progress(model):
+    calls: list[tuple[str, int, int]] = []
+    model.segment(video(11), DOG, progress=lambda *call: calls.append(call))
+    assert [done for stage, done, _ in calls if stage == "track"] == list(range(1, 12))
+    encoded = [call for call in calls if call[0] == "encode"]
+    assert encoded[-1][1] == encoded[-1][2] == 16
+
+
+def test_one_picture(model, tmp_path):
+    image = video(1)[0]
+    result = model.segment_image(image, [DOG, CAT])
+    assert (result.masks.shape, result.scores.shape, result.anchors) == ((2, 40, 56), (2,), (0,))
+    Image.fromarray(image).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(model.segment_image(tmp_path / "a.png", [DOG, CAT]).masks, result.masks)
+    with pytest.raises(UserError, match="4 frames where one picture is wanted"):
+        model.segment_stream(video(4), DOG, still=True)
+
+
+def test_chosen_anchors(model):
+    plan = model.segment_stream(video(30), DOG, anchors=[29, 3]).plan
+    assert plan.anchor_frames == (3, 29)
+    assert list(plan.segmentation) == sorted(plan.segmentation)
+    assert len(plan.segmentation) == 8
+    other = plan_frames(CFG, 30, Options())
+    assert plan.sampled == other.sampled
+    assert len(set(plan.segmentation) & set(other.segmentation)) >= 6
+    for anchors, message in (([30], "anchor 30 is no frame"), ([], "0 anchors were given"), ([1, 2, 3], "give 1 to 2")):
+        with pytest.raises(UserError, match=message):
+            model.segment_stream(video(30), DOG, anchors=anchors)
+
+
+def test_draws_of_the_release():
+    cfg = dataclasses.replace(CFG, max_video_frames=16)
+    numpy_draws, draws = np.random.RandomState(3), random.Random(4)
+    options = Options(release_random=(np.random.RandomState(3), random.Random(4)))
+    plan = plan_frames(cfg, 50, options)
+    sampled = frame_choice.flex_frames(50, max_frames=16, release_random=numpy_draws)
+    chosen = frame_choice.segmentation_frames(16, 8, release_random=draws)
+    assert list(plan.sampled) == sampled
+    assert list(plan.segmentation) == [sampled[i] for i in chosen]
+    # question and answer are drawn next
+    tokenizer = load_tokenizer(TOKENIZER)
+    texts = build_texts(cfg, tokenizer, [DOG], 4, 4, options)
+    question, answer = draws.choice(range(3)), draws.choice(range(4))
+    prompt = build_prompt(tokenizer, DOG, question_index=question, answer_index=answer, num_seg_tokens=3)
+    assert texts.rows[0][0].tolist() == prompt.input_ids.tolist()[-len(texts.rows[0][0]) :]
+
+
+@pytest.mark.parametrize(
+    ("expressions", "message"),
+    [
+        ([], "no expression was given"),
+        ("", "the expression is empty"),
+        (["the dog", "  "], "the expression is empty"),
+        ("the <image> dog", "contains the control token <image>"),
+        ("the [SEG] dog", r"contains the control token \[SEG\]"),
+        ("dog " * 600, r"takes 6\d\d tokens, at most 512 are read: shorten it"),
+        ([7], "the expression must be text, not int 7"),
+    ],
+)
+def test_bad_expressions(model, expressions, message):
+    with pytest.raises(UserError, match=message):
+        model.segment(video(3), expressions)
+
+
+def test_bad_videos(model, tmp_path):
+    with pytest.raises(UserError, match="no such video"):
+        model.segment(tmp_path / "none.mp4", DOG)
+    with pytest.raises(UserError, match="the video is empty"):
+        model.segment(video(0), DOG)
+
+
+def test_chat(model):
+    answer = model.chat(video(6), "what is it?", max_new_tokens=4)
+    assert isinstance(answer, str)
+    assert model.chat(video(6), "what is it?", max_new_tokens=4) == answer
+    for question, message in (("", "the question is empty"), ("a <image>", "contains the control token <image>")):
+        with pytest.raises(UserError, match=message):
+            model.chat(video(6), question)
+    with pytest.raises(UserError, match="max_frames is 2; give at least 4"):
+        model.chat(video(6), "what is it?", max_frames=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "small")
+
+
+def write_model(path: Path) -> Path:
+    path.mkdir()
+    checkpoint.write_parameters(path / checkpoint.PARAMS, jax.tree.map(np.asarray, params()))
+    (path / checkpoint.CONFIG).write_text(to_json(CFG))
+    checkpoint.copy_tokenizer(TOKENIZER, path / checkpoint.TOKENIZER)
+    return path
+
+
+def test_load(folder, three):
+    loaded = virst_jax.load(folder)
+    assert isinstance(loaded, virst_jax.Model)
+    assert loaded.cfg == CFG
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), loaded.network.params, params())
+    assert all(jax.tree.leaves(same))
+    low = load(folder, dtype="bfloat16")
+    assert low.cfg.compute.dtype == "bfloat16"
+    assert {str(x.dtype) for x in jax.tree.leaves(low.network.params)} == {"bfloat16"}
+
+
+def test_load_refuses(folder, tmp_path):
+    with pytest.raises(UserError, match="none: no model there; give a folder that `python -m conver"):
+        load(tmp_path / "none")
+    with pytest.raises(UserError, match="unknown dtype 'int8': choose float32 or bfloat16"):
+        load(folder, dtype="int8")
+    other = dataclasses.replace(CFG, seg_token_id=17)
+    copy = tmp_path / "other"
+    copy.mkdir()
+    (copy / checkpoint.TOKENIZER).symlink_to(folder / checkpoint.TOKENIZER)
+    (copy / checkpoint.PARAMS).symlink_to(folder / checkpoint.PARAMS)
+    (copy / checkpoint.CONFIG).write_text(to_json(other))
+    with pytest.raises(UserError, match="the network expects 17"):
+        load(copy)
+    (copy / checkpoint.CONFIG).write_text(to_json(dataclasses.replace(CFG, num_seg_tokens=3, llm=SMALL.llm)))
+    with pytest.raises(UserError, match=r"parameters do not fit config\.json"):
+        load(copy)
+
+
+def test_the_package_does_without_jax_until_it_is_used():
+    script = "import sys, virst_jax, virst_jax.cli; assert 'jax' not in sys.modules; assert virst_jax.load"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = virst_jax.nothing

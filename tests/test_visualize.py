@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from virst_jax import visualize
+
+
+def test_colors_differ():
+    colors = [visualize.color(i) for i in range(40)]
+    assert len(set(colors)) == 40
+    assert all(0 <= value <= 255 for color in colors for value in color)
+    apart = [np.abs(np.subtract(a, b)).sum() for i, a in enumerate(colors[:12]) for b in colors[:i]]
+    assert min(apart) > 40
+
+
+def test_overlay():
+    frame = np.full((20, 30, 3), 100, np.uint8)
+    masks = np.zeros((3, 20, 30), bool)
+    masks[0, 2:10, 2:12] = True
+    masks[1, 5:20, 20:30] = True  # up to the frame's edge; the third is empty
+    before = frame.copy()
+    out = visualize.overlay(frame, masks, opacity=0.5)
+    np.testing.assert_array_equal(frame, before)
+    nothing = ~masks.any(0)
+    np.testing.assert_array_equal(out[nothing], frame[nothing])
+    first, second = (np.array(visualize.color(i)) for i in (0, 1))
+    assert np.abs(out[5, 5] - (100 + first) / 2).max() <= 0.5
+    assert (out[2, 2:12] == first).all()
+    assert (out[2:10, 2] == first).all()
+    assert (out[9, 11] == first).all()
+    assert (out[5, 20:30] == second).all()
+    # the edge of the frame is no edge of the mask
+    assert np.abs(out[19, 25] - (100 + second) / 2).max() <= 0.5
+    assert np.abs(out[10, 29] - (100 + second) / 2).max() <= 0.5
+
+
+@pytest.mark.parametrize("opacity", [0.0, 1.0])
+def test_opacity(opacity):
+    frame = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mask = np.zeros((1, 16, 16), bool)
+    mask[0, 4:12, 4:12] = True
+    inner = visualize.overlay(frame, mask, opacity)[5:11, 5:11]
+    expected = frame[5:11, 5:11] if opacity == 0 else np.broadcast_to(visualize.color(0), (6, 6, 3))
+    np.testing.assert_array_equal(inner, expected)
+
+
+def test_legend():
+    one = visualize.legend(["the dog"], 320)
+    two = visualize.legend(["the dog", "a very long expression " * 20], 320)
+    assert one.shape[1] == two.shape[1] == 320
+    assert two.shape[0] > one.shape[0]
+    for i in range(2):
+        assert (two == visualize.color(i)).all(-1).sum() > 50
+    # the long line was cut before the edge
+    assert (two[:, -4:] == visualize.BACKGROUND).all()
+    assert (one == visualize.TEXT).all(-1).any()
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 4), (4, 4), (5, 4), (8, 3)])
+def test_contact_sheet(count, columns):
+    frames = [np.full((45, 80, 3), 10 * i + 100, np.uint8) for i in range(count)]
+    plain = visualize.contact_sheet(frames, [f"frame {i}" for i in range(count)], columns=columns)
+    assert plain.dtype == np.uint8
+    for i in range(count):
+        assert (plain == 10 * i + 100).all(-1).sum() >= 45 * 80 * 0.9
+    named = visualize.contact_sheet(frames, ["x"] * count, ["the dog", "the cat"], columns=columns)
+    assert named.shape[1] == plain.shape[1]
+    assert named.shape[0] > plain.shape[0]
