@@ -301,3 +301,26 @@ def test_splash_on_a_mesh() -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.endswith("passed\n"), done.stderr
+
+
+@pytest.mark.parametrize("impl", ["plain", "chunked", "auto"])
+def test_dropout_of_weights(impl):
+    keys, rate = 64, 0.25
+    q, k = jnp.zeros((2, 32, 2, 8)), jnp.zeros((2, keys, 2, 8))
+    v = jnp.broadcast_to(jnp.eye(keys)[None, :, None], (2, keys, 2, keys))  # the output is the weights
+    settings = {"impl": impl, "chunk": 8, "dropout": rate}
+    weights = np.asarray(attention(q, k, v, rng=jax.random.key(0), **settings)) * keys
+    dropped = weights == 0
+    np.testing.assert_allclose(weights[~dropped], 1 / (1 - rate), rtol=1e-5)
+    assert abs(dropped.mean() - rate) < 0.02
+    # every row, head and chunk draws for itself
+    assert len({row.tobytes() for row in dropped.reshape(-1, keys)}) == 2 * 32 * 2
+    again = np.asarray(attention(q, k, v, rng=jax.random.key(0), **settings)) * keys
+    np.testing.assert_array_equal(again, weights)
+    np.testing.assert_allclose(attention(q, k, v, **settings) * keys, 1, rtol=1e-5)
+
+
+def test_kernels_cannot_drop_weights():
+    q = jnp.zeros((1, 8, 1, 8))
+    with pytest.raises(UserError, match="cannot drop weights"):
+        attention(q, q, q, impl="splash", dropout=0.1, rng=jax.random.key(0))

@@ -112,6 +112,7 @@ class Sam2Config:
     memory_layers: int = 4
     memory_mlp_dim: int = 2048
     memory_heads: int = 1
+    memory_dropout: float = 0.1  # in training
     rope_theta: float = 10000.0
     # mask decoder
     decoder_layers: int = 2
@@ -218,6 +219,7 @@ def tiny() -> VirstConfig:
             memory_dim=16,
             memory_layers=2,
             memory_mlp_dim=256,
+            memory_dropout=0.0,
             decoder_heads=4,
             decoder_mlp_dim=256,
             iou_head_dim=64,

@@ -93,7 +93,7 @@ def video_losses(
       The weighted sum float32[], and its parts: ce_loss, mask_bce_loss, mask_dice_loss, iou_loss, occ_loss,
       mask_loss (all weighted, float32[]), mean_iou float32[], masks float32[O, U, R, R] (logits).
     """
-    tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True)
+    tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=dropout_rng)
     apply, deterministic = _applier(cfg, params, dropout_rng), dropout_rng is None
     conversations = batch.token_ids.shape[0]
 

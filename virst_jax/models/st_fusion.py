@@ -15,7 +15,7 @@ from einops import rearrange
 
 from virst_jax.config import Compute, FusionConfig
 from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, named
-from virst_jax.ops.attention import attention
+from virst_jax.ops.attention import attention, drop_weights
 from virst_jax.ops.position import rotate_pairs, spacetime_angles
 
 
@@ -40,9 +40,10 @@ class FusedAttention(nn.Module):
 
     compute: Compute
     num_heads: int
+    dropout: float = 0.0  # of the weights
 
     @nn.compact
-    def __call__(self, q: jax.Array, kv: jax.Array) -> jax.Array:
+    def __call__(self, q: jax.Array, kv: jax.Array, deterministic: bool = True) -> jax.Array:
         """q dtype[B, S, D], kv dtype[B, K, D] -> dtype[B, S, D]"""
         width = q.shape[-1]
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
@@ -51,7 +52,9 @@ class FusedAttention(nn.Module):
         bias = self.param("bias", named(nn.initializers.zeros, "qkv", "heads"), (3, width), param_dtype).astype(dtype)
         projected = (x.astype(dtype) @ kernel[:, i] + bias[i] for i, x in enumerate((q, kv, kv)))
         heads = (rearrange(x, "b n (h d) -> b n h d", h=self.num_heads) for x in projected)
-        out = rearrange(attention(*heads, impl=self.compute.attention), "b n h d -> b n (h d)")
+        rng = None if deterministic or not self.dropout else self.make_rng("dropout")
+        out = attention(*heads, impl=self.compute.attention, dropout=self.dropout, rng=rng)
+        out = rearrange(out, "b n h d -> b n (h d)")
         return dense(self.compute, width, ("heads", "embed"), name="out_proj")(out)
 
 
@@ -60,9 +63,12 @@ class RotaryCrossAttention(nn.Module):
 
     compute: Compute
     num_heads: int
+    dropout: float = 0.0  # of the weights
 
     @nn.compact
-    def __call__(self, q: jax.Array, kv: jax.Array, frames: int) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, q: jax.Array, kv: jax.Array, frames: int, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
         """q dtype[B, N*T, C], kv dtype[B, K, C] -> dtype[B, N*T, C] and frame scores float32[B, T].
 
         A frame's score is the mean weight of its keys over heads, queries and positions.
@@ -80,6 +86,8 @@ class RotaryCrossAttention(nn.Module):
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
         weights = nn.softmax(logits / math.sqrt(head_dim))
         scores = rearrange(weights, "b h q (t g) -> b t (h q g)", t=frames).mean(-1)
+        if self.dropout and not deterministic:
+            weights = drop_weights(weights, self.dropout, self.make_rng("dropout"))
         out = rearrange(jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v), "b q h d -> b q (h d)")
         return dense(self.compute, width, ("heads", "embed"), name="o_proj")(out), scores
 
@@ -93,9 +101,10 @@ class FusionLayer(nn.Module):
         width = x.shape[-1]
         norm = [layer_norm(self.compute, name=f"norm{i}") for i in range(1, 4)]
         drop = nn.Dropout(self.cfg.dropout, deterministic=deterministic)
-        y = FusedAttention(self.compute, self.cfg.num_heads, name="self_attn")(x, x)
+        y = FusedAttention(self.compute, self.cfg.num_heads, self.cfg.dropout, name="self_attn")(x, x, deterministic)
         x = norm[0](x + drop(y))
-        y, scores = RotaryCrossAttention(self.compute, self.cfg.num_heads, name="cross_attn")(x, keys, frames)
+        cross = RotaryCrossAttention(self.compute, self.cfg.num_heads, self.cfg.dropout, name="cross_attn")
+        y, scores = cross(x, keys, frames, deterministic)
         x = norm[1](x + drop(y))
         y = gelu(dense(self.compute, 4 * width, ("embed", "mlp"), name="fc1")(x))
         x = norm[2](x + drop(dense(self.compute, width, ("mlp", "embed"), name="fc2")(y)))

@@ -55,6 +55,8 @@ def attention(
     scale: float | None = None,
     impl: str = "auto",
     chunk: int = 512,
+    dropout: float = 0.0,
+    rng: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T) v, a head at a time; a row that sees no key gives zeros.
 
@@ -70,6 +72,9 @@ def attention(
         them again in the backward pass; "cudnn" (NVIDIA GPUs) and "splash" (TPUs; elsewhere interpreted) are
         fused kernels; "auto" takes what fits backend, dtype and sizes.
       chunk: most queries of a chunk; fewer when K * H is large.
+      dropout: share of the weights that are set to zero in training, the others grow to make up for them; the fused
+        kernels cannot do that, so "auto" passes over them.
+      rng: a jax.random key for dropout; None: no weight is dropped.
 
     Returns:
       dtype[B, S, H, E] of q's dtype. The softmax is computed in float32.
@@ -91,8 +96,11 @@ def attention(
         last = jnp.zeros((batch, 1), int) if q_positions is None else q_positions
         before = jnp.arange(num_keys) <= last
         key_mask, q_positions, causal = before if key_mask is None else key_mask & before, None, False
+    drop = dropout if rng is not None else 0.0
     if impl == "auto":
-        impl = _choose(q, k, v, key_mask, causal, q_positions)
+        impl = _without_kernels(q, k) if drop else _choose(q, k, v, key_mask, causal, q_positions)
+    if drop and impl not in ("plain", "chunked"):
+        raise UserError(f"attention {impl!r} cannot drop weights in training; set compute.attention to 'auto'")
     if impl == "cudnn":
         return _cudnn(q, k, v, key_mask, causal, q_positions, scale)
     if impl == "splash":
@@ -100,8 +108,12 @@ def attention(
     if causal and q_positions is None:
         q_positions = jnp.arange(num_queries)[None]
     if impl == "plain":
-        return _plain(q, k, v, key_mask, q_positions, scale)
-    return _chunked(q, k, v, key_mask, q_positions, scale, chunk)
+        return _plain(q, k, v, key_mask, q_positions, scale, drop, rng)
+    return _chunked(q, k, v, key_mask, q_positions, scale, chunk, drop, rng)
+
+
+def _without_kernels(q: jax.Array, k: jax.Array) -> str:
+    return "plain" if q.shape[1] * k.shape[1] * q.shape[2] <= PLAIN_LIMIT else "chunked"
 
 
 def _choose(
@@ -113,7 +125,7 @@ def _choose(
     q_positions: jax.Array | None,
 ) -> str:
     size = q.shape[1] * k.shape[1]
-    if size * q.shape[2] <= PLAIN_LIMIT:
+    if _without_kernels(q, k) == "plain":
         return "plain"
     platform = _platform()
     if platform == "tpu" and q_positions is None and (_mesh_axes.get() is not None or not _auto_mesh()):
@@ -147,6 +159,8 @@ def _plain(
     key_mask: jax.Array | None,
     q_positions: jax.Array | None,
     scale: float,
+    dropout: float = 0.0,
+    rng: jax.Array | None = None,
 ) -> jax.Array:
     batch, num_queries, heads, width = q.shape
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
@@ -159,8 +173,16 @@ def _plain(
         visible = visible[:, None, None]
         # the outer `where` is for rows that see nothing
         weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, logits, MASKED)), 0)
+    if dropout:
+        weights = drop_weights(weights, dropout, rng)
     out = jnp.einsum("bgrsk,bkge->bsgre", weights.astype(v.dtype), v, preferred_element_type=accumulate)
     return out.astype(q.dtype).reshape(batch, num_queries, heads, v.shape[-1])
+
+
+def drop_weights(weights: jax.Array, dropout: float, rng: jax.Array | None) -> jax.Array:
+    """Attention weights with a share of them set to zero, the others divided by what is left of one."""
+    assert rng is not None
+    return jnp.where(jax.random.bernoulli(rng, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
 
 
 def _chunked(
@@ -171,6 +193,8 @@ def _chunked(
     q_positions: jax.Array | None,
     scale: float,
     chunk: int,
+    dropout: float = 0.0,
+    rng: jax.Array | None = None,
 ) -> jax.Array:
     batch, num_queries, heads, width = q.shape
     chunk = min(chunk, max(1, CHUNK_BUDGET // (k.shape[1] * heads)))
@@ -183,10 +207,11 @@ def _chunked(
         padding[1] = (0, chunks * chunk - num_queries)
         return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
 
-    def attend(part: tuple[jax.Array, jax.Array | None]) -> jax.Array:
-        return _plain(part[0], k, v, key_mask, part[1], scale)
+    def attend(part: tuple[jax.Array, jax.Array | None, jax.Array | None]) -> jax.Array:
+        return _plain(part[0], k, v, key_mask, part[1], scale, dropout, part[2])
 
-    parts = split(q), None if q_positions is None else split(q_positions)
+    keys = jax.random.split(rng, chunks) if dropout and rng is not None else None
+    parts = split(q), None if q_positions is None else split(q_positions), keys
     out = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), parts)  # [chunks, B, chunk, H, E]
     return jnp.moveaxis(out, 0, 1).reshape(batch, chunks * chunk, heads, v.shape[-1])[:, :num_queries]
 

@@ -62,12 +62,14 @@ class Tracker:
         reaches them (the first is there from the start), pointers of anchors to come are seen, and every frame's
         activations are recomputed in the backward pass. Otherwise as it evaluates: best of three masks, bfloat16
         memories, all anchors there from the start, pointers only of the past.
+      dropout_rng: a jax.random key, for memory attention with dropout; None: without.
     """
 
-    def __init__(self, sam: Sam2, training: bool = False):
+    def __init__(self, sam: Sam2, training: bool = False, dropout_rng: jax.Array | None = None):
         self.sam = sam
         self.cfg: Sam2Config = sam.cfg
         self.training = training
+        self.dropout_rng = dropout_rng
         self.mode = "single" if training else sam.cfg.evaluated_mask
         self.memory_dtype = jnp.dtype(sam.compute.dtype) if training else jnp.dtype(jnp.bfloat16)
 
@@ -220,6 +222,7 @@ class Tracker:
         mask = jnp.concatenate([anchor_pointer_mask, pointer_mask])
         memory = jnp.concatenate([anchors.memory[slots], recent.memory])
         pointers = jnp.concatenate([anchors.prediction.pointer[slots], recent.pointers])
+        deterministic = self.dropout_rng is None
         return self._apply(
             params,
             Sam2.with_memory,
@@ -230,6 +233,8 @@ class Tracker:
             pointers.swapaxes(0, 1),
             jnp.where(mask, time, 0),  # empty slots lie far away: no huge angles
             mask,
+            deterministic,
+            rngs=None if deterministic else {"dropout": jax.random.fold_in(self.dropout_rng, number)},
         )
 
     def _empty(self, num_objects: int) -> Tracked:

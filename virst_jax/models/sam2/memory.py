@@ -30,7 +30,13 @@ class RotaryAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None, unrotated: int = 0
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        key_mask: jax.Array | None = None,
+        unrotated: int = 0,
+        deterministic: bool = True,
     ) -> jax.Array:
         """q dtype[B, S, C], k and v dtype[B, K, ...], key_mask bool[B, K] -> dtype[B, S, C].
 
@@ -60,6 +66,7 @@ class Layer(nn.Module):
     cfg: Sam2Config
     compute: Compute
     pointer_tokens: int
+    deterministic: bool = True
 
     @nn.compact
     def __call__(
@@ -69,13 +76,14 @@ class Layer(nn.Module):
         x = constrain(x, None, None, "width")
         norm = [layer_norm(compute, name=f"norm{i}") for i in range(1, 4)]
         y = norm[0](x)
-        x = x + RotaryAttention(cfg, compute, name="self_attn")(y, y, y)
+        alike = self.deterministic
+        drop = nn.Dropout(cfg.memory_dropout, deterministic=alike)
+        x = x + drop(RotaryAttention(cfg, compute, name="self_attn")(y, y, y, deterministic=alike))
         y = norm[1](x)
-        x = x + RotaryAttention(cfg, compute, name="cross_attn")(
-            y, memory + memory_pos, memory, key_mask, self.pointer_tokens
-        )
-        y = nn.relu(dense(compute, cfg.memory_mlp_dim, ("embed", "mlp"), name="linear1")(norm[2](x)))
-        return x + dense(compute, cfg.hidden_size, ("mlp", "embed"), name="linear2")(y), None
+        cross = RotaryAttention(cfg, compute, name="cross_attn")
+        x = x + drop(cross(y, memory + memory_pos, memory, key_mask, self.pointer_tokens, alike))
+        y = drop(nn.relu(dense(compute, cfg.memory_mlp_dim, ("embed", "mlp"), name="linear1")(norm[2](x))))
+        return x + drop(dense(compute, cfg.hidden_size, ("mlp", "embed"), name="linear2")(y)), None
 
 
 class MemoryAttention(nn.Module):
@@ -91,6 +99,7 @@ class MemoryAttention(nn.Module):
         memory_pos: jax.Array,
         key_mask: jax.Array | None = None,
         pointer_tokens: int = 0,
+        deterministic: bool = True,
     ) -> jax.Array:
         """Conditions a frame's features on what is remembered.
 
@@ -101,6 +110,7 @@ class MemoryAttention(nn.Module):
           memory_pos: dtype[B, K, D].
           key_mask: bool[B, K], which of the keys exist.
           pointer_tokens: how many of the keys are pointer tokens.
+          deterministic: False: with dropout, which draws from the "dropout" rng.
 
         Returns:
           dtype[B, S, C].
@@ -109,13 +119,13 @@ class MemoryAttention(nn.Module):
         layers: Any = nn.scan(
             remat(Layer, self.compute.remat),
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.cfg.memory_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x = image.astype(dtype) + (0.1 * image_pos).astype(dtype)
-        x, _ = layers(self.cfg, self.compute, pointer_tokens, name="layers")(
+        x, _ = layers(self.cfg, self.compute, pointer_tokens, deterministic, name="layers")(
             x, memory.astype(dtype), memory_pos.astype(dtype), key_mask
         )
         return layer_norm(self.compute, name="norm")(x)

@@ -96,6 +96,7 @@ class Sam2(nn.Module):
         pointers: jax.Array,
         pointer_time: jax.Array,
         pointer_mask: jax.Array,
+        deterministic: bool = True,
     ) -> jax.Array:
         """The features of one frame conditioned on memories and object pointers.
 
@@ -107,6 +108,7 @@ class Sam2(nn.Module):
           pointers: [B, P, C].
           pointer_time: float32[P], signed distance in frames over the largest one.
           pointer_mask: bool[P].
+          deterministic: False: with dropout, which draws from the "dropout" rng.
 
         Returns:
           dtype[B, H, W, C].
@@ -134,6 +136,7 @@ class Sam2(nn.Module):
             jnp.broadcast_to(keys_pos, keys.shape),
             jnp.broadcast_to(key_mask, keys.shape[:2]),
             pointers.shape[1] * split,
+            deterministic,
         )
         return rearrange(out, "b (h w) c -> b h w c", h=cfg.feature_size)
 
