@@ -19,6 +19,7 @@ from virst_jax.models.virst import Virst
 from virst_jax.tracking.tracker import Tracker
 
 CE_BUDGET = 2**26  # logits that the cross-entropy holds at a time: 256 MiB in float32
+FRAME_BY_FRAME = 512  # image side from which on frames are encoded one after another
 PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 PIXEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
@@ -101,11 +102,9 @@ def video_losses(
         encoded = tracker.sam.apply({"params": params["sam2"]}, _normalised(frame)[None], method=Sam2.encode_image)
         return jax.tree.map(lambda x: x[0], encoded)
 
-    # frame by frame, recomputed in the backward pass but for its outputs: the encoder's activations at full size are
-    # gigabytes a frame
-    if cfg.compute.remat == "none":
+    if cfg.sam2.image_size < FRAME_BY_FRAME:
         features = jax.vmap(encode)(batch.frames)
-    else:
+    else:  # recomputed in the backward pass, but for its outputs: the activations of a large frame are gigabytes
         keep = jax.checkpoint_policies.save_only_these_names(PYRAMID)
         features = jax.lax.map(jax.checkpoint(encode, policy=keep), batch.frames)
     maps = jnp.broadcast_to(features.top, (conversations, *features.top.shape))
