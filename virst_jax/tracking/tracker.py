@@ -222,7 +222,7 @@ class Tracker:
         mask = jnp.concatenate([anchor_pointer_mask, pointer_mask])
         memory = jnp.concatenate([anchors.memory[slots], recent.memory])
         pointers = jnp.concatenate([anchors.prediction.pointer[slots], recent.pointers])
-        deterministic = self.dropout_rng is None
+        key = self.dropout_rng
         return self._apply(
             params,
             Sam2.with_memory,
@@ -233,8 +233,8 @@ class Tracker:
             pointers.swapaxes(0, 1),
             jnp.where(mask, time, 0),  # empty slots lie far away: no huge angles
             mask,
-            deterministic,
-            rngs=None if deterministic else {"dropout": jax.random.fold_in(self.dropout_rng, number)},
+            key is None,
+            rngs=None if key is None else {"dropout": jax.random.fold_in(key, number)},
         )
 
     def _empty(self, num_objects: int) -> Tracked:

@@ -181,6 +181,9 @@ class MemoryEncoder(nn.Module):
         for i in range(4):
             y = conv(compute, 4 ** (i + 1), 3, stride=2, padding=1, name=f"mask_conv{i}")(y)
             y = gelu(layer_norm(compute, 1e-6, name=f"mask_norm{i}")(y))
+            if target_platform() == "tpu":
+                # fused into the next convolution over so few channels, it takes the compiler many minutes
+                y = jax.lax.optimization_barrier(y)
         y = conv(compute, cfg.hidden_size, 1, name="mask_proj")(y)
         x = conv(compute, cfg.hidden_size, 1, name="image_proj")(image) + y
         for i in range(cfg.memory_fuser_layers):
