@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -38,10 +38,17 @@ from virst_jax.train_log import TrainLog
 from virst_jax.training import TrainState, init_state, make_train_step
 from virst_jax.visualize import overlay
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe: configs/NAME.py.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the trained model go.")
-COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile the steps for --topology and print what they need.")
-TOPOLOGY = flags.DEFINE_string("topology", "", "Hardware to compile for, such as v5e:4x4, v5p:2x2x2, h100:8, cpu:8.")
+FLAGS = flags.FlagValues()  # its own: eval.py has flags of the same names
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe: configs/NAME.py.", flag_values=FLAGS, lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the trained model go.", flag_values=FLAGS)
+COMPILE_ONLY = flags.DEFINE_bool(
+    "compile_only", False, "Compile the steps for --topology and print what they need.", flag_values=FLAGS
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "Hardware to compile for, such as v5e:4x4, v5p:2x2x2, h100:8, cpu:8.", flag_values=FLAGS
+)
 
 EXPORT = "model"
 PREFIX_TOKENS = 16  # of the prompt before the video, where no tokenizer tells
@@ -364,8 +371,11 @@ def as_batch(arrays: Mapping[str, Any], shared: int) -> TextBatch:
     return (VideoBatch if "frames" in arrays else TextBatch)(**arrays, shared=shared)
 
 
-def main(_: Any) -> None:
+def main(arguments: list[str]) -> None:
+    parse(arguments)
     config = CONFIG.value
+    if config is None:
+        raise UserError("--config is missing: name a recipe, such as --config=configs/synthetic.py")
     if COMPILE_ONLY.value:
         if not TOPOLOGY.value:
             raise UserError("--topology is missing: name the hardware to compile for, such as v5e:4x4 or h100:8")
@@ -379,20 +389,28 @@ def main(_: Any) -> None:
     return train(config, workdir)
 
 
-def parse(arguments: list[str]) -> list[str]:
-    """Flags, with one line for what is wrong with them."""
+def parse(arguments: list[str]) -> None:
+    """Sets the flags.
+
+    Raises:
+      UserError: what is wrong with them, or with the config file.
+    """
     try:
-        return flags.FLAGS(arguments)
+        rest = FLAGS(arguments)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{reason}; see the config file for its keys, and --help for the flags") from error
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}; settings are given as --config.key=value")
 
 
-def run() -> int:
+def run(arguments: list[str]) -> int:
     """Errors of the user end with one line and exit status 2."""
+    if {"--help", "-h"} & set(arguments):
+        print(__doc__, FLAGS.get_help(), sep="\n")
+        return 0
     try:
-        flags.mark_flag_as_required("config")
-        app.run(main, flags_parser=parse)
+        main(arguments)
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -403,4 +421,6 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    # data sets and worker processes look at absl's own flags
+    flags.FLAGS(sys.argv[:1])
+    sys.exit(run(sys.argv))

@@ -300,4 +300,5 @@ def test_one_program_tracks_videos_of_any_length(monkeypatch: pytest.MonkeyPatch
         results = list(network.track(prompted, iter(video), length))
         assert len(results) == length
         assert all(np.isfinite(x.prediction.low_res).all() for x in results)
-    assert [step._cache_size() for step in (network._encode, network._anchor, network._track)] == [1, 1, 1]
+    assert {name: step._cache_size() for name, step in network._compiled.items()} == dict.fromkeys(network._compiled, 1)
+    assert network.num_compiled == len(network._compiled)

@@ -11,6 +11,7 @@ import sys
 from typing import Any, NoReturn
 
 from virst_jax import __version__
+from virst_jax.commands import interrupt
 from virst_jax.errors import UserError
 
 # imported when they are called: help is there at once
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     options = Parser(prog=f"virst {known.command}", description=command.HELP, epilog=getattr(command, "EXAMPLES", None))
     command.add_arguments(options)
     try:
-        return command.run(options.parse_args(known.rest))
+        with interrupt.watched():
+            return command.run(options.parse_args(known.rest))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from virst_jax.commands import interrupt
 from virst_jax.commands.progress import Progress
 from virst_jax.errors import UserError
 
@@ -298,6 +299,7 @@ def _write_masks(
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="png") as pool:
         try:
             for frame in stream:
+                interrupt.check()
                 scores.append(frame.scores)
                 for folder, mask in zip(folders, frame.masks):
                     writing.append(pool.submit(write_mask, folder / f"{names[frame.index]}.png", mask))
