@@ -102,6 +102,14 @@ def test_the_stream_follows_from_the_seed_and_goes_on_from_its_state():
     assert (other["frames"] != first[0]["frames"]).any()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 1000])
+def test_sources_of_any_size(count):
+    batch = KINDS["image_text"]
+    maker = ExampleMaker(CFG, TOKENIZER, batch)
+    stream = batches(SyntheticQuestions(count, 3, expressions=2, is_image=True), maker, seed=0, threads=1)
+    assert len({next(stream)["clips"].tobytes() for _ in range(4)}) > 1 or count == 1
+
+
 def test_processes_share_a_batch_out():
     batch = dataclasses.replace(KINDS["image"], batch_size=4)
     maker = ExampleMaker(CFG, TOKENIZER, batch)

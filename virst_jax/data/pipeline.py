@@ -15,6 +15,7 @@ from virst_jax.data.samples import Source, Video
 from virst_jax.errors import UserError
 
 DRAWS = 1000
+ENDLESS = 2**48  # samples
 
 
 class Mixture:
@@ -73,7 +74,8 @@ def batches(
             sample = source[int(rng.integers(len(source)))]
         raise UserError(f"{sample.name}: no sample with expressions in {DRAWS} draws; check the data set")
 
-    data = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    # endless in effect; grain's own endless length overflows for sources of some sizes
+    data = grain.MapDataset.source(source).seed(seed).shuffle().repeat(-(-ENDLESS // len(source)))
     data = data.random_map(example)[process_index::process_count]
     data = data.batch(size // process_count, batch_fn=stack)
     stream = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
