@@ -152,6 +152,7 @@ class Run:
         return jax.jit(begin, out_shardings=self.shardings)(params)
 
     def _stored_shardings(self) -> Any:
+        assert self.start is not None
         return sharding.parameter_shardings(checkpoint.read_config(self.start), self.mesh)
 
     def kind_of(self, step: int) -> str:

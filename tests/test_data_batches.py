@@ -84,6 +84,26 @@ def test_targets_are_the_masks_of_the_frames_used(name):
         assert any(words in text for words in same), (text, same)
 
 
+@pytest.mark.parametrize("name", ["video", "image"])
+def test_seg_tokens_can_be_taught_to_name_the_target(name):
+    batch = dataclasses.replace(KINDS[name], name_targets=True)
+    video = source(batch)[4]
+    answers = {e.text: e.answer for e in video.expressions}
+    assert "" not in answers.values()
+    out = ExampleMaker(CFG, TOKENIZER, batch)(video, np.random.default_rng(1))
+    plain = ExampleMaker(CFG, TOKENIZER, KINDS[name])(video, np.random.default_rng(1))
+    assert all((out[key] == plain[key]).all() for key in out if key != "labels")
+    for row in range(4):
+        text = TOKENIZER.decode(out["token_ids"][row][out["mask"][row]])
+        said = max((t for t in answers if f"{t}" in text), key=len)
+        (labelled,) = np.nonzero(out["labels"][row] != IGNORE)
+        # the word is predicted where [SEG] stands
+        assert labelled.tolist() == (out["seg_positions"][row][: len(labelled)] + 1).tolist()
+        words = TOKENIZER.encode(" " + answers[said])[: batch.seg_tokens or CFG.num_seg_tokens]
+        assert out["labels"][row][labelled].tolist() == list(words)
+    assert (out["labels"][4] == IGNORE).all()
+
+
 def test_the_stream_follows_from_the_seed_and_goes_on_from_its_state():
     batch = KINDS["video"]
     maker = ExampleMaker(CFG, TOKENIZER, batch)

@@ -156,6 +156,8 @@ def check_expressions(source, index):
             assert not found
         else:
             assert (len(found) > 1) == (expression.category == "several"), expression.text
+        named = [f"{things[j].color} {things[j].shape}" for j in found]
+        assert sorted(expression.answer.split(" and ")) == sorted(named or ["nothing"])
     return [expression.category for expression in video.expressions]
 
 

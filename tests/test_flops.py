@@ -190,11 +190,11 @@ def test_step_agrees_with_xla(trained):
 
         return jax.grad(loss)(learning)
 
-    video = batch(frames=2)
+    video = batch(frames=1)  # large frames are encoded in a loop
     frozen = {path: leaf for path, leaf in params.items() if path not in paths}
     measured = counted(step, {path: params[path] for path in paths}, frozen, video)
     shape = flops.StepShape.of(jax.tree.map(lambda x: S((1, *x.shape), x.dtype), video))
-    assert shape == flops.StepShape(1, 1, 4, 2, 200, 100, 2, 1, 1, 10)
+    assert shape == flops.StepShape(1, 1, 4, 2, 200, 100, 1, 1, 1, 10)
     expected = flops.step_flops(CFG, shape, None if trained is None else paths)
     assert expected.hardware == pytest.approx(measured, rel=0.05)
     assert expected.forward < expected.model < expected.hardware

@@ -5,7 +5,17 @@ import optax
 import pytest
 
 from virst_jax.errors import UserError
-from virst_jax.optim import OptimConfig, flatten, join, learning_rate, make_optimizer, rate_factors, split, update_ema
+from virst_jax.optim import (
+    OptimConfig,
+    flatten,
+    join,
+    learning_rate,
+    make_optimizer,
+    rate_factors,
+    split,
+    unflatten,
+    update_ema,
+)
 
 PARAMS = {
     "llm": {"attn": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "lora_a": jnp.ones((2, 1))}},
@@ -92,6 +102,54 @@ def test_steps_equal_adamw(accumulate):
     wanted = plain_adamw(cfg, start, means, factors)
     for path, value in flatten(trained).items():
         np.testing.assert_allclose(value, wanted[path], rtol=2e-5, err_msg=path)
+
+
+KERNELS = {
+    "llm/layers/attn/q_proj/kernel": (2, 6, 4),  # stacked layers
+    "fusion/self_attn/kernel": (6, 3, 4),  # queries, keys and values in one
+    "encoder/conv/kernel": (2, 2, 3, 5),
+    "decoder/upscale0/kernel": (6, 2, 2, 3),
+}
+
+
+def matrices(path, x):
+    """The matrices that a kernel is made of."""
+    if "upscale" in path:
+        return [x.reshape(len(x), -1)]
+    if "self_attn" in path:
+        return list(x.swapaxes(0, 1))
+    return [x.reshape(-1, x.shape[-1])] if x.ndim == 4 else list(x)
+
+
+def test_muon_makes_the_updates_of_kernels_orthogonal():
+    cfg = OptimConfig(name="muon", learning_rate=0.1, warmup_steps=1, total_steps=5, clip_norm=0.0, muon_rms=0.3)
+    shapes = {**KERNELS, "llm/embed_tokens/embedding": (5, 3), "llm/lm_head/kernel": (3, 5), "llm/norm/scale": (4,)}
+    groups = ((".*/conv/.*", 0.5), (".*", 1.0))
+    rng = np.random.default_rng(0)
+    params = unflatten({path: jnp.zeros(shape) for path, shape in shapes.items()})
+    gradients = unflatten({path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()})
+    optimizer = make_optimizer(cfg, groups)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    flat, before = flatten(updates), flatten(gradients)
+    for path, update in flat.items():
+        factor = 0.5 if "/conv/" in path else 1.0
+        if path not in KERNELS:  # Adam's first step, with Nesterov's momentum
+            np.testing.assert_allclose(update, -0.1 * 2.8 / 1.9 * np.sign(before[path]), rtol=1e-3)
+            continue
+        for matrix, gradient in zip(matrices(path, np.asarray(update)), matrices(path, np.asarray(before[path]))):
+            u, _, v = np.linalg.svd(gradient, full_matrices=False)
+            scale = -factor * 0.1 * 0.3 * np.sqrt(max(matrix.shape))
+            # five steps of Newton and Schulz bring the singular values near 1
+            values = np.linalg.svd(matrix / scale, compute_uv=False)
+            assert (values > 0.6).all()
+            assert (values < 1.3).all()
+            along = np.diag(u.T @ (matrix / scale) @ v.T)
+            np.testing.assert_allclose(along, values.mean(), atol=0.4)
+
+
+def test_unknown_optimizer():
+    with pytest.raises(UserError, match="choose adamw or muon"):
+        make_optimizer(OptimConfig(name="sgd"), ((".*", 1.0),))
 
 
 def test_average():

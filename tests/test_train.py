@@ -148,3 +148,15 @@ def test_bad_flags_are_one_line(tmp_path):
     assert len(lines) == 1
     assert "sead" in lines[0]
     assert "Traceback" not in done.stderr
+
+
+def test_steps_are_compiled_without_being_run(capsys):
+    config = f"--config={ROOT}/tests/train_cases.py:image_text"
+    assert train.run(["train.py", config, "--compile_only"]) == 2
+    assert "--topology is missing" in capsys.readouterr().err
+    assert train.run(["train.py", config, "--compile_only", "--topology=cpu:1"]) == 0
+    printed = capsys.readouterr().out
+    assert "stage, batches of kind shapes: 2 samples" in printed
+    assert "cpu:1: 1 devices" in printed
+    for row in ("trained parameters", "optimizer", "temporary", "FLOPs a step"):
+        assert row in printed

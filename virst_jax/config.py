@@ -15,6 +15,7 @@ from virst_jax.errors import UserError
 
 IMAGE_TOKEN = -200  # in input_ids: the visual tokens go here
 IGNORE = -100  # in labels: no loss here
+FRAME_BY_FRAME = 512  # image side from which on training encodes frames one after another
 
 
 @dataclass(frozen=True)

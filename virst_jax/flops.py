@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from virst_jax.config import FusionConfig, QwenConfig, Sam2Config, VirstConfig, VisionConfig
+from virst_jax.config import FRAME_BY_FRAME, FusionConfig, QwenConfig, Sam2Config, VirstConfig, VisionConfig
 from virst_jax.models.sam2.hiera import block_specs
 from virst_jax.ops.token_merge import merge_schedule
 
@@ -276,8 +276,8 @@ def step_flops(cfg: VirstConfig, shape: StepShape, trained: Iterable[str] | None
     if not s.frames:
         return StepFlops(parts)
 
-    encoder = learns("sam2/image_encoder/")
-    add("image encoder", s.frames * image_encoder(sam), encoder, encoder, remat)
+    encoder, again = learns("sam2/image_encoder/"), remat or sam.image_size >= FRAME_BY_FRAME
+    add("image encoder", s.frames * image_encoder(sam), encoder, encoder, again)
     if cfg.fusion.initial:
         fused = s.conversations * initial_fusion(sam, llm.hidden_size, s.seg_tokens, s.frames)
         add("initial fusion", fused, learns("initial_fusion/"), learns("llm/embed_tokens", "initial_fusion/"), False)

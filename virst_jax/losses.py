@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from virst_jax.config import IGNORE, VirstConfig
+from virst_jax.config import FRAME_BY_FRAME, IGNORE, VirstConfig
 from virst_jax.models.sam2.sam2 import PYRAMID, Sam2
 from virst_jax.models.virst import Virst
 from virst_jax.tracking.tracker import Tracker
 
 CE_BUDGET = 2**26  # logits that the cross-entropy holds at a time: 256 MiB in float32
-FRAME_BY_FRAME = 512  # image side from which on frames are encoded one after another
 PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 PIXEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
 

@@ -12,6 +12,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from virst_jax.errors import UserError
 
@@ -20,6 +21,7 @@ Groups = Sequence[tuple[str, float]]  # pattern (full match of a path), factor o
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: str = "adamw"  # adamw | muon: orthogonalised updates for matrices and kernels, AdamW for the rest
     learning_rate: float = 1e-5
     warmup_steps: int = 100
     total_steps: int = 1000  # optimizer steps; the rate has come down to final_factor then
@@ -31,6 +33,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # of the gradients of a step; 0: none
     accumulate: int = 1  # batches an optimizer step
+    muon_rms: float = 0.2  # root mean square of muon's updates, before the learning rate
     ema: float = 0.0  # decay of the averaged parameters, per optimizer step; 0: none
 
 
@@ -105,7 +108,11 @@ def learning_rate(cfg: OptimConfig) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimConfig, groups: Groups) -> optax.GradientTransformation:
-    """Clipping, AdamW (decay on matrices only), the group's factor, accumulation; for the trained parameters."""
+    """Clipping, AdamW or Muon (decay on matrices only), the group's factor, accumulation; for the trained parameters.
+
+    Raises:
+      UserError: an unknown optimizer or schedule.
+    """
 
     def scale_by_group(updates: Any, state: Any, params: Any = None) -> Any:
         flat = flatten(updates)
@@ -117,7 +124,7 @@ def make_optimizer(cfg: OptimConfig, groups: Groups) -> optax.GradientTransforma
 
     optimizer = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        _directions(cfg),
         optax.add_decayed_weights(cfg.weight_decay, matrices) if cfg.weight_decay else optax.identity(),
         optax.GradientTransformation(lambda _: optax.EmptyState(), scale_by_group),
         optax.scale_by_learning_rate(learning_rate(cfg)),
@@ -125,6 +132,45 @@ def make_optimizer(cfg: OptimConfig, groups: Groups) -> optax.GradientTransforma
     if cfg.accumulate > 1:
         return optax.MultiSteps(optimizer, cfg.accumulate).gradient_transformation()
     return optimizer
+
+
+def _directions(cfg: OptimConfig) -> optax.GradientTransformation:
+    """Gradients -> directions, before decay and learning rate."""
+    if cfg.name == "adamw":
+        return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+    if cfg.name != "muon":
+        raise UserError(f"unknown optimizer {cfg.name!r}: choose adamw or muon")
+
+    def numbers(params: Any) -> Any:
+        return unflatten({path: matrix_axes(path, leaf) for path, leaf in flatten(params).items()})
+
+    return optax.contrib.muon(
+        -1.0,  # a direction uphill, as scale_by_adam gives
+        adam_b1=cfg.b1,
+        adam_b2=cfg.b2,
+        eps=cfg.eps,
+        muon_weight_dimension_numbers=numbers,
+        consistent_rms=cfg.muon_rms,
+    )
+
+
+def matrix_axes(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a kernel are a matrix's rows and columns; the others count matrices. None: not a matrix."""
+    *modules, name = path.split("/")
+    if (
+        name not in ("kernel", "lora_a", "lora_b")
+        or getattr(leaf, "ndim", 0) < 2
+        or modules[-1] in ("lm_head", "dwconv")
+    ):
+        return None
+    axes, fused = leaf.ndim, modules[-1] in ("qkv", "attn", "self_attn")
+    if modules[-1].startswith("upscale"):  # in, two of the kernel, out
+        return optax.contrib.MuonDimensionNumbers((0,), (1, 2, 3))
+    if fused:  # in, queries keys and values, out
+        return optax.contrib.MuonDimensionNumbers((axes - 3,), (axes - 1,))
+    if axes == 4:  # two of the kernel, in, out
+        return optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,))
+    return optax.contrib.MuonDimensionNumbers((axes - 2,), (axes - 1,))
 
 
 def decays(path: str, leaf: Any) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from virst_jax.config import IMAGE_TOKEN, VirstConfig
+from virst_jax.config import IGNORE, IMAGE_TOKEN, VirstConfig
 from virst_jax.data.frames import flex_frames, segmentation_frames, training_anchors, training_frames
 from virst_jax.data.prompts import Prompt, Tokenizer, build_prompt
 from virst_jax.data.samples import Question, Video
@@ -37,6 +37,9 @@ class BatchConfig:
     propagate: bool = False  # also track the anchors' neighbours
     after: int = 5
     before: int = 2
+    # teach the language model to say an expression's answer at [SEG], word by word, in place of the fixed sentence
+    # around it: without this a network of random weights is slow to find out that the sentence matters
+    name_targets: bool = False
 
     @property
     def is_image(self) -> bool:
@@ -159,6 +162,8 @@ class ExampleMaker:
                 chosen.append(int(i))
                 prompts.append(prompt)
         out = self._conversations(prompts, video.name)
+        if batch.name_targets:
+            self._name_targets(out, [video.expressions[i].answer for i in chosen])
         anchors, used = training_anchors(
             rng, len(kept), batch.num_anchors, batch.after, batch.before, propagate=batch.propagate
         )
@@ -179,6 +184,14 @@ class ExampleMaker:
             "conversation_valid": np.arange(batch.conversations) < len(chosen),
         }
 
+    def _name_targets(self, out: Arrays, answers: Sequence[str]) -> None:
+        """Makes the words of the answers the only labels: what follows the first [SEG], the second, ..."""
+        out["labels"][:] = IGNORE
+        for row, answer in enumerate(answers):
+            words = self.tokenizer.encode(f" {answer}") if answer else []
+            for position, word in zip(out["seg_positions"][row], words):
+                out["labels"][row, position + 1] = word
+
     def _fits(self, prompt: Prompt) -> bool:
         return len(prompt.input_ids) - 1 + self.num_visual <= self.length
 
@@ -197,7 +210,7 @@ class ExampleMaker:
         missing = self.batch.conversations - len(rows)
         if missing:  # fill up with the first, which then teaches nothing
             out = {field: np.concatenate([x, np.repeat(x[:1], missing, 0)]) for field, x in out.items()}
-            out["labels"][len(rows) :] = -100
+            out["labels"][len(rows) :] = IGNORE
         return out
 
 

@@ -17,6 +17,7 @@ class Expression:
     text: str
     id: str = "0"  # as the data set names it; unique within its video
     category: str = ""  # of a benchmark's or generator's own division, such as "referring" or "motion"
+    answer: str = ""  # the object in words, where that is known, such as "red circle"
 
 
 @dataclass(frozen=True)

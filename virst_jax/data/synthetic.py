@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from virst_jax.data.samples import Expression, Question, Video
-from virst_jax.data.synthetic_questions import choose_turns
+from virst_jax.data.synthetic_questions import choose_turns, describe_targets
 from virst_jax.data.synthetic_scenes import Scene, make_scene
 from virst_jax.data.synthetic_text import CATEGORIES, IMAGE_CATEGORIES, Facts, Referral, candidates, find_facts
 from virst_jax.errors import UserError
@@ -123,7 +123,10 @@ class SyntheticVideos(_Synthetic):
             name=f"synthetic_{self.seed}_{range(self.num_videos)[index]:06d}",
             num_frames=scene.num_frames,
             size=scene.size,
-            expressions=tuple(Expression(r.text, str(i), category) for i, (category, r) in enumerate(chosen)),
+            expressions=tuple(
+                Expression(r.text, str(i), category, describe_targets(facts, r.targets))
+                for i, (category, r) in enumerate(chosen)
+            ),
             read_frames=scene.frames,
             read_masks=functools.partial(_read_masks, scene, tuple(r.targets for _, r in chosen)),
             is_image=self.is_image,

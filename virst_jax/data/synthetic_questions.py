@@ -40,6 +40,13 @@ def name_all(facts: text.Facts, targets: Iterable[int]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or NOBODY
 
 
+def describe_targets(facts: text.Facts, targets: Iterable[int]) -> str:
+    """'red circle and blue square', from left to right; 'nothing'."""
+    meant = set(targets)
+    things = [facts.objects[k] for k in facts.order if k in meant]
+    return " and ".join(f"{thing.color} {thing.shape}" for thing in things) or NOBODY
+
+
 def describe(facts: text.Facts) -> str:
     """'red circle moving left, blue square still', from left to right; without motion for an image."""
     words = {**{way: f" moving {way}" for way in DIRECTIONS}, "still": " still", "circle": " moving in a circle"}
