@@ -104,6 +104,28 @@ def test_seg_tokens_can_be_taught_to_name_the_target(name):
     assert (out["labels"][4] == IGNORE).all()
 
 
+def test_explanations_follow_the_masks_or_stand_alone():
+    batch = dataclasses.replace(KINDS["image"], text_length=110)
+    texts = ("what is it?", "the thing")
+    expressions = tuple(Expression(t, str(i), explanation="It is blue.") for i, t in enumerate(texts))
+    video = dataclasses.replace(source(batch)[0], expressions=expressions)
+    maker, end = ExampleMaker(CFG, TOKENIZER, batch), TOKENIZER.encode("It is blue.<|im_end|>\n")
+    kinds = {"plain": 0, "explained": 0, "text": 0}
+    for seed in range(120):
+        out = maker(video, np.random.default_rng(seed))
+        for row in range(2):
+            labels = out["labels"][row]
+            told, marked = labels[labels != IGNORE].tolist()[-len(end) :] == end, (labels == CFG.seg_token_id).any()
+            assert told or marked
+            kinds["plain" if not told else "explained" if marked else "text"] += 1
+            assert out["conversation_valid"][row] == marked
+            assert (labels[out["seg_positions"][row]] == CFG.seg_token_id).all() == marked
+    # 0.45, 0.45 and 0.1 of them
+    assert 80 < kinds["plain"] < 136
+    assert 80 < kinds["explained"] < 136
+    assert 8 < kinds["text"] < 48
+
+
 def test_the_stream_follows_from_the_seed_and_goes_on_from_its_state():
     batch = KINDS["video"]
     maker = ExampleMaker(CFG, TOKENIZER, batch)

@@ -208,6 +208,8 @@ def test_ignored_pixels_and_explanations_of_reasonseg(roots):
     assert not (ignored & image.read_masks(0, [0])[0]).any()
     assert [e.category for e in image.expressions] == ["sentence", "sentence"]
     assert read_explanations(root)["train_0"] == "It is blue."
+    assert [e.explanation for e in image.expressions] == ["It is blue.", "It is blue."]
+    assert open_dataset("reasonseg", root, "val")[0].expressions[0].explanation == ""
 
 
 def test_the_order_in_the_files_does_not_matter_where_names_count(tmp_path):

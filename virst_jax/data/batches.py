@@ -2,15 +2,17 @@
 
 Axes: B samples of a batch, O conversations, L positions, N [SEG] tokens, T segmentation frames, U frames used,
 A anchors, S, R sides of the video encoder's and the tracker's image.
-Source: data/rvos_dataset.py, data/video_vqa_dataset.py of the release.
+Source: data/rvos_dataset.py, data/reason_seg_dataset.py, data/video_vqa_dataset.py of the release.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from virst_jax.config import IGNORE, IMAGE_TOKEN, VirstConfig
+from virst_jax.data.datasets.mixtures import EXPLANATORY
 from virst_jax.data.frames import flex_frames, segmentation_frames, training_anchors, training_frames
 from virst_jax.data.prompts import Prompt, Tokenizer, build_prompt
 from virst_jax.data.samples import Question, Video
@@ -90,19 +92,20 @@ class ExampleMaker:
         if not batch.is_image and (batch.vlm_frames < clip or batch.vlm_frames % clip):
             raise UserError(f"vlm_frames must be a multiple of {clip}, a clip's frames, not {batch.vlm_frames}")
         self.cfg, self.tokenizer, self.batch = cfg, tokenizer, batch
-        self.num_visual = visual_tokens(cfg, batch)
+        self.num_visual, self.num_seg = visual_tokens(cfg, batch), batch.seg_tokens or cfg.num_seg_tokens
         probe = self._question("what", "it") if batch.is_text else self._segment("it", 0, 0)
         head = probe.input_ids
         self.shared = int(np.flatnonzero(head == IMAGE_TOKEN)[0]) + self.num_visual
         self.length = self.shared + batch.text_length
 
-    def _segment(self, text: str, question: int, answer: int) -> Prompt:
+    def _segment(self, text: str, question: int, answer: int, **explained: Any) -> Prompt:
         return build_prompt(
             self.tokenizer,
             " ".join(text.split()),
             question_index=question,
             answer_index=answer,
-            num_seg_tokens=self.batch.seg_tokens or self.cfg.num_seg_tokens,
+            num_seg_tokens=self.num_seg,
+            **explained,
         )
 
     def _question(self, question: str, answer: str) -> Prompt:
@@ -156,8 +159,11 @@ class ExampleMaker:
             raise UserError(f"{video.name}: its masks are not public; train on a split that has them")
         chosen: list[int] = []
         prompts: list[Prompt] = []
+        explain, in_text = _explains(video, rng)
         for i in rng.permutation(len(video.expressions)):
-            prompt = self._segment(video.expressions[i].text, *rng.integers(12, size=2))
+            given = video.expressions[i]
+            extra = {"explanation": given.explanation, "text_only": in_text} if explain and given.explanation else {}
+            prompt = self._segment(given.text, *rng.integers(12, size=2), **extra)
             if self._fits(prompt) and len(prompts) < batch.conversations:
                 chosen.append(int(i))
                 prompts.append(prompt)
@@ -181,7 +187,8 @@ class ExampleMaker:
             "anchors": np.array(anchors, np.int32),
             "frames_used": np.pad(np.array(used, np.int32), (0, batch.num_used - len(used))),
             "used_valid": np.arange(batch.num_used) < len(used),
-            "conversation_valid": np.arange(batch.conversations) < len(chosen),
+            # an answer in text alone has no masks to learn from
+            "conversation_valid": np.arange(batch.conversations) < (0 if in_text else len(chosen)),
         }
 
     def _name_targets(self, out: Arrays, answers: Sequence[str]) -> None:
@@ -193,7 +200,8 @@ class ExampleMaker:
                 out["labels"][row, position + 1] = word
 
     def _fits(self, prompt: Prompt) -> bool:
-        return len(prompt.input_ids) - 1 + self.num_visual <= self.length
+        before = int(np.flatnonzero(prompt.input_ids == IMAGE_TOKEN)[0])
+        return before + self.num_visual == self.shared and len(prompt.input_ids) - 1 + self.num_visual <= self.length
 
     def _conversations(self, prompts: Sequence[Prompt], name: str) -> Arrays:
         if not prompts:
@@ -206,12 +214,22 @@ class ExampleMaker:
             for field in ("token_ids", "visual_index", "labels", "mask")
         }
         if not self.batch.is_text:
-            out["seg_positions"] = np.stack([row.seg_positions for row in rows])
+            # without [SEG], as in answers in text alone, some position
+            some = np.full(self.num_seg, self.shared, np.int32)
+            out["seg_positions"] = np.stack([row.seg_positions if len(row.seg_positions) else some for row in rows])
         missing = self.batch.conversations - len(rows)
         if missing:  # fill up with the first, which then teaches nothing
             out = {field: np.concatenate([x, np.repeat(x[:1], missing, 0)]) for field, x in out.items()}
             out["labels"][len(rows) :] = IGNORE
         return out
+
+
+def _explains(video: Video, rng: np.random.Generator) -> tuple[bool, bool]:
+    """Whether a sample's answers are explained, and whether in text alone: drawn for those that have explanations."""
+    if not any(expression.explanation for expression in video.expressions):
+        return False, False
+    in_text = bool(rng.random() < EXPLANATORY)
+    return in_text or bool(rng.integers(2)), in_text
 
 
 def visual_tokens(cfg: VirstConfig, batch: BatchConfig) -> int:

@@ -18,6 +18,7 @@ class Expression:
     id: str = "0"  # as the data set names it; unique within its video
     category: str = ""  # of a benchmark's or generator's own division, such as "referring" or "motion"
     answer: str = ""  # the object in words, where that is known, such as "red circle"
+    explanation: str = ""  # why it is meant, or an answer in words to a question: ReasonSeg's
 
 
 @dataclass(frozen=True)

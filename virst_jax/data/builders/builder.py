@@ -25,7 +25,7 @@ from virst_jax.data.datasets.validate import Report, against_official, inspect, 
 from virst_jax.data.samples import Question, Source, Video
 from virst_jax.errors import UserError
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 _LAYOUT = "The official folder of the data set; docs/datasets.md shows the layouts."
 
 

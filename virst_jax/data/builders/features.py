@@ -4,6 +4,7 @@ Frames are the JPEG bytes of the data set, unchanged. Masks are COCO run lengths
 code or null for every frame. Axes: n frames asked for, H height, W width.
 """
 
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from virst_jax.errors import UserError
 
 _QUALITY = 95  # of frames that are not JPEG files already
 _CHUNK = 16  # frames whose masks are held at once
+EXPRESSION = tuple(field.name for field in dataclasses.fields(Expression))  # all of them texts
 
 
 def video_features() -> tfds.features.FeaturesDict:
@@ -33,7 +35,7 @@ def video_features() -> tfds.features.FeaturesDict:
             "is_image": tfds.features.Scalar(dtype=np.bool_),
             "frames": tfds.features.Sequence(tfds.features.Image(encoding_format="jpeg")),
             "frame_names": tfds.features.Sequence(text()),
-            "expressions": tfds.features.Sequence({"text": text(), "id": text(), "category": text()}),
+            "expressions": tfds.features.Sequence({name: text() for name in EXPRESSION}),
             "has_masks": tfds.features.Scalar(dtype=np.bool_),
             "masks": tfds.features.Sequence(text()),
             "ignored": text(),  # run length of the pixels that scoring leaves out; empty: none
@@ -68,7 +70,7 @@ def encode_sample(sample: Video | Question) -> dict[str, Any]:
         "is_image": sample.is_image,
         "frames": frames,
         "frame_names": list(sample.frame_names),
-        "expressions": [{"text": e.text, "id": e.id, "category": e.category} for e in sample.expressions],
+        "expressions": [{name: getattr(e, name) for name in EXPRESSION} for e in sample.expressions],
         "has_masks": sample.read_masks is not None,
         "masks": [_codes(sample, position) for position in positions],
         "ignored": json.dumps(_code(ignored())) if ignored is not None else "",
@@ -81,8 +83,8 @@ def decode_video(example: dict[str, Any]) -> Video:
     size = (int(example["size"][0]), int(example["size"][1]))
     stated = example["expressions"]
     expressions = tuple(
-        Expression(text.decode(), key.decode(), category.decode())
-        for text, key, category in zip(stated["text"], stated["id"], stated["category"], strict=True)
+        Expression(*(value.decode() for value in values))
+        for values in zip(*(stated[name] for name in EXPRESSION), strict=True)
     )
     masks = None
     if example["has_masks"]:

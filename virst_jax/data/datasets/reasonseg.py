@@ -73,13 +73,15 @@ class ShapeMasks:
 
 
 def open_reasonseg(root: Path, split: str) -> IndexedSource:
-    """ReasonSeg; an expression's category is "sentence" or "phrase", its id the number of the text.
+    """ReasonSeg; an expression's category is "sentence" or "phrase", its id the number of the text. Those of `train` have
+    the explanation of their image.
 
     Raises UserError: a file is missing or not in this layout.
     """
     folder = find_folder(root, ("reason_seg", "ReasonSeg", "reason_seg/ReasonSeg", "LISA/reason_seg"), SPLITS) / split
     problems: list[Problem] = []
     records = []
+    explanations = read_explanations(root) if split == "train" else {}
     for image in sorted(folder.glob("*.jpg")):
         annotation = image.with_suffix(".json")
         try:
@@ -88,12 +90,13 @@ def open_reasonseg(root: Path, split: str) -> IndexedSource:
             problems.append(Problem(str(annotation), str(error).removeprefix(f"{annotation}: "), f"image {image.stem}"))
             continue
         problems += unknown_keys(fields, _KEYS, str(annotation))
+        explanation = explanations.get(image.stem, "")
         category = "sentence" if fields.get("is_sentence") else "phrase"
         expressions = []
         for i, text in enumerate(fields["text"]):
             words = parse_text(str(annotation), text, f"text {i} of {image.stem}", problems)
             if words is not None:
-                expressions.append(Expression(words, str(i), category))
+                expressions.append(Expression(words, str(i), category, explanation=explanation))
         if expressions:
             records.append(_Record(image.stem, str(image), str(annotation), tuple(expressions)))
         else:
