@@ -73,8 +73,9 @@ class ShapeMasks:
 
 
 def open_reasonseg(root: Path, split: str) -> IndexedSource:
-    """ReasonSeg; an expression's category is "sentence" or "phrase", its id the number of the text. Those of `train` have
-    the explanation of their image.
+    """ReasonSeg; an expression's category is "sentence" or "phrase", its id the number of the text.
+
+    Those of `train` have the explanation of their image.
 
     Raises UserError: a file is missing or not in this layout.
     """
