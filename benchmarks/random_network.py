@@ -1,0 +1,148 @@
+"""A network with random parameters, and inputs for its stages as they meet them in use.
+
+Axes: T frames, O objects, S positions of the feature grid, C width, D memory width, R image side.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from conversion.weights_rule import make_video
+from virst_jax.config import HieraConfig, Sam2Config, VirstConfig, tiny
+from virst_jax.inference import Network
+from virst_jax.models.sam2.sam2 import Features, Prediction
+from virst_jax.models.virst import Virst
+from virst_jax.streaming import SCALE
+from virst_jax.tracking.tracker import Anchors, Recent
+
+OBJECT_BIAS = 5.0  # on the object score: every object is there, for an absent one has no mask to compare
+
+
+def small_config() -> VirstConfig:
+    """The structure of virst_7b with a tracker that transformers can express too, small enough for tests."""
+    hiera = HieraConfig(
+        embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), global_att_blocks=(3,), window_spec=(8, 4, 6, 4)
+    )
+    sam2 = Sam2Config(
+        hiera=hiera,
+        image_size=128,
+        hidden_size=128,
+        memory_layers=2,
+        memory_mlp_dim=96,
+        decoder_layers=1,
+        decoder_heads=4,
+        decoder_mlp_dim=96,
+        iou_head_dim=48,
+        memory_fuser_layers=1,
+    )
+    return dataclasses.replace(tiny(), name="small", sam2=sam2)
+
+
+@functools.cache
+def parameter_shapes(cfg: VirstConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of all parameters of `Virst(cfg)`, float32: shapes and the names of their axes."""
+    boxed = jax.eval_shape(Virst(cfg).init, jax.random.key(0))["params"]
+    return nn.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+def random_params(cfg: VirstConfig, *parts: str, seed: int = 0) -> dict[str, Any]:
+    """Parameters of some parts of `Virst(cfg)`: no scale is one, no bias zero, and outputs do not amplify rounding.
+
+    The language model comes without its head, which segmentation does not use.
+    """
+    rng = np.random.default_rng(seed)
+
+    def fill(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> jax.Array:
+        leaf = path[-1].key
+        x = rng.standard_normal(shape.shape, np.float32)
+        if leaf in ("scale", "gamma"):
+            x = 1 + 0.1 * x
+        elif leaf.endswith("bias"):
+            x = 0.05 * x
+        elif leaf == "kernel" or leaf.startswith("lora"):
+            outputs = ("layers", "qkv") if names[0] != "conv_in" else names[1:]  # a transposed convolution
+            inputs = [n for n, name in zip(shape.shape[:-1], names, strict=False) if name not in outputs]
+            x = x * np.float32(0.7 / np.sqrt(np.prod(inputs)))
+        elif leaf != "gaussian":
+            x = 0.5 * x
+        return jnp.asarray(x)
+
+    shapes, axes = ({part: tree[part] for part in parts} for tree in parameter_shapes(cfg))
+    if "llm" in shapes:
+        shapes["llm"], axes["llm"] = ({k: v for k, v in t["llm"].items() if k != "lm_head"} for t in (shapes, axes))
+    params: dict[str, Any] = jax.tree_util.tree_map_with_path(fill, shapes, axes)
+    if "sam2" in params:
+        head = params["sam2"]["mask_decoder"]["object_head"]["layer2"]
+        head["bias"] = head["bias"] + OBJECT_BIAS
+    return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What a tracker remembers of an object in frames 0 to T-1, of which frame 0 was prompted."""
+
+    memory: np.ndarray  # float32[T, S, D], numbers of bfloat16, in which trackers keep them
+    pointers: np.ndarray  # float32[T, C]
+
+
+def random_past(cfg: Sam2Config, seed: int = 0) -> Past:
+    """As many frames as there are pointers: all memories are in place."""
+    rng = np.random.default_rng([1, seed])
+    memory = rng.standard_normal((cfg.max_pointers, cfg.feature_size**2, cfg.memory_dim), np.float32)
+    pointers = rng.standard_normal((cfg.max_pointers, cfg.hidden_size), np.float32)
+    return Past(memory.astype(ml_dtypes.bfloat16).astype(np.float32), pointers)
+
+
+def random_features(cfg: Sam2Config) -> Features:
+    """Of one frame."""
+    rng, size, width = np.random.default_rng(2), cfg.feature_size, cfg.hidden_size
+    sides = ((4 * size, width // 8), (2 * size, width // 4), (size, width))
+    return Features(*(jnp.asarray(rng.standard_normal((side, side, w), np.float32)) for side, w in sides))
+
+
+def random_video(cfg: Sam2Config, frames: int) -> np.ndarray:
+    """Normalised frames float32[T, R, R, 3] of drifting blobs."""
+    divisor, mean, deviation = SCALE
+    pixels = make_video(frames, cfg.image_size, cfg.image_size).astype(np.float32)
+    return (pixels / divisor - mean) / deviation
+
+
+def bank(network: Network, pasts: Sequence[Past], anchors: int = 1) -> tuple[Anchors, Recent]:
+    """The past of several objects as our tracker keeps it; anchors but the first lie in frames to come."""
+    cfg, tracker = network.cfg.sam2, network.tracker
+    memory = np.stack([past.memory for past in pasts], 1)  # [T, O, S, D]
+    pointers = np.stack([past.pointers for past in pasts], 1)
+    count, objects = memory.shape[:2]
+    known = Anchors(
+        frames=jnp.arange(anchors, dtype=jnp.int32) * 2 * count,
+        valid=jnp.ones(anchors, bool),
+        prediction=Prediction(
+            low_res=jnp.zeros((anchors, objects, cfg.low_res_size, cfg.low_res_size)),
+            pointer=jnp.asarray(np.repeat(pointers[:1], anchors, 0)),
+            object_score=jnp.ones((anchors, objects)),
+            iou=jnp.ones((anchors, objects)),
+        ),
+        memory=jnp.asarray(np.repeat(memory[:1], anchors, 0), tracker.memory_dtype),
+    )
+    recent = tracker.start(objects)
+    near, far = (np.arange(count - len(ring), count) for ring in (recent.memory_frames, recent.pointer_frames))
+    return known, Recent(
+        recent.memory_frames.at[near % len(near)].set(near),
+        recent.memory.at[near % len(near)].set(jnp.asarray(memory[near], recent.memory.dtype)),
+        recent.pointer_frames.at[far % len(far)].set(far),
+        recent.pointers.at[far % len(far)].set(jnp.asarray(pointers[far])),
+    )
+
+
+def track_inputs(network: Network, pasts: Sequence[Past], frame: Features, anchors: int = 1) -> tuple[Any, ...]:
+    """What the network's track step takes behind the parameters: the frame after the past."""
+    number = len(pasts[0].memory)
+    known, recent = bank(network, pasts, anchors)
+    return known, recent, (frame,), np.array([number], np.int32), np.ones(1, bool), np.int32(number + 1)
