@@ -29,13 +29,14 @@ from virst_jax.data.prompts import Tokenizer, load_tokenizer
 from virst_jax.data.sources import make_source
 from virst_jax.errors import UserError
 from virst_jax.evaluation.held_out import Score, score_videos, summarize
-from virst_jax.losses import TextBatch, VideoBatch
+from virst_jax.losses import PatchBatch, TextBatch, VideoBatch
 from virst_jax.models.lora import add_lora
+from virst_jax.models.mimetic import mimic_attention
 from virst_jax.models.virst import Virst
 from virst_jax.optim import flatten
 from virst_jax.train_checkpoint import METRIC, TrainCheckpoints
 from virst_jax.train_log import TrainLog
-from virst_jax.training import TrainState, init_state, make_train_step
+from virst_jax.training import Batch, TrainState, init_state, make_train_step
 from virst_jax.visualize import overlay
 
 FLAGS = flags.FlagValues()  # its own: eval.py has flags of the same names
@@ -145,7 +146,8 @@ class Run:
             return init_state(cfg, stage.optim, stage.groups, params)
 
         if self.start is None:
-            make = lambda key: begin(nn.meta.unbox(Virst(cfg).init(key)["params"]))  # noqa: E731
+            random = lambda key: nn.meta.unbox(Virst(cfg).init(key)["params"])  # noqa: E731
+            make = lambda key: begin(mimic_attention(random(key), cfg.llm))  # noqa: E731
             return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.seed))
         stored, params = checkpoint.load_model(self.start, shardings=self._stored_shardings())
         params = add_lora(params, stored.llm.lora, cfg.llm.lora, self.seed)
@@ -173,6 +175,7 @@ class Run:
         log = TrainLog(self.folder, begin) if main else None
         bar = tqdm(total=stage.steps, initial=begin, desc=stage.name, disable=not main, dynamic_ncols=True)
         meter = Meter(self, bar, log)
+        segments = not all(data.batch.is_patches for data in stage.data)  # else there is nothing to evaluate yet
         try:
             with stop_signals() as stopped:
                 for step in range(begin, stage.steps):
@@ -184,7 +187,7 @@ class Run:
                     done = step + 1 == stage.steps
                     if stopped or done or (config.checkpoint.every and (step + 1) % config.checkpoint.every == 0):
                         meter.flush()
-                        due = config.eval.videos and (done or _divides(config.eval.every, step + 1))
+                        due = segments and config.eval.videos and (done or _divides(config.eval.every, step + 1))
                         score = self._evaluate(state, log) if due and not stopped else None
                         saved.save(state, iterators, score, wait=bool(stopped or done))
                         meter.restart()
@@ -197,7 +200,7 @@ class Run:
                 log.close()
             saved.close()
 
-    def step_flops(self, batch: TextBatch) -> flops.StepFlops:
+    def step_flops(self, batch: Batch) -> flops.StepFlops:
         return flops.step_flops(self.cfg, flops.StepShape.of(batch), self.trained)
 
     def model(self, state: TrainState) -> Model:
@@ -268,7 +271,7 @@ class Meter:
         """Leaves out the time until now, such as that of an evaluation."""
         self.last = time.perf_counter()
 
-    def add(self, step: int, name: str, metrics: Any, arrays: Any, batch: TextBatch) -> None:
+    def add(self, step: int, name: str, metrics: Any, arrays: Any, batch: Batch) -> None:
         self.flush()
         if name not in self.cost:
             self.cost[name] = self.run.step_flops(batch).model
@@ -368,7 +371,9 @@ def _state_parts(state: TrainState) -> dict[str, Any]:
     return parts if state.ema is None else {**parts, "averaged parameters": state.ema}
 
 
-def as_batch(arrays: Mapping[str, Any], shared: int) -> TextBatch:
+def as_batch(arrays: Mapping[str, Any], shared: int) -> Batch:
+    if "words" in arrays:
+        return PatchBatch(**arrays)
     return (VideoBatch if "frames" in arrays else TextBatch)(**arrays, shared=shared)
 
 

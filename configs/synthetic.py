@@ -8,7 +8,9 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    c.model = {"preset": "tiny", "init": "", "tokenizer": "", "overrides": {"loss": {"occ": 0.25, "dice": 1.0}}}
+    # with four [SEG], a word of colour and one of form for each of two objects
+    overrides = {"num_seg_tokens": 4, "loss": {"occ": 0.25, "dice": 1.0}}
+    c.model = {"preset": "tiny", "init": "", "tokenizer": "", "overrides": overrides}
     c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     c.seed = 0
     c.threads, c.workers = 1, 0
@@ -22,16 +24,18 @@ def get_config() -> ConfigDict:
     }
 
     def data(kind: str, weight: float, batch_size: int, seed: int, **values: object) -> dict:
-        source = {"kind": "synthetic", "num_videos": 10**6, "seed": seed, "expressions": values["conversations"]}
+        source = {"kind": "synthetic", "num_videos": 10**6, "seed": seed, "expressions": values.get("conversations", 1)}
+        if "categories" in values:
+            source["categories"] = values.pop("categories")
         return {"kind": kind, "weight": weight, "batch_size": batch_size, "sources": {"shapes": source}, **values}
 
     # with name_targets the sentence is read after a few hundred steps; without, all shapes are segmented for thousands
     named = {"text_length": 56, "name_targets": True}
-    image = data("image", 0.8, 8, 1, conversations=6, **named)
-    video_text = data("video_text", 0.2, 8, 2, conversations=8, text_length=44)
+    image = data("image", 0.3, 8, 1, conversations=8, **named)
     # many sentences of a video and few masks of each: what the language model has to learn takes longer
-    video = data("video", 0.85, 8, 3, conversations=8, seg_frames=2, anchors=1, **named)
-    tracked = data("video", 0.7, 4, 4, conversations=4, anchors=2, propagate=True, after=2, before=1, **named)
+    many = {**named, "conversations": 12, "seg_frames": 2, "anchors": 1}
+    # what can be seen at once comes first: in a mixture with the rest it takes three times as many sentences
+    simple = {"appearance": 3.0, "motion": 3.0, "relation": 0.5, "several": 0.5, "none": 0.5}
 
     unused = (("(occ_predictor|initial_fusion)/.*", 0.0), ("sam2/(no_memory_position|mask_downsample/.*)", 0.0))
     # the fusion normalises after its residual: at the full rate its prompts all become alike
@@ -39,23 +43,31 @@ def get_config() -> ConfigDict:
     # muon needs a third of the steps that adamw does
     optim = {"name": "muon", "muon_rms": 0.5, "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.98}
     optim |= {"weight_decay": 0.01, "clip_norm": 1.0}
-    c.stages = ("stage1", "stage2", "stage3")
+    c.stages = ("words", "stage1", "stage2", "stage3")
+    # the video encoder learns what patches show, in the language model's words, before anyone has to read it
+    c.words = {
+        "steps": 500,
+        "optim": {**optim, "warmup_steps": 50, "final_factor": 0.2},
+        "groups": (("(vision|projector|llm/embed_tokens)/.*", 1.0), (".*", 0.0)),
+        "data": {"patches": data("video_patches", 0.7, 8, 5), "image_patches": data("image_patches", 0.3, 8, 6)},
+    }
     c.stage1 = {
         "steps": 800,
         "optim": {**optim, "final_factor": 0.8},
         "groups": groups,
-        "data": {"image": image, "video_text": video_text},
+        "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=simple, **many)},
     }
     c.stage2 = {
-        "steps": 2800,
+        "steps": 1100,
         "optim": {**optim, "final_factor": 0.2},
         "groups": groups,
-        "data": {"video": video, "video_text": {**video_text, "weight": 0.15}},
+        "data": {"video": data("video", 1.0, 8, 7, **many)},
     }
+    tracked = {**named, "conversations": 4, "anchors": 2, "propagate": True, "after": 2, "before": 1}
     c.stage3 = {
-        "steps": 500,
-        "optim": {**optim, "learning_rate": 7e-4, "final_factor": 0.02},
+        "steps": 250,
+        "optim": {**optim, "learning_rate": 7e-4, "warmup_steps": 20, "final_factor": 0.02},
         "groups": (*unused, ("sam2/image_encoder/.*", 0.0), (".*", 1.0)),
-        "data": {"tracked": tracked, "video": {**video, "weight": 0.3}},
+        "data": {"tracked": data("video", 1.0, 4, 4, **tracked)},
     }
     return c

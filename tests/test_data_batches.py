@@ -23,6 +23,7 @@ KINDS = {
     "video_text": BatchConfig(kind="video_text", batch_size=2, conversations=5, text_length=80),
     "image_text": BatchConfig(kind="image_text", batch_size=2, conversations=5, text_length=80),
 }
+PATCHES = {kind: BatchConfig(kind=kind, batch_size=2) for kind in ("video_patches", "image_patches")}
 
 
 def source(batch, **arguments):
@@ -30,9 +31,9 @@ def source(batch, **arguments):
     return made(20, 3, expressions=4, is_image=batch.is_image, **arguments)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *PATCHES])
 def test_shapes_are_as_announced(name):
-    batch = KINDS[name]
+    batch = {**KINDS, **PATCHES}[name]
     maker = ExampleMaker(CFG, TOKENIZER, batch)
     made = next(batches(source(batch), maker, seed=0, threads=1))
     announced = batch_shapes(CFG, batch, maker.shared)
@@ -102,6 +103,49 @@ def test_seg_tokens_can_be_taught_to_name_the_target(name):
         words = TOKENIZER.encode(" " + answers[said])[: batch.seg_tokens or CFG.num_seg_tokens]
         assert out["labels"][row][labelled].tolist() == list(words)
     assert (out["labels"][4] == IGNORE).all()
+
+
+@pytest.mark.parametrize("kind", PATCHES)
+def test_patches_have_the_words_of_what_they_show(kind):
+    batch, made = PATCHES[kind], source(PATCHES[kind])
+    maker, grid = ExampleMaker(CFG, TOKENIZER, batch), CFG.vision.grid
+    first = {word: TOKENIZER.encode(f" {word}")[0] for word in ("red", "circle", "small", "striped", "left")}
+    assert len({*first.values()}) == len(first)
+    for index in range(4):
+        video, scene = made[index], made.scene(index)
+        out = maker(video, np.random.default_rng(index))
+        words = out["words"].reshape(-1, grid, grid, out["words"].shape[-1])
+        numbers = [0] if batch.is_image else np.linspace(0, video.num_frames, 9).astype(int)[:-1]
+        weights = out["weights"].reshape(words.shape[:-1])
+        assert weights[words[..., 0] == TOKENIZER.encode(" nothing")[0]].sum() == pytest.approx(1, abs=1e-5)
+        assert weights.sum() == pytest.approx(2, abs=1e-5)
+        if not batch.is_image:
+            continue
+        labels = scene.labels(numbers)
+        for k, thing in enumerate(scene.objects, 1):
+            for y, x in np.ndindex(grid, grid):
+                edges = [-(-128 * i // grid) for i in (y, y + 1, x, x + 1)]
+                patch = labels[0, edges[0] : edges[1], edges[2] : edges[3]]
+                found = [w for w in words[0, y, x].tolist() if w != IGNORE]
+                if (patch == k).mean() > 0.5:
+                    texture = [] if thing.texture == "plain" else [thing.texture]
+                    said = [thing.color, thing.shape, thing.size, *texture]
+                    assert found == [TOKENIZER.encode(f" {word}")[0] for word in said]
+                    assert weights[0, y, x] > 0
+                elif (patch == 0).all():
+                    assert found == TOKENIZER.encode(" nothing")
+                elif (patch > 0).mean() < 0.1:
+                    assert not found
+                    assert not weights[0, y, x]
+
+
+def test_motion_is_a_word_of_video_patches():
+    made = source(PATCHES["video_patches"])
+    maker = ExampleMaker(CFG, TOKENIZER, PATCHES["video_patches"])
+    for index in range(4):
+        said = set(maker(made[index], np.random.default_rng(0))["words"].ravel().tolist())
+        moves = {thing.motion for thing in made.scene(index).objects} - {"circle"}
+        assert {TOKENIZER.encode(f" {word}")[0] for word in moves} <= said
 
 
 def test_explanations_follow_the_masks_or_stand_alone():

@@ -157,7 +157,11 @@ def check_expressions(source, index):
         else:
             assert (len(found) > 1) == (expression.category == "several"), expression.text
         named = [f"{things[j].color} {things[j].shape}" for j in found]
-        assert sorted(expression.answer.split(" and ")) == sorted(named or ["nothing"])
+        words = expression.answer.split()
+        assert sorted(map(" ".join, zip(words[::2], words[1::2]))) == sorted(named) or (words, named) == (
+            ["nothing"],
+            [],
+        )
     return [expression.category for expression in video.expressions]
 
 

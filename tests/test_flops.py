@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from virst_jax import flops
 from virst_jax.config import Compute, HieraConfig, VirstConfig, virst_7b
-from virst_jax.losses import VideoBatch, video_losses
+from virst_jax.losses import PatchBatch, VideoBatch, patch_loss, video_losses
 from virst_jax.models.projector import Projector
 from virst_jax.models.qwen2 import Qwen2
 from virst_jax.models.sam2.sam2 import Features, Sam2
@@ -198,6 +198,22 @@ def test_step_agrees_with_xla(trained):
     expected = flops.step_flops(CFG, shape, None if trained is None else paths)
     assert expected.hardware == pytest.approx(measured, rel=0.05)
     assert expected.forward < expected.model < expected.hardware
+
+
+def test_step_of_patches_agrees_with_xla():
+    side, grid = CFG.vision.image_size, CFG.vision.grid
+    video = PatchBatch(
+        S((1, 4, side, side, 3), jnp.uint8), S((1, 4 * grid**2, 6), jnp.int32), S((1, 4 * grid**2), jnp.float32)
+    )
+    params = {
+        path: leaf for path, leaf in all_shapes().items() if path.startswith(("vision", "projector", "llm/embed"))
+    }
+
+    def step(learning, video):
+        return jax.grad(lambda p: patch_loss(CFG, unflatten_dict(p, sep="/"), video)[0])(learning)
+
+    shape = flops.StepShape.of(jax.tree.map(lambda x: S((1, *x.shape), x.dtype), video))
+    assert flops.step_flops(CFG, shape).model == pytest.approx(counted(step, params, video), rel=0.05)
 
 
 def test_rematerialisation_costs_a_forward_pass():

@@ -8,7 +8,7 @@ import pytest
 
 from virst_jax import losses
 from virst_jax.config import IGNORE, tiny
-from virst_jax.losses import TextBatch, VideoBatch, text_loss, video_losses
+from virst_jax.losses import PatchBatch, TextBatch, VideoBatch, patch_loss, text_loss, video_losses
 from virst_jax.models.virst import Virst
 
 SHARED, TAIL, ROWS = 40, 20, 3  # 32 visual tokens stand in the shared part
@@ -133,3 +133,31 @@ def test_cross_entropy_in_pieces(cfg, params, monkeypatch):
     pieces, _ = jax.jit(lambda: text_loss(cfg, params, text))()
     assert float(pieces) == pytest.approx(float(whole), rel=1e-6)
     assert float(whole) > 1
+
+
+def test_patch_loss_by_hand(cfg, params):
+    rng = np.random.default_rng(1)
+    clips = rng.integers(0, 255, (2, 4, 48, 48, 3), dtype=np.uint8)
+    words = rng.integers(0, 60, (2, 36, 3)).astype(np.int32)
+    words[0, :, 2] = IGNORE
+    words[1, 5] = IGNORE
+    weights = rng.random((2, 36)).astype(np.float32)
+    weights[1, 5] = 0
+    loss, parts = jax.jit(lambda p, b: patch_loss(cfg, p, b))(params, PatchBatch(clips, words, weights))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    pixels = ((clips / 255 - mean) / std).astype(np.float32)
+    no_merging = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, tokens_per_frame=9))
+    tokens = Virst(no_merging).apply({"params": params}, pixels, method=Virst.encode_clips)
+    table = np.asarray(params["llm"]["embed_tokens"]["embedding"], np.float64)
+    norm = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    logits = 16 * norm(np.asarray(tokens, np.float64)) @ norm(table).T
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    total = found = 0.0
+    for clip, patch in np.ndindex(2, 36):
+        said = [w for w in words[clip, patch] if w != IGNORE]
+        best = np.sort(logits[clip, patch])[::-1][: len(said)]
+        for word in said:
+            total -= weights[clip, patch] * logits[clip, patch, word] / len(said)
+            found += weights[clip, patch] * (logits[clip, patch, word] in best) / len(said)
+    assert float(loss) == pytest.approx(total / weights.sum(), rel=1e-4)
+    assert float(parts["patch_recall"]) == pytest.approx(found / weights.sum(), abs=1e-5)

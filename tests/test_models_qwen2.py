@@ -209,6 +209,34 @@ def test_cache_equals_reading_at_once() -> None:
         np.testing.assert_allclose(np.concatenate(found[row]), expected[row, :length], atol=1e-4)
 
 
+def test_rows_that_begin_alike_are_read_as_one() -> None:
+    model, params = Qwen2(ADAPTED, Compute()), random_params(ADAPTED)
+    shared, lengths = 5, (4, 1, 3)
+    rest, mask = prompt(ADAPTED, lengths, 4)
+    prefix = prompt(ADAPTED, (shared,), shared)[0]
+    rows = jnp.concatenate([jnp.repeat(prefix, 3, 0), rest], axis=1)
+
+    def packed(params: Any) -> Any:
+        return model.apply({"params": params}, prefix, rest, mask, method=Qwen2.after_prefix)
+
+    def plain(params: Any) -> Any:
+        hidden = model.apply({"params": params}, rows, jnp.pad(mask, ((0, 0), (shared, 0)), constant_values=True))
+        return hidden[:1, :shared], hidden[:, shared:]
+
+    def pull(function: Any) -> Any:
+        def loss(params: Any) -> Any:
+            before, behind = function(params)
+            return jnp.sin(before).sum() + (jnp.sin(behind) * mask[..., None]).sum()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    for ours, theirs in zip(jax.jit(packed)(params), jax.jit(plain)(params)):
+        valid = jnp.ones(ours.shape[:2], bool) if ours.shape[0] == 1 else mask
+        np.testing.assert_allclose(ours[valid], theirs[valid], atol=2e-5)
+    for ours, theirs in zip(jax.tree.leaves(pull(packed)), jax.tree.leaves(pull(plain))):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * (float(jnp.abs(theirs).max()) + 1e-3))
+
+
 def test_cache_keeps_to_its_size() -> None:
     model, variables = Qwen2(SMALL, Compute()), {"params": random_params(SMALL)}
     embeds, mask = prompt(SMALL, (4, 3), 5)

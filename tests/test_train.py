@@ -44,6 +44,14 @@ def test_it_learns_and_leaves_a_model(undisturbed):
     assert virst_jax.load(model).cfg.name == "tiny"
 
 
+def test_words_of_patches_are_learnt(tmp_path):
+    config = recipe("image_patches", learning_rate=1e-2, name="muon", ema=0.0)
+    config.eval.videos = 1  # of which there can be no evaluation yet
+    train.train(config, tmp_path)
+    found = losses(tmp_path)
+    assert float(found[6]) < 0.8 * float(found[1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
 def test_a_stopped_run_goes_on_as_if_undisturbed(undisturbed, tmp_path, number):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

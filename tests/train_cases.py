@@ -37,7 +37,7 @@ def recipe(kind: str = "image_text", steps: int = 6, **optim: float) -> ConfigDi
     c.stage = {
         "steps": steps,
         "optim": {"learning_rate": 3e-3, "warmup_steps": 1, "ema": 0.5, "schedule": "cosine", **optim},
-        "groups": GROUPS if not kind.endswith("_text") else (("(llm|vision|projector)/.*", 1.0), (".*", 0.0)),
+        "groups": GROUPS if kind in ("image", "video") else (("(llm|vision|projector)/.*", 1.0), (".*", 0.0)),
         "data": {
             "shapes": {
                 "kind": kind,

@@ -28,11 +28,13 @@ def video_encoder(cfg: VisionConfig, frames: int) -> float:
     return 2 * tokens * 3 * cfg.patch_size**2 * width + cfg.num_layers * layer
 
 
-def projector(cfg: VisionConfig, features: int, frames: int) -> float:
-    """One clip of `frames` frames: similarities of token merging, two linear layers."""
+def projector(cfg: VisionConfig, features: int, frames: int, merge: bool = True) -> float:
+    """One clip of `frames` frames: similarities of token merging (or none is merged), two linear layers."""
     tokens = frames * cfg.grid**2
     target = cfg.tokens_per_image if frames == 1 else cfg.tokens_per_frame * frames
     merging = 0.0
+    if not merge:
+        target = tokens
     if tokens > target:
         left = tokens
         for removed in merge_schedule(tokens, target):
@@ -176,11 +178,14 @@ class StepShape:
     used: int = 0
     anchors: int = 0
     seg_tokens: int = 0
+    patches: int = 0  # of a clip, whose words are all there is to learn; 0: there are conversations
 
     @classmethod
     def of(cls, batch: Any) -> "StepShape":
-        """Of a losses.TextBatch or VideoBatch of arrays or shapes with a leading axis of videos."""
+        """Of a losses.PatchBatch, TextBatch or VideoBatch of arrays or shapes with a leading axis of videos."""
         videos, clips, clip_frames = batch.clips.shape[:3]
+        if not hasattr(batch, "token_ids"):
+            return cls(videos, clips, clip_frames, 0, 0, patches=batch.words.shape[2])
         _, conversations, length = batch.token_ids.shape
         text = cls(videos, clips, clip_frames, conversations, length, batch.shared)
         if not hasattr(batch, "frames"):
@@ -253,11 +258,16 @@ def step_flops(cfg: VirstConfig, shape: StepShape, trained: Iterable[str] | None
     add("video encoder", s.clips * video_encoder(cfg.vision, s.clip_frames), vision, vision, remat)
     add(
         "projector",
-        s.clips * projector(cfg.vision, llm.hidden_size, s.clip_frames),
+        s.clips * projector(cfg.vision, llm.hidden_size, s.clip_frames, merge=not s.patches),
         projecting,
         vision or projecting,
         False,
     )
+
+    if s.patches:
+        words = s.clips * s.patches * lm_head(llm)
+        add("words of patches", words, learns("llm/embed_tokens"), vision or projecting, False)
+        return StepFlops(parts)
 
     embeds = vision or projecting or learns("llm/embed_tokens") or (cfg.fusion.initial and learns("initial_fusion/"))
     adapters = bool(llm.lora.rank) and learns("llm/layers/", last=("lora_a", "lora_b"))

@@ -1,7 +1,8 @@
 """Training losses, equal to the release's.
 
-Axes: O conversations of one video, L positions of the sequence, D width of the language model, T segmentation frames,
-U frames used, A anchors, N [SEG] tokens, S, R sides of the video encoder's and the tracker's image.
+Axes: O conversations of one video, P patches of a clip, W words, L positions of the sequence, D width of the language
+model, T segmentation frames, U frames used, A anchors, N [SEG] tokens, S, R sides of the video encoder's and the
+tracker's image.
 Source: model/VIRST.py (dice_loss, sigmoid_ce_loss, VirstForCausalLM.forward).
 """
 
@@ -39,6 +40,15 @@ def bce_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 
 @flax.struct.dataclass
+class PatchBatch:
+    """One video or image, with words for what each of its patches shows."""
+
+    clips: jax.Array  # as in TextBatch
+    words: jax.Array  # int32[clips, P, W], IGNORE where there are fewer
+    weights: jax.Array  # float32[clips, P]
+
+
+@flax.struct.dataclass
 class TextBatch:
     """Conversations about one video or image; all arrays of fixed shape.
 
@@ -66,6 +76,27 @@ class VideoBatch(TextBatch):
     # which of the frames used, and of the conversations, count; None: all. Frames that do not stand at the end.
     used_valid: jax.Array | None = None  # bool[U]
     conversation_valid: jax.Array | None = None  # bool[O]
+
+
+def patch_loss(
+    cfg: VirstConfig, params: Any, batch: PatchBatch, dropout_rng: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of the words of every patch, float32[], and {"patch_loss": it, "patch_recall": float32[]}.
+
+    The video encoder's pretraining, which the release takes from others: it makes a visual token point where the
+    embeddings of its words do. The recall is the share of a patch's words that are the likeliest ones.
+    """
+    logits = _applier(cfg, params, None)(Virst.patch_words, _normalised(batch.clips))  # [clips, P, vocabulary]
+    said = batch.words != IGNORE
+    number = said.sum(-1)
+    words = jnp.where(said, batch.words, 0)
+    share = said * (batch.weights / jnp.maximum(number, 1))[..., None]
+    share = share / jnp.maximum(share.sum(), 1e-6)
+    loss = -(share * jnp.take_along_axis(jax.nn.log_softmax(logits), words, axis=-1)).sum()
+    best = jax.lax.top_k(logits, words.shape[-1])[0]
+    least = jnp.take_along_axis(best, jnp.maximum(number - 1, 0)[..., None], axis=-1)
+    found = jnp.take_along_axis(logits, words, axis=-1) >= least
+    return loss, {"patch_loss": loss, "patch_recall": (share * found).sum()}
 
 
 def text_loss(

@@ -16,6 +16,9 @@ import optax.contrib
 
 from virst_jax.errors import UserError
 
+# one row an iteration: then optax loops over them, which compiles in a fifth of the time
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+
 Groups = Sequence[tuple[str, float]]  # pattern (full match of a path), factor of the learning rate; 0: frozen
 
 
@@ -146,6 +149,7 @@ def _directions(cfg: OptimConfig) -> optax.GradientTransformation:
 
     return optax.contrib.muon(
         -1.0,  # a direction uphill, as scale_by_adam gives
+        ns_coeffs=NEWTON_SCHULZ,
         adam_b1=cfg.b1,
         adam_b2=cfg.b2,
         eps=cfg.eps,

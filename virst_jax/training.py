@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from virst_jax.config import VirstConfig
-from virst_jax.losses import TextBatch, VideoBatch, text_loss, video_losses
+from virst_jax.losses import PatchBatch, TextBatch, VideoBatch, patch_loss, text_loss, video_losses
 from virst_jax.optim import Groups, OptimConfig, join, make_optimizer, split, update_ema
 from virst_jax.sharding import gather
 
+Batch = PatchBatch | TextBatch
 Metrics = dict[str, jax.Array]
 
 
@@ -49,22 +50,26 @@ def init_state(cfg: VirstConfig, optim: OptimConfig, groups: Groups, params: Map
 
 
 def batch_loss(
-    cfg: VirstConfig, params: Any, batch: TextBatch, rng: jax.Array | None, mesh_axes: tuple[str, ...] | None = None
+    cfg: VirstConfig, params: Any, batch: Batch, rng: jax.Array | None, mesh_axes: tuple[str, ...] | None = None
 ) -> tuple[jax.Array, Metrics]:
     """The mean loss over the videos of a batch.
 
     Args:
-      batch: a TextBatch or VideoBatch whose arrays have a leading axis B.
+      batch: a PatchBatch, TextBatch or VideoBatch whose arrays have a leading axis B.
       rng: of dropout; None: without.
       mesh_axes: the mesh axes that share out B.
 
     Returns:
       float32[], and the parts, float32[].
     """
-    count = batch.token_ids.shape[0]
-    losses: Callable[..., Any] = video_losses if isinstance(batch, VideoBatch) else text_loss
+    count = batch.clips.shape[0]
+    losses: Callable[..., Any] = text_loss
+    if isinstance(batch, PatchBatch):
+        losses = patch_loss
+    elif isinstance(batch, VideoBatch):
+        losses = video_losses
 
-    def of_video(batch: TextBatch, rng: jax.Array | None) -> Any:
+    def of_video(batch: Batch, rng: jax.Array | None) -> Any:
         loss, parts = losses(cfg, params, batch, rng)
         return loss, {name: value for name, value in parts.items() if name != "masks"}
 
@@ -81,12 +86,12 @@ def make_train_step(
     seed: int = 0,
     mesh_axes: tuple[str, ...] | None = None,
     dropout: bool = True,
-) -> Callable[[TrainState, TextBatch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics); a batch whose loss or gradient is not finite changes nothing
     but the count of steps."""
     optimizer = make_optimizer(optim, groups)
 
-    def step(state: TrainState, batch: TextBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
 
         def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:

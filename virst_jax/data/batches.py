@@ -1,7 +1,7 @@
 """Training batches: samples drawn, worded, resized and brought to fixed shapes, in numpy.
 
 Axes: B samples of a batch, O conversations, L positions, N [SEG] tokens, T segmentation frames, U frames used,
-A anchors, S, R sides of the video encoder's and the tracker's image.
+A anchors, P patches of a clip, W words, S, R sides of the video encoder's and the tracker's image.
 Source: data/rvos_dataset.py, data/reason_seg_dataset.py, data/video_vqa_dataset.py of the release.
 """
 
@@ -27,7 +27,9 @@ Arrays = dict[str, np.ndarray]
 class BatchConfig:
     """The shape of a kind of batch, and how its samples are drawn."""
 
-    kind: str = "video"  # video | image: to be segmented; video_text | image_text: questions
+    # video | image: to be segmented; video_text | image_text: questions; video_patches | image_patches: what each patch
+    # shows, in words
+    kind: str = "video"
     batch_size: int = 1  # of all processes together
     conversations: int = 3  # O, expressions or questions of a sample
     seg_tokens: int = 0  # N; 0: as many as the network's evaluation uses
@@ -52,6 +54,10 @@ class BatchConfig:
         return self.kind.endswith("_text")
 
     @property
+    def is_patches(self) -> bool:
+        return self.kind.endswith("_patches")
+
+    @property
     def num_frames(self) -> int:
         """T"""
         return 1 if self.is_image else min(self.seg_frames, self.vlm_frames)
@@ -68,7 +74,10 @@ class BatchConfig:
         return min(self.num_frames, self.num_anchors * each)
 
 
-KINDS = ("video", "image", "video_text", "image_text")
+KINDS = ("video", "image", "video_text", "image_text", "video_patches", "image_patches")
+PATCH_WORDS = 6  # W
+NOWHERE = "nothing"  # what a patch of the background shows
+SEEN = 0.12  # share of a patch that an object must cover to be what the patch shows
 
 
 class ExampleMaker:
@@ -112,7 +121,7 @@ class ExampleMaker:
         return build_prompt(self.tokenizer, question, text_only=True, explanation=answer)
 
     def __call__(self, sample: Video | Question, rng: np.random.Generator) -> Arrays:
-        """A sample with its draws -> the arrays of a TextBatch or VideoBatch (see virst_jax.losses).
+        """A sample with its draws -> the arrays of a PatchBatch, TextBatch or VideoBatch (see virst_jax.losses).
 
         Raises:
           UserError: the sample is of the other kind, or no expression of it fits.
@@ -120,6 +129,8 @@ class ExampleMaker:
         batch = self.batch
         if isinstance(sample, Question) != batch.is_text or sample.is_image != batch.is_image:
             raise UserError(f"{sample.name}: a sample of another kind than the batch ({batch.kind}); check the recipe")
+        if batch.is_patches and (isinstance(sample, Question) or sample.read_objects is None):
+            raise UserError(f"{sample.name}: no words for the objects of its frames; {batch.kind} needs synthetic data")
         sampled = self._frames(sample, rng)
         kept = [0] if batch.is_image else segmentation_frames(len(sampled), batch.seg_frames, rng=rng)
         frames = sample.read_frames(sorted(set(sampled)))
@@ -129,6 +140,8 @@ class ExampleMaker:
         out: Arrays = {"clips": clips.reshape(-1, clip, *clips.shape[1:])}
         if isinstance(sample, Question):
             return {**out, **self._questions(sample, rng)}
+        if batch.is_patches:
+            return {**out, **self._patches(sample, sampled, clip)}
         return {**out, **self._expressions(sample, rng, frames, sampled, kept)}
 
     def _frames(self, sample: Video | Question, rng: np.random.Generator) -> list[int]:
@@ -199,6 +212,30 @@ class ExampleMaker:
             for position, word in zip(out["seg_positions"][row], words):
                 out["labels"][row, position + 1] = word
 
+    def _patches(self, video: Video, sampled: list[int], clip: int) -> Arrays:
+        """Words of the object that covers most of a patch, none where it covers too little; background and objects
+        weigh the same in sum."""
+        assert video.read_objects is not None
+        named = [[self.tokenizer.encode(f" {word}")[0] for word in thing] for thing in video.objects]
+        table = np.full((len(named) + 2, PATCH_WORDS), IGNORE, np.int32)
+        for row, ids in zip(table, [self.tokenizer.encode(f" {NOWHERE}"), *named]):
+            row[: len(ids)] = ids[:PATCH_WORDS]
+        order, where = np.unique(sampled, return_inverse=True)
+        shown = video.read_objects(order.tolist())
+        grid, (height, width) = self.cfg.vision.grid, shown.shape[1:]
+        patch = (np.arange(height) * grid // height)[:, None] * grid + np.arange(width) * grid // width
+        rows = []
+        for labels in shown:
+            counts = np.bincount((labels * grid**2 + patch).ravel(), minlength=(len(named) + 1) * grid**2)
+            cover = counts.reshape(len(named) + 1, grid**2) / np.bincount(patch.ravel())
+            best = cover[1:].argmax(0) + 1 if named else np.zeros(grid**2, int)
+            most = cover[best, np.arange(grid**2)]
+            rows.append(np.where(cover[0] == 1, 0, np.where(most >= SEEN, best, len(named) + 1)))
+        number = np.stack(rows)[where].reshape(-1, clip * grid**2)
+        back, front = number == 0, (number > 0) & (number <= len(named))
+        weights = back / max(1, back.sum()) + front / max(1, front.sum())
+        return {"words": table[number], "weights": weights.astype(np.float32)}
+
     def _fits(self, prompt: Prompt) -> bool:
         before = int(np.flatnonzero(prompt.input_ids == IMAGE_TOKEN)[0])
         return before + self.num_visual == self.shared and len(prompt.input_ids) - 1 + self.num_visual <= self.length
@@ -253,9 +290,13 @@ def batch_shapes(
     frames = 1 if batch.is_image else cfg.vision.clip_frames
     clips = 1 if batch.is_image else batch.vlm_frames // frames
     side, size = cfg.vision.image_size, cfg.sam2.image_size
+    pixels = ((rows, clips, frames, side, side, 3), np.uint8)
+    if batch.is_patches:
+        patches = (rows, clips, frames * cfg.vision.grid**2)
+        return {"clips": pixels, "words": ((*patches, PATCH_WORDS), np.int32), "weights": (patches, np.float32)}
     words = (rows, conversations, length)
     shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
-        "clips": ((rows, clips, frames, side, side, 3), np.uint8),
+        "clips": pixels,
         "token_ids": (words, np.int32),
         "visual_index": (words, np.int32),
         "labels": (words, np.int32),

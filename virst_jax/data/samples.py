@@ -27,6 +27,8 @@ class Video:
 
     read_frames: frame numbers -> uint8[n, H, W, 3], RGB.
     read_masks: an expression's position and frame numbers -> bool[n, H, W]; None: the masks are not public.
+    read_objects: frame numbers -> uint8[n, H, W], the object that each pixel shows, counted from 1, and 0 for none of
+      them; None: not known. `objects` has the words for each, such as ("red", "circle", "left").
     """
 
     name: str
@@ -37,6 +39,8 @@ class Video:
     read_masks: Callable[[int, Sequence[int]], np.ndarray] | None
     frame_names: tuple[str, ...] = ()  # as submissions name them; empty: numbers of five digits
     is_image: bool = False
+    read_objects: Callable[[Sequence[int]], np.ndarray] | None = None
+    objects: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from virst_jax.data.samples import Expression, Question, Video
-from virst_jax.data.synthetic_questions import choose_turns, describe_targets
+from virst_jax.data.synthetic_questions import choose_turns, describe_targets, object_words
 from virst_jax.data.synthetic_scenes import Scene, make_scene
 from virst_jax.data.synthetic_text import CATEGORIES, IMAGE_CATEGORIES, Facts, Referral, candidates, find_facts
 from virst_jax.errors import UserError
@@ -130,6 +130,8 @@ class SyntheticVideos(_Synthetic):
             read_frames=scene.frames,
             read_masks=functools.partial(_read_masks, scene, tuple(r.targets for _, r in chosen)),
             is_image=self.is_image,
+            read_objects=scene.labels,
+            objects=tuple(object_words(thing, self.is_image) for thing in scene.objects),
         )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from virst_jax.data import synthetic_text as text
-from virst_jax.data.synthetic_scenes import COLORS, DIRECTIONS, SHAPES
+from virst_jax.data.synthetic_scenes import COLORS, DIRECTIONS, SHAPES, SceneObject
 
 Turn = tuple[str, str]
 KINDS = ("color", "shape", "motion", "count", "exists", "order", "describe")  # besides "who"
@@ -41,10 +41,18 @@ def name_all(facts: text.Facts, targets: Iterable[int]) -> str:
 
 
 def describe_targets(facts: text.Facts, targets: Iterable[int]) -> str:
-    """'red circle and blue square', from left to right; 'nothing'."""
+    """'red circle blue square', from left to right; 'nothing'."""
     meant = set(targets)
     things = [facts.objects[k] for k in facts.order if k in meant]
-    return " and ".join(f"{thing.color} {thing.shape}" for thing in things) or NOBODY
+    return " ".join(f"{thing.color} {thing.shape}" for thing in things) or NOBODY
+
+
+def object_words(thing: SceneObject, is_image: bool) -> tuple[str, ...]:
+    """('red', 'circle', 'small', 'striped', 'left'): what a look at a shape tells; for a still image without motion."""
+    texture = () if thing.texture == "plain" else (thing.texture,)
+    # "in" a circle: the other word is that of a form
+    motion = () if is_image else ("in" if thing.motion == "circle" else thing.motion,)
+    return thing.color, thing.shape, thing.size, *texture, *motion
 
 
 def describe(facts: text.Facts) -> str:

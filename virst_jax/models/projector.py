@@ -17,14 +17,14 @@ class Projector(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, frames: int) -> jax.Array:
+    def __call__(self, x: jax.Array, frames: int, merge: bool = True) -> jax.Array:
         """dtype[B, frames * grid * grid, D] -> dtype[B, tokens, features].
 
-        A clip keeps tokens_per_frame tokens a frame, a still image (frames = 1) tokens_per_image.
+        A clip keeps tokens_per_frame tokens a frame, a still image (frames = 1) tokens_per_image; all if not `merge`.
         """
         cfg = self.cfg
         target = cfg.tokens_per_image if frames == 1 else cfg.tokens_per_frame * frames
-        if x.shape[1] > target:
+        if merge and x.shape[1] > target:
             x = merge_tokens(x, target, cfg.num_heads)
         x = gelu(dense(self.compute, self.features, ("embed", "mlp"), name="fc1")(x))
         return dense(self.compute, self.features, ("mlp", "embed"), name="fc2")(x)

@@ -93,6 +93,7 @@ class Attention(nn.Module):
         slots: jax.Array | None,
         alone: bool,
         deterministic: bool,
+        shared: int,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """See Block; returns dtype[B, S, D] and the cache."""
         cfg = self.cfg
@@ -113,8 +114,11 @@ class Attention(nn.Module):
             )
             if not alone:
                 k, v = cache
-        positions = None if alone else slots
-        out = attention(q, k, v, key_mask=mask, causal=True, q_positions=positions, impl=self.compute.attention)
+        if shared and mask is not None:
+            out = _attend_behind(q, k, v, mask, shared, self.compute.attention)
+        else:
+            positions = None if alone else slots
+            out = attention(q, k, v, key_mask=mask, causal=True, q_positions=positions, impl=self.compute.attention)
         out = rearrange(out, "b s h w -> b s (h w)")
         out = project(cfg.hidden_size, ("heads", "embed"), use_bias=False, name="o_proj")(out, deterministic)
         return out, cache
@@ -150,6 +154,7 @@ class Block(nn.Module):
         alone: bool,
         deterministic: bool,
         return_input: bool,
+        shared: int,
     ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array] | None, jax.Array | None]]:
         """A decoder layer.
 
@@ -160,6 +165,7 @@ class Block(nn.Module):
           rotary: tables of x's positions.
           slots: int[B, S], where x goes in the cache.
           alone: x attends to itself, not to the cache (there is none, or it is empty).
+          shared: 0, or as in Qwen2.after_prefix, where x and mask are described.
 
         Returns:
           dtype[B, S, D]; the cache with x in it, and x if `return_input`.
@@ -168,7 +174,7 @@ class Block(nn.Module):
         norms = (RmsNorm(self.compute, self.cfg.rms_norm_eps, name=n) for n in ("input_norm", "post_norm"))
         input_norm, post_norm = norms
         attended, cache = Attention(self.cfg, self.compute, name="attn")(
-            input_norm(x), cache, mask, rotary, slots, alone, deterministic
+            input_norm(x), cache, mask, rotary, slots, alone, deterministic, shared
         )
         y = x + attended
         y = y + Mlp(self.cfg, self.compute, name="mlp")(post_norm(y), deterministic)
@@ -191,10 +197,10 @@ class Qwen2(nn.Module):
         )
         broadcast = nn.broadcast
         layers: Any = nn.scan(
-            remat(Block, compute.remat, static_argnums=(6, 7, 8)),
+            remat(Block, compute.remat, static_argnums=(6, 7, 8, 9)),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, broadcast, broadcast, broadcast, broadcast, broadcast, broadcast),
+            in_axes=(0, *(broadcast,) * 7),
             length=cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -269,7 +275,7 @@ class Qwen2(nn.Module):
         rotary = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
         alone = cache is None or cache.empty
         x = embeds.astype(jnp.dtype(self.compute.dtype))
-        x, (kv, inputs) = self.layers(x, kv, valid, rotary, slots, alone, deterministic, return_layers)
+        x, (kv, inputs) = self.layers(x, kv, valid, rotary, slots, alone, deterministic, return_layers, 0)
         hidden = self.norm(constrain(x, None, None, "width"))
         if self.is_initializing():  # `init` through this method makes all parameters
             self.logits(self.embed(jnp.zeros((1, 1), jnp.int32)))
@@ -279,3 +285,47 @@ class Qwen2(nn.Module):
         if return_layers:
             result += (inputs,)
         return result if len(result) > 1 else hidden
+
+    def after_prefix(
+        self, prefix: jax.Array, rest: jax.Array, mask: jax.Array, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs the layers on rows that begin alike; what they share goes through them once.
+
+        All positions stand in one row, the shared ones first, so that the layers' products are large.
+
+        Args:
+          prefix: dtype[1, P, D], without padding.
+          rest: dtype[B, R, D], what follows in each row.
+          mask: bool[B, R], the valid tokens, padded on the right.
+
+        Returns:
+          Hidden states after the final norm, dtype[1, P, D] and dtype[B, R, D].
+        """
+        shared, (rows, length, width) = prefix.shape[1], rest.shape
+        positions = jnp.concatenate([jnp.arange(shared), jnp.tile(shared + jnp.arange(length), rows)])
+        rotary = rotary_table(positions[None], self.cfg.head_dim, self.cfg.rope_theta)
+        x = jnp.concatenate([prefix, rest.reshape(1, -1, width)], axis=1).astype(jnp.dtype(self.compute.dtype))
+        x, _ = self.layers(x, None, mask.astype(bool), rotary, None, True, deterministic, False, shared)
+        hidden = self.norm(constrain(x, None, None, "width"))
+        return hidden[:, :shared], hidden[:, shared:].reshape(rows, length, width)
+
+
+def _attend_behind(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shared: int, impl: str) -> jax.Array:
+    """Causal attention of Qwen2.after_prefix: dtype[1, P + B * R, heads, W] of queries, keys and values."""
+    rows, length = mask.shape
+    out = attention(*(x[:, :shared] for x in (q, k, v)), causal=True, impl=impl)
+    own = [x[:, shared:].reshape(rows, length, *x.shape[2:]) for x in (q, k, v)]
+    keys, values = (
+        jnp.concatenate([jnp.broadcast_to(x[:, :shared], (rows, shared, *x.shape[2:])), y], axis=1)
+        for x, y in zip((k, v), own[1:])
+    )
+    rest = attention(
+        own[0],
+        keys,
+        values,
+        key_mask=jnp.concatenate([jnp.ones((rows, shared), bool), mask], axis=1),
+        causal=True,
+        q_positions=shared + jnp.arange(length)[None],
+        impl=impl,
+    )
+    return jnp.concatenate([out, rest.reshape(1, -1, *rest.shape[2:])], axis=1)

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from virst_jax.config import VirstConfig
 from virst_jax.models.layers import dense
 from virst_jax.models.projector import Projector
-from virst_jax.models.qwen2 import Cache, Qwen2, init_cache
+from virst_jax.models.qwen2 import Qwen2
 from virst_jax.models.sam2.sam2 import Sam2
 from virst_jax.models.st_fusion import InitialFusion, SecondFusion
 from virst_jax.models.umt import VideoEncoder
+
+PATCH_SCALE = 16.0
 
 
 class Virst(nn.Module):
@@ -35,6 +37,16 @@ class Virst(nn.Module):
     def encode_clips(self, pixels: jax.Array) -> jax.Array:
         """Normalised clips float[B, frames, S, S, 3] -> visual tokens dtype[B, tokens, D]; one frame: a still image."""
         return self.projector(self.vision(pixels), pixels.shape[1])
+
+    def patch_words(self, pixels: jax.Array) -> jax.Array:
+        """Clips as above -> float32[B, patches, vocab]: what each patch shows, before patches are merged.
+
+        The cosine of the projected patch and every word's embedding, times PATCH_SCALE.
+        """
+        patches = self.projector(self.vision(pixels), pixels.shape[1], merge=False).astype(jnp.float32)
+        words = self.llm.embed_tokens.embedding.astype(jnp.float32)
+        norm = lambda x: x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)  # noqa: E731
+        return PATCH_SCALE * norm(patches) @ norm(words).T
 
     def embed(self, token_ids: jax.Array, visual_index: jax.Array, visual: jax.Array) -> jax.Array:
         """Input embeddings: text, with visual tokens at their places.
@@ -77,17 +89,7 @@ class Virst(nn.Module):
         Returns:
           Hidden states of the shared positions dtype[1, shared, D], and of the others dtype[B, L - shared, D].
         """
-        batch, length, _ = embeds.shape
-        cache = init_cache(self.cfg.llm, self.cfg.compute, 1, length)
-        prefix, cache = self.llm(embeds[:1, :shared], None, cache=cache, deterministic=deterministic)
-        cache = Cache(
-            jnp.broadcast_to(cache.k, (cache.k.shape[0], batch, *cache.k.shape[2:])),
-            jnp.broadcast_to(cache.v, (cache.v.shape[0], batch, *cache.v.shape[2:])),
-            jnp.broadcast_to(cache.mask, (batch, length)),
-            jnp.broadcast_to(cache.length, (batch,)),
-        )
-        rest, _ = self.llm(embeds[:, shared:], mask[:, shared:], cache=cache, deterministic=deterministic)
-        return prefix, rest
+        return self.llm.after_prefix(embeds[:1, :shared], embeds[:, shared:], mask[:, shared:], deterministic)
 
     def hidden_layers(self, embeds: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As `hidden`, with every layer's input dtype[layers, B, L, D]."""

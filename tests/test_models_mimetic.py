@@ -1,0 +1,28 @@
+import flax.linen as nn
+import jax
+import numpy as np
+
+from virst_jax.config import tiny
+from virst_jax.models.mimetic import mimic_attention
+from virst_jax.models.virst import Virst
+from virst_jax.optim import flatten
+
+
+def test_like_attends_to_like_and_passes_on_what_it_is():
+    cfg = tiny()
+    made = nn.meta.unbox(jax.jit(lambda: Virst(cfg).init(jax.random.key(0)))()["params"])
+    before, after = flatten(made), flatten(mimic_attention(made, cfg.llm))
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {"llm/layers/attn/q_proj/kernel", "llm/layers/attn/o_proj/kernel"}
+    llm, name = cfg.llm, "llm/layers/attn/{}_proj/kernel"
+    q, k, v, o = (np.asarray(after[name.format(x)]) for x in "qkvo")
+    shape = (llm.num_layers, llm.hidden_size, -1, llm.head_dim)
+    q, k, v, o = q.reshape(shape), k.reshape(shape), v.reshape(shape), o.swapaxes(1, 2).reshape(shape)
+    for layer in range(llm.num_layers):
+        for head in range(llm.num_heads):
+            read = head // (llm.num_heads // llm.num_kv_heads)
+            for left, right in ((q, k), (v, o)):
+                product = left[layer, :, head if left is q else read] @ right[layer, :, read if left is q else head].T
+                diagonal = np.diag(product)
+                assert (diagonal > 0).all()
+                assert diagonal.mean() > 4 * np.abs(product - np.diag(diagonal)).mean()
