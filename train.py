@@ -147,7 +147,7 @@ class Run:
 
         if self.start is None:
             random = lambda key: nn.meta.unbox(Virst(cfg).init(key)["params"])  # noqa: E731
-            make = lambda key: begin(mimic_attention(random(key), cfg.llm))  # noqa: E731
+            make = lambda key: begin(mimic_attention(random(key), cfg))  # noqa: E731
             return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.seed))
         stored, params = checkpoint.load_model(self.start, shardings=self._stored_shardings())
         params = add_lora(params, stored.llm.lora, cfg.llm.lora, self.seed)

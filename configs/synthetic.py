@@ -8,8 +8,10 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    # with four [SEG], a word of colour and one of form for each of two objects
-    overrides = {"num_seg_tokens": 4, "loss": {"occ": 0.25, "dice": 1.0}}
+    # with four [SEG], a word of colour and one of form for each of two objects; one clip spans a video, so that the
+    # video encoder sees all of a motion
+    overrides = {"num_seg_tokens": 4, "max_video_frames": 4, "max_seg_frames": 4, "frames_per_anchor": 1}
+    overrides |= {"loss": {"occ": 0.25, "dice": 1.0}}
     c.model = {"preset": "tiny", "init": "", "tokenizer": "", "overrides": overrides}
     c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     c.seed = 0
@@ -25,6 +27,7 @@ def get_config() -> ConfigDict:
 
     def data(kind: str, weight: float, batch_size: int, seed: int, **values: object) -> dict:
         source = {"kind": "synthetic", "num_videos": 10**6, "seed": seed, "expressions": values.get("conversations", 1)}
+        values |= {} if kind.startswith("image") else {"vlm_frames": 4}
         if "categories" in values:
             source["categories"] = values.pop("categories")
         return {"kind": kind, "weight": weight, "batch_size": batch_size, "sources": {"shapes": source}, **values}
@@ -46,26 +49,27 @@ def get_config() -> ConfigDict:
     c.stages = ("words", "stage1", "stage2", "stage3")
     # the video encoder learns what patches show, in the language model's words, before anyone has to read it
     c.words = {
-        "steps": 500,
-        "optim": {**optim, "warmup_steps": 50, "final_factor": 0.2},
+        "steps": 1600,
+        "optim": {**optim, "warmup_steps": 50, "final_factor": 0.3},
         "groups": (("(vision|projector|llm/embed_tokens)/.*", 1.0), (".*", 0.0)),
-        "data": {"patches": data("video_patches", 0.7, 8, 5), "image_patches": data("image_patches", 0.3, 8, 6)},
+        "data": {"patches": data("video_patches", 0.8, 8, 5), "image_patches": data("image_patches", 0.2, 8, 6)},
     }
     c.stage1 = {
-        "steps": 800,
+        "steps": 600,
         "optim": {**optim, "final_factor": 0.8},
         "groups": groups,
         "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=simple, **many)},
     }
     c.stage2 = {
-        "steps": 1100,
+        "steps": 900,
         "optim": {**optim, "final_factor": 0.2},
         "groups": groups,
         "data": {"video": data("video", 1.0, 8, 7, **many)},
     }
     tracked = {**named, "conversations": 4, "anchors": 2, "propagate": True, "after": 2, "before": 1}
+    tracked["policy"] = "random"  # frames next to each other, too
     c.stage3 = {
-        "steps": 250,
+        "steps": 200,
         "optim": {**optim, "learning_rate": 7e-4, "warmup_steps": 20, "final_factor": 0.02},
         "groups": (*unused, ("sam2/image_encoder/.*", 0.0), (".*", 1.0)),
         "data": {"tracked": data("video", 1.0, 4, 4, **tracked)},

@@ -6,6 +6,7 @@ import pytest
 
 from virst_jax.config import IGNORE, tiny
 from virst_jax.data.batches import BatchConfig, ExampleMaker, batch_shapes
+from virst_jax.data.patches import paths_in_words
 from virst_jax.data.pipeline import Mixture, batches
 from virst_jax.data.prompts import load_tokenizer
 from virst_jax.data.samples import Expression, Question, Video
@@ -130,7 +131,9 @@ def test_patches_have_the_words_of_what_they_show(kind):
                 if (patch == k).mean() > 0.5:
                     texture = [] if thing.texture == "plain" else [thing.texture]
                     said = [thing.color, thing.shape, thing.size, *texture]
-                    assert found == [TOKENIZER.encode(f" {word}")[0] for word in said]
+                    assert found[: len(said)] == [TOKENIZER.encode(f" {word}")[0] for word in said]
+                    place = "".join(map(TOKENIZER.decode, [[i] for i in found[len(said) :]]))
+                    assert place == paths_in_words(labels, len(scene.objects))[k - 1]
                     assert weights[0, y, x] > 0
                 elif (patch == 0).all():
                     assert found == TOKENIZER.encode(" nothing")

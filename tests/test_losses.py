@@ -150,7 +150,7 @@ def test_patch_loss_by_hand(cfg, params):
     tokens = Virst(no_merging).apply({"params": params}, pixels, method=Virst.encode_clips)
     table = np.asarray(params["llm"]["embed_tokens"]["embedding"], np.float64)
     norm = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-    logits = 16 * norm(np.asarray(tokens, np.float64)) @ norm(table).T
+    logits = 24 * norm(np.asarray(tokens, np.float64)) @ norm(table).T
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     total = found = 0.0
     for clip, patch in np.ndindex(2, 36):

@@ -11,9 +11,15 @@ from virst_jax.optim import flatten
 def test_like_attends_to_like_and_passes_on_what_it_is():
     cfg = tiny()
     made = nn.meta.unbox(jax.jit(lambda: Virst(cfg).init(jax.random.key(0)))()["params"])
-    before, after = flatten(made), flatten(mimic_attention(made, cfg.llm))
+    before, after = flatten(made), flatten(mimic_attention(made, cfg))
     changed = {path for path in before if not np.array_equal(before[path], after[path])}
-    assert changed == {"llm/layers/attn/q_proj/kernel", "llm/layers/attn/o_proj/kernel"}
+    seen, projected = "vision/layers/attn/qkv/kernel", "vision/layers/attn/proj/kernel"
+    assert changed == {"llm/layers/attn/q_proj/kernel", "llm/layers/attn/o_proj/kernel", seen, projected}
+    queries, keys, values = np.moveaxis(after[seen], 2, 0)
+    np.testing.assert_array_equal(queries, keys)
+    np.testing.assert_array_equal(values, before[seen][:, :, 2])
+    through = (values @ after[projected])[0]
+    assert np.diag(through).mean() > 4 * np.abs(through - np.diag(np.diag(through))).mean()
     llm, name = cfg.llm, "llm/layers/attn/{}_proj/kernel"
     q, k, v, o = (np.asarray(after[name.format(x)]) for x in "qkvo")
     shape = (llm.num_layers, llm.hidden_size, -1, llm.head_dim)

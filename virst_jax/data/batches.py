@@ -14,6 +14,7 @@ import numpy as np
 from virst_jax.config import IGNORE, IMAGE_TOKEN, VirstConfig
 from virst_jax.data.datasets.mixtures import EXPLANATORY
 from virst_jax.data.frames import flex_frames, segmentation_frames, training_anchors, training_frames
+from virst_jax.data.patches import PATCH_WORDS, objects_of_patches, paths_in_words
 from virst_jax.data.prompts import Prompt, Tokenizer, build_prompt
 from virst_jax.data.samples import Question, Video
 from virst_jax.data.sequence import splice
@@ -75,9 +76,7 @@ class BatchConfig:
 
 
 KINDS = ("video", "image", "video_text", "image_text", "video_patches", "image_patches")
-PATCH_WORDS = 6  # W
 NOWHERE = "nothing"  # what a patch of the background shows
-SEEN = 0.12  # share of a patch that an object must cover to be what the patch shows
 
 
 class ExampleMaker:
@@ -216,25 +215,25 @@ class ExampleMaker:
         """Words of the object that covers most of a patch, none where it covers too little; background and objects
         weigh the same in sum."""
         assert video.read_objects is not None
-        named = [[self.tokenizer.encode(f" {word}")[0] for word in thing] for thing in video.objects]
-        table = np.full((len(named) + 2, PATCH_WORDS), IGNORE, np.int32)
-        for row, ids in zip(table, [self.tokenizer.encode(f" {NOWHERE}"), *named]):
-            row[: len(ids)] = ids[:PATCH_WORDS]
         order, where = np.unique(sampled, return_inverse=True)
-        shown = video.read_objects(order.tolist())
-        grid, (height, width) = self.cfg.vision.grid, shown.shape[1:]
-        patch = (np.arange(height) * grid // height)[:, None] * grid + np.arange(width) * grid // width
-        rows = []
-        for labels in shown:
-            counts = np.bincount((labels * grid**2 + patch).ravel(), minlength=(len(named) + 1) * grid**2)
-            cover = counts.reshape(len(named) + 1, grid**2) / np.bincount(patch.ravel())
-            best = cover[1:].argmax(0) + 1 if named else np.zeros(grid**2, int)
-            most = cover[best, np.arange(grid**2)]
-            rows.append(np.where(cover[0] == 1, 0, np.where(most >= SEEN, best, len(named) + 1)))
-        number = np.stack(rows)[where].reshape(-1, clip * grid**2)
+        shown = video.read_objects(order.tolist())[where]
+        named = [[self.tokenizer.encode(f" {word}")[0] for word in thing] for thing in video.objects]
+        nowhere = self.tokenizer.encode(f" {NOWHERE}")
+        words, weights = [], []
+        for frames in shown.reshape(-1, clip, *shown.shape[1:]):
+            places = paths_in_words(frames, len(named))
+            table = np.full((len(named) + 2, PATCH_WORDS), IGNORE, np.int32)
+            for row, ids in zip(table, [nowhere, *named]):
+                row[: len(ids)] = ids
+            for row, ids, place in zip(table[1:], named, places):
+                row[len(ids) : len(ids) + len(place)] = [self.tokenizer.encode(letter)[0] for letter in place]
+            number = objects_of_patches(frames, len(named), self.cfg.vision.grid)
+            words.append(table[number].reshape(-1, PATCH_WORDS))
+            weights.append(number.ravel())
+        number = np.stack(weights)
         back, front = number == 0, (number > 0) & (number <= len(named))
-        weights = back / max(1, back.sum()) + front / max(1, front.sum())
-        return {"words": table[number], "weights": weights.astype(np.float32)}
+        share = back / max(1, back.sum()) + front / max(1, front.sum())
+        return {"words": np.stack(words), "weights": share.astype(np.float32)}
 
     def _fits(self, prompt: Prompt) -> bool:
         before = int(np.flatnonzero(prompt.input_ids == IMAGE_TOKEN)[0])

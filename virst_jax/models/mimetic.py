@@ -8,25 +8,30 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from virst_jax.config import QwenConfig
+from virst_jax.config import VirstConfig
 from virst_jax.optim import flatten, unflatten
 
-KEPT = 0.5  # of the random output projection
+KEPT = 0.5  # of the random output projections
+SHARPER = 2.0  # queries and keys of the video encoder: what a patch shows is a small part of its position's table
 
 
-def mimic_attention(params: Any, cfg: QwenConfig) -> Any:
-    """Parameters of a Virst with random ones in its language model -> the same with likened projections.
+def mimic_attention(params: Any, cfg: VirstConfig) -> Any:
+    """Random parameters of a Virst -> the same with likened projections in language model and video encoder.
 
     A query head takes the kernel of the key head that it reads; an output projection gains its values' transposed.
     """
-    flat = flatten(params)
+    flat, llm = flatten(params), cfg.llm
     q, k, v, o = (f"llm/layers/attn/{name}_proj/kernel" for name in "qkvo")
     layers, width = flat[q].shape[:2]
-    repeats = cfg.num_heads // cfg.num_kv_heads
+    repeats = llm.num_heads // llm.num_kv_heads
 
     def by_query_head(kernel: Any) -> Any:
-        return jnp.repeat(kernel.reshape(layers, width, cfg.num_kv_heads, cfg.head_dim), repeats, axis=2)
+        return jnp.repeat(kernel.reshape(layers, width, llm.num_kv_heads, llm.head_dim), repeats, axis=2)
 
     flat[q] = by_query_head(flat[k]).reshape(flat[q].shape)
     flat[o] = KEPT * flat[o] + by_query_head(flat[v]).transpose(0, 2, 3, 1).reshape(flat[o].shape)
+    qkv, out = "vision/layers/attn/qkv/kernel", "vision/layers/attn/proj/kernel"
+    _, keys, values = jnp.moveaxis(flat[qkv], 2, 0)
+    flat[qkv] = jnp.stack([SHARPER * keys, SHARPER * keys, values], axis=2)
+    flat[out] = KEPT * flat[out] + values.swapaxes(1, 2)
     return unflatten(flat)

@@ -17,7 +17,7 @@ from virst_jax.models.sam2.sam2 import Sam2
 from virst_jax.models.st_fusion import InitialFusion, SecondFusion
 from virst_jax.models.umt import VideoEncoder
 
-PATCH_SCALE = 16.0
+PATCH_SCALE = 24.0
 
 
 class Virst(nn.Module):
