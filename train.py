@@ -196,6 +196,8 @@ class Run:
             self.export(state)
         finally:
             bar.close()
+            for iterator in iterators.values():
+                iterator.close()
             if log:
                 log.close()
             saved.close()

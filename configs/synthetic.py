@@ -46,16 +46,23 @@ def get_config() -> ConfigDict:
     # muon needs a third of the steps that adamw does
     optim = {"name": "muon", "muon_rms": 0.5, "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.98}
     optim |= {"weight_decay": 0.01, "clip_norm": 1.0}
-    c.stages = ("words", "stage1", "stage2", "stage3")
-    # the video encoder learns what patches show, in the language model's words, before anyone has to read it
+    c.stages = ("words", "paths", "stage1", "stage2", "stage3")
+    # the video encoder learns what patches show, in the language model's words, before anyone has to read it; motion
+    # comes last, hence twice
     c.words = {
         "steps": 1600,
         "optim": {**optim, "warmup_steps": 50, "final_factor": 0.3},
         "groups": (("(vision|projector|llm/embed_tokens)/.*", 1.0), (".*", 0.0)),
         "data": {"patches": data("video_patches", 0.8, 8, 5), "image_patches": data("image_patches", 0.2, 8, 6)},
     }
+    c.paths = {
+        "steps": 1500,
+        "optim": {**optim, "warmup_steps": 50, "final_factor": 0.1},
+        "groups": c.words.groups,
+        "data": {"patches": data("video_patches", 0.85, 8, 8), "image_patches": data("image_patches", 0.15, 8, 9)},
+    }
     c.stage1 = {
-        "steps": 600,
+        "steps": 400,
         "optim": {**optim, "final_factor": 0.8},
         "groups": groups,
         "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=simple, **many)},
@@ -69,7 +76,7 @@ def get_config() -> ConfigDict:
     tracked = {**named, "conversations": 4, "anchors": 2, "propagate": True, "after": 2, "before": 1}
     tracked["policy"] = "random"  # frames next to each other, too
     c.stage3 = {
-        "steps": 200,
+        "steps": 150,
         "optim": {**optim, "learning_rate": 7e-4, "warmup_steps": 20, "final_factor": 0.02},
         "groups": (*unused, ("sam2/image_encoder/.*", 0.0), (".*", 1.0)),
         "data": {"tracked": data("video", 1.0, 4, 4, **tracked)},

@@ -191,6 +191,21 @@ def test_the_stream_follows_from_the_seed_and_goes_on_from_its_state():
     assert (other["frames"] != first[0]["frames"]).any()
 
 
+def test_worker_processes_change_nothing():
+    batch = KINDS["image_text"]
+    maker = ExampleMaker(CFG, TOKENIZER, batch)
+    plain = batches(source(batch), maker, seed=7, threads=1)
+    worked = batches(source(batch), maker, seed=7, threads=1, workers=2)
+    try:
+        for _ in range(2):
+            assert (next(plain)["clips"] == next(worked)["clips"]).all()
+        state, wanted = worked.get_state(), next(worked)
+        worked.set_state(state)
+        assert (next(worked)["clips"] == wanted["clips"]).all()
+    finally:
+        worked.close()
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 1000])
 def test_sources_of_any_size(count):
     batch = KINDS["image_text"]

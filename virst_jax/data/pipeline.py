@@ -9,6 +9,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from virst_jax.data.batches import Arrays, ExampleMaker, stack
 from virst_jax.data.samples import Source, Video
@@ -80,5 +81,7 @@ def batches(
     data = data.batch(size // process_count, batch_fn=stack)
     stream = data.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain's processes read flags of theirs, which nobody need have parsed
+            flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(stream)
