@@ -29,7 +29,7 @@ from virst_jax.data.prompts import Tokenizer, load_tokenizer
 from virst_jax.data.sources import make_source
 from virst_jax.errors import UserError
 from virst_jax.evaluation.held_out import Score, score_videos, summarize
-from virst_jax.losses import PatchBatch, TextBatch, VideoBatch
+from virst_jax.losses import PatchBatch, ReadBatch, TextBatch, VideoBatch
 from virst_jax.models.lora import add_lora
 from virst_jax.models.mimetic import mimic_attention
 from virst_jax.models.virst import Virst
@@ -175,7 +175,8 @@ class Run:
         log = TrainLog(self.folder, begin) if main else None
         bar = tqdm(total=stage.steps, initial=begin, desc=stage.name, disable=not main, dynamic_ncols=True)
         meter = Meter(self, bar, log)
-        segments = not all(data.batch.is_patches for data in stage.data)  # else there is nothing to evaluate yet
+        # before, there is nothing to evaluate yet
+        segments = any(data.batch.kind in ("video", "image") for data in stage.data)
         try:
             with stop_signals() as stopped:
                 for step in range(begin, stage.steps):
@@ -277,7 +278,7 @@ class Meter:
         self.flush()
         if name not in self.cost:
             self.cost[name] = self.run.step_flops(batch).model
-        frames = batch.clips.shape[0] * batch.clips.shape[1] * batch.clips.shape[2]
+        frames = 0 if isinstance(batch, ReadBatch) else int(np.prod(batch.clips.shape[:3]))
         self.waiting = (step, name, metrics, arrays, frames)
 
     def flush(self) -> None:
@@ -374,8 +375,10 @@ def _state_parts(state: TrainState) -> dict[str, Any]:
 
 
 def as_batch(arrays: Mapping[str, Any], shared: int) -> Batch:
-    if "words" in arrays:
+    if "weights" in arrays:
         return PatchBatch(**arrays)
+    if "words" in arrays:
+        return ReadBatch(**arrays, shared=shared)
     return (VideoBatch if "frames" in arrays else TextBatch)(**arrays, shared=shared)
 
 

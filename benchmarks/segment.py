@@ -271,11 +271,11 @@ def peer_of(network: Network, threads: int) -> Iterator[Any]:
         torch.set_num_threads(before)
 
 
-def measure(options: argparse.Namespace, cfg: VirstConfig, threads: int, say: Say) -> dict[str, Any]:
-    """All figures of the parts that are asked for."""
+def measure(result: dict[str, Any], options: argparse.Namespace, cfg: VirstConfig, threads: int, say: Say) -> None:
+    """Puts all figures of the parts that are asked for into `result`, each as soon as it is there."""
     peak, origin = device_peak()
     packages = ["jax", "jaxlib"] + (["torch", "transformers"] if WITH_PEER & set(options.parts) else [])
-    result: dict[str, Any] = {
+    result |= {
         "config": cfg.name,
         "processor": platform.processor() or platform.machine(),
         "threads": threads,
@@ -311,7 +311,6 @@ def measure(options: argparse.Namespace, cfg: VirstConfig, threads: int, say: Sa
         result["stages"] = measure_stages(
             cfg, layers=layers, expressions=options.expressions, repeats=options.repeats, say=say
         )
-    return result
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -374,15 +373,20 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, VirstConfig]
 
 def main(arguments: list[str] | None = None) -> int:
     console = Console(width=120)
+    result: dict[str, Any] = {}
     try:
         options, cfg = parse(arguments)
         cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, dtype="float32", param_dtype="float32"))
         with limited_threads(options.threads) as threads, console.status("starting") as status:
             say = status.update if console.is_terminal else lambda message: print(message, file=sys.stderr)
-            result = measure(options, cfg, threads, say)
+            measure(result, options, cfg, threads, say)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was measured until now:", file=sys.stderr)
+        if "many" not in result:
+            return 130
     show(result, console)
     if options.json:
         beside = options.json.with_name(f".{options.json.name}.{os.getpid()}")

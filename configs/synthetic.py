@@ -33,12 +33,21 @@ def get_config() -> ConfigDict:
         return {"kind": kind, "weight": weight, "batch_size": batch_size, "sources": {"shapes": source}, **values}
 
     # with name_targets the sentence is read after a few hundred steps; without, all shapes are segmented for thousands
-    named = {"text_length": 56, "name_targets": True}
+    named = {"text_length": 64, "name_targets": True}
     image = data("image", 0.3, 8, 1, conversations=8, **named)
     # many sentences of a video and few masks of each: what the language model has to learn takes longer
     many = {**named, "conversations": 12, "seg_frames": 2, "anchors": 1}
     # what can be seen at once comes first: in a mixture with the rest it takes three times as many sentences
     simple = {"appearance": 3.0, "motion": 3.0, "relation": 0.5, "several": 0.5, "none": 0.5}
+    every = {
+        "appearance": 3.0,
+        "motion": 3.0,
+        "relation": 1.0,
+        "time": 1.0,
+        "reasoning": 1.0,
+        "several": 1.0,
+        "none": 1.0,
+    }
 
     unused = (("(occ_predictor|initial_fusion)/.*", 0.0), ("sam2/(no_memory_position|mask_downsample/.*)", 0.0))
     # the fusion normalises after its residual: at the full rate its prompts all become alike
@@ -46,7 +55,7 @@ def get_config() -> ConfigDict:
     # muon needs a third of the steps that adamw does
     optim = {"name": "muon", "muon_rms": 0.5, "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.98}
     optim |= {"weight_decay": 0.01, "clip_norm": 1.0}
-    c.stages = ("words", "paths", "stage1", "stage2", "stage3")
+    c.stages = ("words", "paths", "read", "stage1", "stage2", "stage3")
     # the video encoder learns what patches show, in the language model's words, before anyone has to read it; motion
     # comes last, hence twice
     c.words = {
@@ -61,6 +70,17 @@ def get_config() -> ConfigDict:
         "groups": c.words.groups,
         "data": {"patches": data("video_patches", 0.85, 8, 8), "image_patches": data("image_patches", 0.15, 8, 9)},
     }
+    # and the language model reads them, as words without error and without pixels
+    reading = {"conversations": 12, "text_length": 64}
+    c.read = {
+        "steps": 1000,
+        "optim": {**optim, "final_factor": 0.2},
+        "groups": (("llm/embed_tokens/.*", 0.0), ("llm/.*", 1.0), (".*", 0.0)),
+        "data": {
+            "read": data("video_read", 0.8, 8, 10, categories=every, **reading),
+            "image_read": data("image_read", 0.2, 8, 11, **reading),
+        },
+    }
     c.stage1 = {
         "steps": 400,
         "optim": {**optim, "final_factor": 0.8},
@@ -68,16 +88,16 @@ def get_config() -> ConfigDict:
         "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=simple, **many)},
     }
     c.stage2 = {
-        "steps": 900,
-        "optim": {**optim, "final_factor": 0.2},
+        "steps": 600,
+        "optim": {**optim, "learning_rate": 8e-4, "final_factor": 0.05},
         "groups": groups,
-        "data": {"video": data("video", 1.0, 8, 7, **many)},
+        "data": {"video": data("video", 1.0, 8, 7, categories=every, **many)},
     }
     tracked = {**named, "conversations": 4, "anchors": 2, "propagate": True, "after": 2, "before": 1}
     tracked["policy"] = "random"  # frames next to each other, too
     c.stage3 = {
         "steps": 150,
-        "optim": {**optim, "learning_rate": 7e-4, "warmup_steps": 20, "final_factor": 0.02},
+        "optim": {**optim, "learning_rate": 3e-4, "warmup_steps": 20, "final_factor": 0.02},
         "groups": (*unused, ("sam2/image_encoder/.*", 0.0), (".*", 1.0)),
         "data": {"tracked": data("video", 1.0, 4, 4, **tracked)},
     }

@@ -25,6 +25,9 @@ KINDS = {
     "image_text": BatchConfig(kind="image_text", batch_size=2, conversations=5, text_length=80),
 }
 PATCHES = {kind: BatchConfig(kind=kind, batch_size=2) for kind in ("video_patches", "image_patches")}
+READ = {
+    kind: BatchConfig(kind=kind, batch_size=2, conversations=5, text_length=80) for kind in ("video_read", "image_read")
+}
 
 
 def source(batch, **arguments):
@@ -32,9 +35,9 @@ def source(batch, **arguments):
     return made(20, 3, expressions=4, is_image=batch.is_image, **arguments)
 
 
-@pytest.mark.parametrize("name", [*KINDS, *PATCHES])
+@pytest.mark.parametrize("name", [*KINDS, *PATCHES, *READ])
 def test_shapes_are_as_announced(name):
-    batch = {**KINDS, **PATCHES}[name]
+    batch = {**KINDS, **PATCHES, **READ}[name]
     maker = ExampleMaker(CFG, TOKENIZER, batch)
     made = next(batches(source(batch), maker, seed=0, threads=1))
     announced = batch_shapes(CFG, batch, maker.shared)
@@ -140,6 +143,30 @@ def test_patches_have_the_words_of_what_they_show(kind):
                 elif (patch > 0).mean() < 0.1:
                     assert not found
                     assert not weights[0, y, x]
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_reading_shows_the_words_of_objects_first(kind):
+    batch, seen = READ[kind], kind.replace("read", "patches")
+    maker, patches = (ExampleMaker(CFG, TOKENIZER, b) for b in (batch, dataclasses.replace(batch, kind=seen)))
+    for index in range(4):
+        video = source(batch)[index]
+        read, every = maker(video, np.random.default_rng(3)), patches(video, np.random.default_rng(3))
+        assert read["words"].shape == (maker.num_visual, every["words"].shape[-1])
+        for clip, thin in zip(every["words"], np.split(read["words"], len(every["words"]))):
+            rows = [row.tobytes() for row in clip]
+            place = -1
+            for row in thin:  # in their order
+                place = rows.index(row.tobytes(), place + 1)
+            nothing = TOKENIZER.encode(" nothing")[1]
+            things = [{row.tobytes() for row in x if row[0] != IGNORE and row[1] != nothing} for x in (clip, thin)]
+            assert things[0] == things[1]
+        answers = {e.text: e.answer for e in video.expressions}
+        for row in range(4):
+            text = TOKENIZER.decode(read["token_ids"][row][read["mask"][row]])
+            said = max((t for t in answers if t in text), key=len)
+            words = TOKENIZER.encode(" " + answers[said])[: CFG.num_seg_tokens]
+            assert read["labels"][row][read["labels"][row] != IGNORE].tolist() == words
 
 
 def test_motion_is_a_word_of_video_patches():

@@ -8,7 +8,7 @@ import pytest
 
 from virst_jax import losses
 from virst_jax.config import IGNORE, tiny
-from virst_jax.losses import PatchBatch, TextBatch, VideoBatch, patch_loss, text_loss, video_losses
+from virst_jax.losses import PatchBatch, ReadBatch, TextBatch, VideoBatch, patch_loss, text_loss, video_losses
 from virst_jax.models.virst import Virst
 
 SHARED, TAIL, ROWS = 40, 20, 3  # 32 visual tokens stand in the shared part
@@ -152,12 +152,46 @@ def test_patch_loss_by_hand(cfg, params):
     norm = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     logits = 24 * norm(np.asarray(tokens, np.float64)) @ norm(table).T
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    total = found = 0.0
+    total = found = far = 0.0
     for clip, patch in np.ndindex(2, 36):
         said = [w for w in words[clip, patch] if w != IGNORE]
         best = np.sort(logits[clip, patch])[::-1][: len(said)]
+        if said:
+            ideal = table[said].sum(0) / np.sqrt(len(said))
+            apart = np.square(tokens[clip, patch] - ideal).sum() / np.square(ideal).sum()
+            far += weights[clip, patch] * np.log(1 + apart)
         for word in said:
             total -= weights[clip, patch] * logits[clip, patch, word] / len(said)
             found += weights[clip, patch] * (logits[clip, patch, word] in best) / len(said)
-    assert float(loss) == pytest.approx(total / weights.sum(), rel=1e-4)
+    assert float(parts["patch_loss"]) == pytest.approx(total / weights.sum(), rel=1e-4)
+    assert float(parts["patch_distance"]) == pytest.approx(far / weights.sum(), rel=1e-4)
+    assert float(loss) == pytest.approx((total + far) / weights.sum(), rel=1e-4)
     assert float(parts["patch_recall"]) == pytest.approx(found / weights.sum(), abs=1e-5)
+
+
+def test_reading_in_words_by_hand(cfg, params):
+    video = make_batch(cfg, SHARED)
+    words = np.random.default_rng(2).integers(0, 60, (32, 4)).astype(np.int32)
+    words[3, 2:] = IGNORE
+    words[5] = IGNORE
+    parts = (video.token_ids, video.visual_index, video.labels, video.mask)
+
+    def loss(params, shared):
+        return text_loss(cfg, params, ReadBatch(words, *parts, shared=shared))[0]
+
+    table = np.asarray(params["llm"]["embed_tokens"]["embedding"])
+    embeds = table[video.token_ids]
+    for row, position in np.argwhere(video.visual_index >= 0):
+        said = [w for w in words[video.visual_index[row, position]] if w != IGNORE]
+        embeds[row, position] = table[said].sum(0) / np.sqrt(max(1, len(said)))
+    hidden = Virst(cfg).apply({"params": params}, embeds, video.mask, method=Virst.hidden)
+    logits = np.asarray(Virst(cfg).apply({"params": params}, hidden, method=Virst.logits), np.float64)[:, :-1]
+    target = np.where(video.labels == cfg.seg_token_id, IGNORE, video.labels)[:, 1:]
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.mean([logits[row, i, target[row, i]] for row, i in np.argwhere(target != IGNORE)])
+    gradients = {}
+    for shared in (0, SHARED):
+        value, gradients[shared] = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, shared)
+        assert float(value) == pytest.approx(cfg.loss.ce * expected, rel=1e-4)
+    assert_same(gradients[0], gradients[SHARED])
+    assert not any(np.any(x) for x in jax.tree.leaves(gradients[0]["vision"]))

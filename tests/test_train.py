@@ -44,8 +44,9 @@ def test_it_learns_and_leaves_a_model(undisturbed):
     assert virst_jax.load(model).cfg.name == "tiny"
 
 
-def test_words_of_patches_are_learnt(tmp_path):
-    config = recipe("image_patches", learning_rate=1e-2, name="muon", ema=0.0)
+@pytest.mark.parametrize("kind", ["image_patches", "image_read"])
+def test_words_come_before_masks(tmp_path, kind):
+    config = recipe(kind, learning_rate=1e-2, name="muon", ema=0.0)
     config.eval.videos = 1  # of which there can be no evaluation yet
     train.train(config, tmp_path)
     found = losses(tmp_path)

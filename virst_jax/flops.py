@@ -182,8 +182,9 @@ class StepShape:
 
     @classmethod
     def of(cls, batch: Any) -> "StepShape":
-        """Of a losses.PatchBatch, TextBatch or VideoBatch of arrays or shapes with a leading axis of videos."""
-        videos, clips, clip_frames = batch.clips.shape[:3]
+        """Of a batch of virst_jax.losses: arrays or shapes with a leading axis of videos."""
+        # what is read in words is not encoded
+        videos, clips, clip_frames = batch.clips.shape[:3] if hasattr(batch, "clips") else (batch.words.shape[0], 0, 1)
         if not hasattr(batch, "token_ids"):
             return cls(videos, clips, clip_frames, 0, 0, patches=batch.words.shape[2])
         _, conversations, length = batch.token_ids.shape

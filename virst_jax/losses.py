@@ -49,6 +49,18 @@ class PatchBatch:
 
 
 @flax.struct.dataclass
+class ReadBatch:
+    """Conversations about one video or image that is given in words; fields as in TextBatch."""
+
+    words: jax.Array  # int32[V, W], what each visual token shows, IGNORE where there are fewer
+    token_ids: jax.Array
+    visual_index: jax.Array
+    labels: jax.Array
+    mask: jax.Array
+    shared: int = flax.struct.field(pytree_node=False, default=0, kw_only=True)
+
+
+@flax.struct.dataclass
 class TextBatch:
     """Conversations about one video or image; all arrays of fixed shape.
 
@@ -84,23 +96,30 @@ def patch_loss(
     """Cross-entropy of the words of every patch, float32[], and {"patch_loss": it, "patch_recall": float32[]}.
 
     The video encoder's pretraining, which the release takes from others: it makes a visual token point where the
-    embeddings of its words do. The recall is the share of a patch's words that are the likeliest ones.
+    embeddings of its words do, and as far: log(1 + its squared distance, relative to that) is added. The recall is the
+    share of a patch's words that are the likeliest ones.
     """
-    logits = _applier(cfg, params, None)(Virst.patch_words, _normalised(batch.clips))  # [clips, P, vocabulary]
+    apply = _applier(cfg, params, None)
+    logits, patches = apply(Virst.patch_words, _normalised(batch.clips))  # [clips, P, vocabulary], [clips, P, D]
     said = batch.words != IGNORE
     number = said.sum(-1)
     words = jnp.where(said, batch.words, 0)
     share = said * (batch.weights / jnp.maximum(number, 1))[..., None]
     share = share / jnp.maximum(share.sum(), 1e-6)
     loss = -(share * jnp.take_along_axis(jax.nn.log_softmax(logits), words, axis=-1)).sum()
+    ideal = jax.lax.stop_gradient(apply(Virst.embed_words, batch.words)).astype(jnp.float32)
+    square = lambda x: jnp.square(x).sum(-1)  # noqa: E731
+    each = square(patches - ideal) / jnp.maximum(square(ideal), 1e-6)
+    distance = (share.sum(-1) * jnp.log1p(each)).sum()  # at the start it is in the thousands
     best = jax.lax.top_k(logits, words.shape[-1])[0]
     least = jnp.take_along_axis(best, jnp.maximum(number - 1, 0)[..., None], axis=-1)
     found = jnp.take_along_axis(logits, words, axis=-1) >= least
-    return loss, {"patch_loss": loss, "patch_recall": (share * found).sum()}
+    parts = {"patch_loss": loss, "patch_distance": distance, "patch_recall": (share * found).sum()}
+    return loss + distance, parts
 
 
 def text_loss(
-    cfg: VirstConfig, params: Any, batch: TextBatch, dropout_rng: jax.Array | None = None
+    cfg: VirstConfig, params: Any, batch: TextBatch | ReadBatch, dropout_rng: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Cross-entropy of conversations without segmentation, float32[], and {"ce_loss": the same}."""
     apply = _applier(cfg, params, dropout_rng)
@@ -192,15 +211,20 @@ def _normalised(pixels: jax.Array) -> jax.Array:
     return (pixels.astype(jnp.float32) / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
-def _embed(apply: Any, batch: TextBatch) -> jax.Array:
-    visual = apply(Virst.encode_clips, _normalised(batch.clips))
+def _embed(apply: Any, batch: TextBatch | ReadBatch) -> jax.Array:
+    if isinstance(batch, ReadBatch):
+        visual = apply(Virst.embed_words, batch.words)
+    else:
+        visual = apply(Virst.encode_clips, _normalised(batch.clips))
     visual = visual.reshape(1, -1, visual.shape[-1])
     conversations = batch.token_ids.shape[0]
     visual = jnp.broadcast_to(visual, (conversations, *visual.shape[1:]))
     return apply(Virst.embed, batch.token_ids, batch.visual_index, visual)
 
 
-def _read(apply: Any, batch: TextBatch, embeds: jax.Array, deterministic: bool) -> tuple[jax.Array | None, jax.Array]:
+def _read(
+    apply: Any, batch: TextBatch | ReadBatch, embeds: jax.Array, deterministic: bool
+) -> tuple[jax.Array | None, jax.Array]:
     """Hidden states of the shared positions dtype[1, P, D], or None, and of the others dtype[O, L - P, D]."""
     if batch.shared:
         return apply(Virst.hidden_after_prefix, embeds, batch.mask, batch.shared, deterministic=deterministic)
@@ -208,7 +232,7 @@ def _read(apply: Any, batch: TextBatch, embeds: jax.Array, deterministic: bool) 
 
 
 def _cross_entropy(
-    cfg: VirstConfig, apply: Any, hidden: tuple[jax.Array | None, jax.Array], batch: TextBatch
+    cfg: VirstConfig, apply: Any, hidden: tuple[jax.Array | None, jax.Array], batch: TextBatch | ReadBatch
 ) -> jax.Array:
     """Next-token cross-entropy, averaged over the labels that count; [SEG] does not."""
     labels = jnp.where(batch.labels == cfg.seg_token_id, IGNORE, batch.labels)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from virst_jax.config import VirstConfig
-from virst_jax.losses import PatchBatch, TextBatch, VideoBatch, patch_loss, text_loss, video_losses
+from virst_jax.losses import PatchBatch, ReadBatch, TextBatch, VideoBatch, patch_loss, text_loss, video_losses
 from virst_jax.optim import Groups, OptimConfig, join, make_optimizer, split, update_ema
 from virst_jax.sharding import gather
 
-Batch = PatchBatch | TextBatch
+Batch = PatchBatch | ReadBatch | TextBatch
 Metrics = dict[str, jax.Array]
 
 
@@ -55,14 +55,14 @@ def batch_loss(
     """The mean loss over the videos of a batch.
 
     Args:
-      batch: a PatchBatch, TextBatch or VideoBatch whose arrays have a leading axis B.
+      batch: a PatchBatch, ReadBatch, TextBatch or VideoBatch whose arrays have a leading axis B.
       rng: of dropout; None: without.
       mesh_axes: the mesh axes that share out B.
 
     Returns:
       float32[], and the parts, float32[].
     """
-    count = batch.clips.shape[0]
+    count = jax.tree.leaves(batch)[0].shape[0]
     losses: Callable[..., Any] = text_loss
     if isinstance(batch, PatchBatch):
         losses = patch_loss

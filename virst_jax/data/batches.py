@@ -29,7 +29,7 @@ class BatchConfig:
     """The shape of a kind of batch, and how its samples are drawn."""
 
     # video | image: to be segmented; video_text | image_text: questions; video_patches | image_patches: what each patch
-    # shows, in words
+    # shows, in words; video_read | image_read: naming targets, with those words in place of pixels
     kind: str = "video"
     batch_size: int = 1  # of all processes together
     conversations: int = 3  # O, expressions or questions of a sample
@@ -59,6 +59,10 @@ class BatchConfig:
         return self.kind.endswith("_patches")
 
     @property
+    def is_read(self) -> bool:
+        return self.kind.endswith("_read")
+
+    @property
     def num_frames(self) -> int:
         """T"""
         return 1 if self.is_image else min(self.seg_frames, self.vlm_frames)
@@ -75,7 +79,7 @@ class BatchConfig:
         return min(self.num_frames, self.num_anchors * each)
 
 
-KINDS = ("video", "image", "video_text", "image_text", "video_patches", "image_patches")
+KINDS = tuple(f"{what}{kind}" for kind in ("", "_text", "_patches", "_read") for what in ("video", "image"))
 NOWHERE = "nothing"  # what a patch of the background shows
 
 
@@ -120,7 +124,7 @@ class ExampleMaker:
         return build_prompt(self.tokenizer, question, text_only=True, explanation=answer)
 
     def __call__(self, sample: Video | Question, rng: np.random.Generator) -> Arrays:
-        """A sample with its draws -> the arrays of a PatchBatch, TextBatch or VideoBatch (see virst_jax.losses).
+        """A sample with its draws -> the arrays of its kind of batch (see virst_jax.losses).
 
         Raises:
           UserError: the sample is of the other kind, or no expression of it fits.
@@ -128,14 +132,18 @@ class ExampleMaker:
         batch = self.batch
         if isinstance(sample, Question) != batch.is_text or sample.is_image != batch.is_image:
             raise UserError(f"{sample.name}: a sample of another kind than the batch ({batch.kind}); check the recipe")
-        if batch.is_patches and (isinstance(sample, Question) or sample.read_objects is None):
+        if (batch.is_patches or batch.is_read) and (isinstance(sample, Question) or sample.read_objects is None):
             raise UserError(f"{sample.name}: no words for the objects of its frames; {batch.kind} needs synthetic data")
         sampled = self._frames(sample, rng)
+        clip = 1 if batch.is_image else self.cfg.vision.clip_frames
+        if batch.is_read:
+            assert isinstance(sample, Video)
+            words = self._patches(sample, sampled, clip)["words"]
+            return {"words": self._thin(words, rng), **self._sentences(sample, rng, naming=True)[0]}
         kept = [0] if batch.is_image else segmentation_frames(len(sampled), batch.seg_frames, rng=rng)
         frames = sample.read_frames(sorted(set(sampled)))
         frames = frames[np.searchsorted(sorted(set(sampled)), sampled)]
         clips = resized(frames, self.cfg.vision.image_size, "bicubic")
-        clip = 1 if batch.is_image else self.cfg.vision.clip_frames
         out: Arrays = {"clips": clips.reshape(-1, clip, *clips.shape[1:])}
         if isinstance(sample, Question):
             return {**out, **self._questions(sample, rng)}
@@ -169,19 +177,7 @@ class ExampleMaker:
         cfg, batch = self.cfg, self.batch
         if video.read_masks is None:
             raise UserError(f"{video.name}: its masks are not public; train on a split that has them")
-        chosen: list[int] = []
-        prompts: list[Prompt] = []
-        explain, in_text = _explains(video, rng)
-        for i in rng.permutation(len(video.expressions)):
-            given = video.expressions[i]
-            extra = {"explanation": given.explanation, "text_only": in_text} if explain and given.explanation else {}
-            prompt = self._segment(given.text, *rng.integers(12, size=2), **extra)
-            if self._fits(prompt) and len(prompts) < batch.conversations:
-                chosen.append(int(i))
-                prompts.append(prompt)
-        out = self._conversations(prompts, video.name)
-        if batch.name_targets:
-            self._name_targets(out, [video.expressions[i].answer for i in chosen])
+        out, chosen, in_text = self._sentences(video, rng, batch.name_targets)
         anchors, used = training_anchors(
             rng, len(kept), batch.num_anchors, batch.after, batch.before, propagate=batch.propagate
         )
@@ -202,6 +198,37 @@ class ExampleMaker:
             # an answer in text alone has no masks to learn from
             "conversation_valid": np.arange(batch.conversations) < (0 if in_text else len(chosen)),
         }
+
+    def _sentences(self, video: Video, rng: np.random.Generator, naming: bool) -> tuple[Arrays, list[int], bool]:
+        """Conversations of a video's expressions, which of them, and whether they are answered in text alone."""
+        chosen: list[int] = []
+        prompts: list[Prompt] = []
+        explain, in_text = _explains(video, rng)
+        for i in rng.permutation(len(video.expressions)):
+            given = video.expressions[i]
+            extra = {"explanation": given.explanation, "text_only": in_text} if explain and given.explanation else {}
+            prompt = self._segment(given.text, *rng.integers(12, size=2), **extra)
+            if self._fits(prompt) and len(prompts) < self.batch.conversations:
+                chosen.append(int(i))
+                prompts.append(prompt)
+        out = self._conversations(prompts, video.name)
+        if naming:
+            self._name_targets(out, [video.expressions[i].answer for i in chosen])
+        if self.batch.is_read:
+            del out["seg_positions"]
+        return out, chosen, in_text
+
+    def _thin(self, words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Words of all patches int32[clips, P, W] -> of as many as there are visual tokens, int32[V, W].
+
+        Background is left out first, as it is merged first.
+        """
+        rows = []
+        for clip in words:
+            plain = (clip[:, 0] == IGNORE) | (clip == self.tokenizer.encode(f" {NOWHERE}")[0]).any(1)
+            order = np.argsort(plain + rng.random(len(clip)))[: self.num_visual // len(words)]
+            rows.append(clip[np.sort(order)])
+        return np.concatenate(rows)
 
     def _name_targets(self, out: Arrays, answers: Sequence[str]) -> None:
         """Makes the words of the answers the only labels: what follows the first [SEG], the second, ..."""
@@ -294,14 +321,17 @@ def batch_shapes(
         patches = (rows, clips, frames * cfg.vision.grid**2)
         return {"clips": pixels, "words": ((*patches, PATCH_WORDS), np.int32), "weights": (patches, np.float32)}
     words = (rows, conversations, length)
+    seen: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"clips": pixels}
+    if batch.is_read:
+        seen = {"words": ((rows, visual_tokens(cfg, batch), PATCH_WORDS), np.int32)}
     shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
-        "clips": pixels,
+        **seen,
         "token_ids": (words, np.int32),
         "visual_index": (words, np.int32),
         "labels": (words, np.int32),
         "mask": (words, np.bool_),
     }
-    if batch.is_text:
+    if batch.is_text or batch.is_read:
         return shapes
     used = batch.num_used
     return shapes | {

@@ -38,15 +38,24 @@ class Virst(nn.Module):
         """Normalised clips float[B, frames, S, S, 3] -> visual tokens dtype[B, tokens, D]; one frame: a still image."""
         return self.projector(self.vision(pixels), pixels.shape[1])
 
-    def patch_words(self, pixels: jax.Array) -> jax.Array:
-        """Clips as above -> float32[B, patches, vocab]: what each patch shows, before patches are merged.
+    def patch_words(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Clips as above -> what each patch shows, before patches are merged: float32[B, patches, vocab], and the
+        projected patches float32[B, patches, D].
 
-        The cosine of the projected patch and every word's embedding, times PATCH_SCALE.
+        The first is the cosine of the projected patch and every word's embedding, times PATCH_SCALE.
         """
         patches = self.projector(self.vision(pixels), pixels.shape[1], merge=False).astype(jnp.float32)
         words = self.llm.embed_tokens.embedding.astype(jnp.float32)
         norm = lambda x: x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)  # noqa: E731
-        return PATCH_SCALE * norm(patches) @ norm(words).T
+        return PATCH_SCALE * norm(patches) @ norm(words).T, patches
+
+    def embed_words(self, words: jax.Array) -> jax.Array:
+        """int[..., V, W], negative where there is none -> visual tokens dtype[..., V, D]: the sum of their words'
+        embeddings over the root of their number."""
+        said = words >= 0
+        table = self.llm.embed(jnp.maximum(words, 0).reshape(1, -1)).reshape(*words.shape, -1)
+        total = jnp.where(said[..., None], table, 0).sum(-2)
+        return total / jnp.sqrt(jnp.maximum(said.sum(-1, keepdims=True), 1)).astype(total.dtype)
 
     def embed(self, token_ids: jax.Array, visual_index: jax.Array, visual: jax.Array) -> jax.Array:
         """Input embeddings: text, with visual tokens at their places.
