@@ -6,10 +6,10 @@ products W_q W_k^T and W_v W_o of a head begin near multiples of the identity, s
 
 from typing import Any
 
+import flax.traverse_util
 import jax.numpy as jnp
 
 from virst_jax.config import VirstConfig
-from virst_jax.optim import flatten, unflatten
 
 KEPT = 0.5  # of the random output projections
 SHARPER = 2.0  # queries and keys of the video encoder: what a patch shows is a small part of its position's table
@@ -20,7 +20,7 @@ def mimic_attention(params: Any, cfg: VirstConfig) -> Any:
 
     A query head takes the kernel of the key head that it reads; an output projection gains its values' transposed.
     """
-    flat, llm = flatten(params), cfg.llm
+    flat, llm = flax.traverse_util.flatten_dict(params, sep="/"), cfg.llm
     q, k, v, o = (f"llm/layers/attn/{name}_proj/kernel" for name in "qkvo")
     layers, width = flat[q].shape[:2]
     repeats = llm.num_heads // llm.num_kv_heads
@@ -34,4 +34,4 @@ def mimic_attention(params: Any, cfg: VirstConfig) -> Any:
     _, keys, values = jnp.moveaxis(flat[qkv], 2, 0)
     flat[qkv] = jnp.stack([SHARPER * keys, SHARPER * keys, values], axis=2)
     flat[out] = KEPT * flat[out] + values.swapaxes(1, 2)
-    return unflatten(flat)
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
