@@ -197,8 +197,6 @@ class Run:
             self.export(state)
         finally:
             bar.close()
-            for iterator in iterators.values():
-                iterator.close()
             if log:
                 log.close()
             saved.close()
