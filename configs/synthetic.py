@@ -50,12 +50,13 @@ def get_config() -> ConfigDict:
     }
 
     unused = (("(occ_predictor|initial_fusion)/.*", 0.0), ("sam2/(no_memory_position|mask_downsample/.*)", 0.0))
-    # the fusion normalises after its residual: at the full rate its prompts all become alike
-    groups = (*unused, ("second_fusion/.*", 0.3), (".*", 1.0))
+    # the fusion normalises after its residual: at the full rate its prompts all become alike; and what has learned to
+    # see and to read goes on slowly while the tracker learns
+    groups = (*unused, ("second_fusion/.*", 0.3), ("(llm|vision|projector)/.*", 0.4), (".*", 1.0))
     # muon needs a third of the steps that adamw does
     optim = {"name": "muon", "muon_rms": 0.5, "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.98}
     optim |= {"weight_decay": 0.01, "clip_norm": 1.0}
-    c.stages = ("words", "paths", "read", "stage1", "stage2", "stage3")
+    c.stages = ("words", "paths", "read", "reason", "stage1", "stage2", "stage3")
     # the video encoder learns what patches show, in the language model's words, before anyone has to read it; motion
     # comes last, hence twice
     c.words = {
@@ -65,20 +66,29 @@ def get_config() -> ConfigDict:
         "data": {"patches": data("video_patches", 0.8, 8, 5), "image_patches": data("image_patches", 0.2, 8, 6)},
     }
     c.paths = {
-        "steps": 1500,
-        "optim": {**optim, "warmup_steps": 50, "final_factor": 0.1},
+        "steps": 3000,
+        "optim": {**optim, "warmup_steps": 50, "final_factor": 0.05},
         "groups": c.words.groups,
         "data": {"patches": data("video_patches", 0.85, 8, 8), "image_patches": data("image_patches", 0.15, 8, 9)},
     }
     # and the language model reads them, as words without error and without pixels
     reading = {"conversations": 12, "text_length": 64}
     c.read = {
-        "steps": 1000,
-        "optim": {**optim, "final_factor": 0.2},
+        "steps": 350,
+        "optim": {**optim, "warmup_steps": 50},
         "groups": (("llm/embed_tokens/.*", 0.0), ("llm/.*", 1.0), (".*", 0.0)),
         "data": {
-            "read": data("video_read", 0.8, 8, 10, categories=every, **reading),
-            "image_read": data("image_read", 0.2, 8, 11, **reading),
+            "read": data("video_read", 0.85, 8, 10, categories=simple, **reading),
+            "image_read": data("image_read", 0.15, 8, 11, **reading),
+        },
+    }
+    c.reason = {
+        "steps": 650,
+        "optim": {**optim, "warmup_steps": 50, "final_factor": 0.1},
+        "groups": c.read.groups,
+        "data": {
+            "read": data("video_read", 0.85, 8, 12, categories=every, **reading),
+            "image_read": data("image_read", 0.15, 8, 13, **reading),
         },
     }
     c.stage1 = {
@@ -88,7 +98,7 @@ def get_config() -> ConfigDict:
         "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=simple, **many)},
     }
     c.stage2 = {
-        "steps": 600,
+        "steps": 900,
         "optim": {**optim, "learning_rate": 8e-4, "final_factor": 0.05},
         "groups": groups,
         "data": {"video": data("video", 1.0, 8, 7, categories=every, **many)},

@@ -114,8 +114,8 @@ def test_take_turns() -> None:
 
 def test_sides_that_differ(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"stage": "image encoder", "ours": 1.0, "theirs": 2.0, "ratio": 2.0, "difference": 2e-3}
-    result = {"config": "small", "threads": 1, "stages": [], "compared": [row], "many": None}
-    monkeypatch.setattr(segment, "measure", lambda *args: result)
+    figures = {"config": "small", "threads": 1, "stages": [], "compared": [row], "many": None}
+    monkeypatch.setattr(segment, "measure", lambda result, *args: result.update(figures))
     assert segment.main(["--size", "small"]) == 1
     assert "image encoder" in capsys.readouterr().err
     row["difference"] = 1e-4
