@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import random
 import subprocess
 import sys
@@ -360,3 +361,39 @@ def test_the_package_does_without_jax_until_it_is_used():
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = virst_jax.nothing
+
+
+ON_A_MESH = """
+import sys
+import jax, numpy as np
+import virst_jax
+from virst_jax import sharding
+
+folder, clip, out = sys.argv[1:]
+mesh = sharding.make_mesh(1, 2, 2)
+model = virst_jax.load(folder, mesh=mesh)
+split = [x for x in jax.tree.leaves(model.network.params) if not x.sharding.is_fully_replicated]
+result = model.segment(np.load(clip), ["the dog", "A red cat   that runs", "what scared the seal?"])
+np.savez(out, split=len(split), masks=result.masks, scores=result.scores)
+"""
+
+
+@pytest.mark.xdist_group("mesh")
+def test_four_devices_give_what_one_gives(tmp_path):
+    folder, clip, out = tmp_path / "model", tmp_path / "clip.npy", tmp_path / "out.npz"
+    checkpoint.save_model(folder, CFG, params(), TOKENIZER)
+    np.save(clip, video(5))
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    subprocess.run(
+        [sys.executable, "-c", ON_A_MESH, folder, clip, out],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        cwd=Path(__file__).parents[1],
+        check=True,
+        timeout=900,
+    )
+    found = np.load(out)
+    assert found["split"] > 0
+    expected = load(folder).segment(video(5), [DOG, CAT, CAR])
+    scale = np.abs(expected.scores).max()
+    np.testing.assert_allclose(found["scores"], expected.scores, atol=1e-4 * scale)
+    assert (found["masks"] != expected.masks).mean() < 1e-3

@@ -18,7 +18,9 @@ def convolution(x, kernel):
     )
 
 
-@pytest.mark.parametrize(("shape", "size"), [((2, 9, 7, 3), 7), ((1, 4, 4, 2), 3), ((1, 3, 5, 2), 5)])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((2, 9, 7, 3), 7), ((1, 4, 4, 2), 3), ((1, 3, 5, 2), 5), ((2, 16, 5, 2), 7)]
+)
 def test_equals_xlas_convolution_with_its_gradients(shape, size):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
