@@ -92,15 +92,15 @@ def get_config() -> ConfigDict:
         },
     }
     c.stage1 = {
-        "steps": 400,
+        "steps": 700,
         "optim": {**optim, "final_factor": 0.8},
         "groups": groups,
         "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=simple, **many)},
     }
     c.stage2 = {
-        "steps": 900,
-        "optim": {**optim, "learning_rate": 8e-4, "final_factor": 0.05},
-        "groups": groups,
+        "steps": 1300,
+        "optim": {**optim, "learning_rate": 1.5e-3, "final_factor": 0.03},
+        "groups": (*unused, ("second_fusion/.*", 0.3), ("(llm|vision|projector)/.*", 0.25), (".*", 1.0)),
         "data": {"video": data("video", 1.0, 8, 7, categories=every, **many)},
     }
     tracked = {**named, "conversations": 4, "anchors": 2, "propagate": True, "after": 2, "before": 1}

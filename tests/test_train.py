@@ -44,13 +44,14 @@ def test_it_learns_and_leaves_a_model(undisturbed):
     assert virst_jax.load(model).cfg.name == "tiny"
 
 
-@pytest.mark.parametrize("kind", ["image_patches", "image_read"])
-def test_words_come_before_masks(tmp_path, kind):
+# in six steps patches learn which words are common; the language model, which has layers to go through, is slower
+@pytest.mark.parametrize(("kind", "share"), [("image_patches", 0.8), ("image_read", 0.95)])
+def test_words_come_before_masks(tmp_path, kind, share):
     config = recipe(kind, learning_rate=1e-2, name="muon", ema=0.0)
     config.eval.videos = 1  # of which there can be no evaluation yet
     train.train(config, tmp_path)
     found = losses(tmp_path)
-    assert float(found[6]) < 0.95 * float(found[1])
+    assert float(found[6]) < share * float(found[1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
