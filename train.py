@@ -29,7 +29,7 @@ from virst_jax.data.prompts import Tokenizer, load_tokenizer
 from virst_jax.data.sources import make_source
 from virst_jax.errors import UserError
 from virst_jax.evaluation.held_out import Score, score_videos, summarize
-from virst_jax.losses import PatchBatch, ReadBatch, TextBatch, VideoBatch
+from virst_jax.losses import CellBatch, PatchBatch, ReadBatch, TextBatch, VideoBatch
 from virst_jax.models.lora import add_lora
 from virst_jax.models.mimetic import mimic_attention
 from virst_jax.models.virst import Virst
@@ -276,7 +276,7 @@ class Meter:
         self.flush()
         if name not in self.cost:
             self.cost[name] = self.run.step_flops(batch).model
-        frames = 0 if isinstance(batch, ReadBatch) else int(np.prod(batch.clips.shape[:3]))
+        frames = int(np.prod(batch.clips.shape[:3])) if hasattr(batch, "clips") else 0
         self.waiting = (step, name, metrics, arrays, frames)
 
     def flush(self) -> None:
@@ -374,7 +374,7 @@ def _state_parts(state: TrainState) -> dict[str, Any]:
 
 def as_batch(arrays: Mapping[str, Any], shared: int) -> Batch:
     if "weights" in arrays:
-        return PatchBatch(**arrays)
+        return CellBatch(**arrays) if "frames" in arrays else PatchBatch(**arrays)
     if "words" in arrays:
         return ReadBatch(**arrays, shared=shared)
     return (VideoBatch if "frames" in arrays else TextBatch)(**arrays, shared=shared)

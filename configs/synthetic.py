@@ -52,11 +52,11 @@ def get_config() -> ConfigDict:
     unused = (("(occ_predictor|initial_fusion)/.*", 0.0), ("sam2/(no_memory_position|mask_downsample/.*)", 0.0))
     # the fusion normalises after its residual: at the full rate its prompts all become alike; and what has learned to
     # see and to read goes on slowly while the tracker learns
-    groups = (*unused, ("second_fusion/.*", 0.3), ("(llm|vision|projector)/.*", 0.4), (".*", 1.0))
+    groups = (*unused, ("second_fusion/.*", 0.3), ("(llm|vision|projector)/.*", 0.15), (".*", 1.0))
     # muon needs a third of the steps that adamw does
     optim = {"name": "muon", "muon_rms": 0.5, "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.98}
     optim |= {"weight_decay": 0.01, "clip_norm": 1.0}
-    c.stages = ("words", "paths", "read", "reason", "stage1", "stage2", "stage3")
+    c.stages = ("words", "paths", "read", "reason", "cells", "stage1", "stage2", "stage3")
     # the video encoder learns what patches show, in the language model's words, before anyone has to read it; motion
     # comes last, hence twice
     c.words = {
@@ -91,15 +91,22 @@ def get_config() -> ConfigDict:
             "image_read": data("image_read", 0.15, 8, 13, **reading),
         },
     }
+    # the tracker's image encoder learns what its cells show in the words that the language model now says at [SEG]
+    c.cells = {
+        "steps": 500,
+        "optim": {**optim, "warmup_steps": 50, "final_factor": 0.1},
+        "groups": (("(sam2/image_encoder|second_fusion/seg_proj)/.*", 1.0), (".*", 0.0)),
+        "data": {"cells": data("image_cells", 1.0, 32, 14)},
+    }
     c.stage1 = {
-        "steps": 700,
+        "steps": 500,
         "optim": {**optim, "final_factor": 0.8},
         "groups": groups,
-        "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=simple, **many)},
+        "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=every, **many)},
     }
     c.stage2 = {
-        "steps": 1300,
-        "optim": {**optim, "learning_rate": 1.5e-3, "final_factor": 0.03},
+        "steps": 600,
+        "optim": {**optim, "learning_rate": 1.2e-3, "final_factor": 0.03},
         "groups": (*unused, ("second_fusion/.*", 0.3), ("(llm|vision|projector)/.*", 0.25), (".*", 1.0)),
         "data": {"video": data("video", 1.0, 8, 7, categories=every, **many)},
     }

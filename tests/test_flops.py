@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from virst_jax import flops
 from virst_jax.config import Compute, HieraConfig, VirstConfig, virst_7b
-from virst_jax.losses import PatchBatch, VideoBatch, patch_loss, video_losses
+from virst_jax.losses import CellBatch, PatchBatch, VideoBatch, cell_loss, patch_loss, video_losses
 from virst_jax.models.projector import Projector
 from virst_jax.models.qwen2 import Qwen2
 from virst_jax.models.sam2.sam2 import Features, Sam2
@@ -214,6 +214,22 @@ def test_step_of_patches_agrees_with_xla():
 
     shape = flops.StepShape.of(jax.tree.map(lambda x: S((1, *x.shape), x.dtype), video))
     assert flops.step_flops(CFG, shape).model == pytest.approx(counted(step, params, video), rel=0.05)
+
+
+def test_step_of_cells_agrees_with_xla():
+    size, cells = CFG.sam2.image_size, CFG.sam2.feature_size**2
+    picture = CellBatch(S((1, size, size, 3), jnp.uint8), S((1, cells, 6), jnp.int32), S((1, cells), jnp.float32))
+    trained, used = ("sam2/image_encoder", "second_fusion/seg_proj"), ("llm/lm_head", "sam2")
+    every = all_shapes()
+    params = {path: leaf for path, leaf in every.items() if path.startswith(trained)}
+    frozen = {path: leaf for path, leaf in every.items() if path.startswith(used) and path not in params}
+
+    def step(learning, frozen, picture):
+        return jax.grad(lambda p: cell_loss(CFG, unflatten_dict({**frozen, **p}, sep="/"), picture)[0])(learning)
+
+    shape = flops.StepShape.of(jax.tree.map(lambda x: S((1, *x.shape), x.dtype), picture))
+    expected = flops.step_flops(CFG, shape, tuple(params))
+    assert expected.model == pytest.approx(counted(step, params, frozen, picture), rel=0.05)
 
 
 def test_rematerialisation_costs_a_forward_pass():

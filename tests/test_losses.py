@@ -8,7 +8,18 @@ import pytest
 
 from virst_jax import losses
 from virst_jax.config import IGNORE, tiny
-from virst_jax.losses import PatchBatch, ReadBatch, TextBatch, VideoBatch, patch_loss, text_loss, video_losses
+from virst_jax.losses import (
+    CellBatch,
+    PatchBatch,
+    ReadBatch,
+    TextBatch,
+    VideoBatch,
+    cell_loss,
+    patch_loss,
+    text_loss,
+    video_losses,
+)
+from virst_jax.models.sam2.sam2 import Sam2
 from virst_jax.models.virst import Virst
 
 SHARED, TAIL, ROWS = 40, 20, 3  # 32 visual tokens stand in the shared part
@@ -167,6 +178,29 @@ def test_patch_loss_by_hand(cfg, params):
     assert float(parts["patch_distance"]) == pytest.approx(far / weights.sum(), rel=1e-4)
     assert float(loss) == pytest.approx((total + far) / weights.sum(), rel=1e-4)
     assert float(parts["patch_recall"]) == pytest.approx(found / weights.sum(), abs=1e-5)
+
+
+def test_cell_loss_by_hand(cfg, params):
+    rng = np.random.default_rng(1)
+    frames = rng.integers(0, 255, (2, 128, 128, 3), dtype=np.uint8)
+    words = rng.integers(0, 60, (2, 64, 2)).astype(np.int32)
+    words[0, :, 1] = IGNORE
+    weights = rng.random((2, 64)).astype(np.float32)
+    loss, parts = jax.jit(lambda p, b: cell_loss(cfg, p, b))(params, CellBatch(frames, words, weights))
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    pixels = ((frames / 255 - mean) / std).astype(np.float32)
+    features = Sam2(cfg.sam2, cfg.compute).apply({"params": params["sam2"]}, pixels, method=Sam2.encode_image)
+    norm = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    project = jax.tree.map(lambda x: np.asarray(x, np.float64), params["second_fusion"]["seg_proj"])
+    rows = norm(np.asarray(params["llm"]["lm_head"]["kernel"], np.float64).T)
+    said = rows * np.sqrt(cfg.llm.hidden_size) @ project["kernel"] + project["bias"]
+    logits = 24 * norm(np.asarray(features.top, np.float64).reshape(2, 64, -1)) @ norm(said).T
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    first = np.take_along_axis(logits, np.maximum(words, 0), -1)
+    each = np.where(words == IGNORE, 0, first).sum(-1) / (words != IGNORE).sum(-1)
+    assert float(loss) == pytest.approx(-(weights * each).sum() / weights.sum(), rel=1e-4)
+    assert set(parts) == {"cell_loss", "cell_recall"}
+    assert 0 <= float(parts["cell_recall"]) < 1
 
 
 def test_reading_in_words_by_hand(cfg, params):

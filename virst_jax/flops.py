@@ -178,13 +178,16 @@ class StepShape:
     used: int = 0
     anchors: int = 0
     seg_tokens: int = 0
-    patches: int = 0  # of a clip, whose words are all there is to learn; 0: there are conversations
+    # of a clip, or of a picture's features, whose words are all there is to learn; 0: there are conversations
+    patches: int = 0
 
     @classmethod
     def of(cls, batch: Any) -> "StepShape":
         """Of a batch of virst_jax.losses: arrays or shapes with a leading axis of videos."""
         # what is read in words is not encoded
         videos, clips, clip_frames = batch.clips.shape[:3] if hasattr(batch, "clips") else (batch.words.shape[0], 0, 1)
+        if not hasattr(batch, "clips") and not hasattr(batch, "token_ids"):
+            return cls(videos, 0, 1, 0, 0, frames=batch.frames.shape[1], patches=batch.words.shape[2])
         if not hasattr(batch, "token_ids"):
             return cls(videos, clips, clip_frames, 0, 0, patches=batch.words.shape[2])
         _, conversations, length = batch.token_ids.shape
@@ -265,6 +268,14 @@ def step_flops(cfg: VirstConfig, shape: StepShape, trained: Iterable[str] | None
         False,
     )
 
+    if s.patches and s.frames:
+        encoder, projected = learns("sam2/image_encoder/"), learns("second_fusion/seg_proj")
+        add("image encoder", s.frames * image_encoder(sam), encoder, encoder, remat)
+        known = s.frames * s.patches * 2 * sam.hidden_size * llm.vocab_size
+        projection = 2 * llm.vocab_size * llm.hidden_size * sam.hidden_size
+        add("projected words", projection / s.videos, projected, False, False)  # once for all
+        add("words of cells", known, projected, encoder, False)
+        return StepFlops(parts)
     if s.patches:
         words = s.clips * s.patches * lm_head(llm)
         add("words of patches", words, learns("llm/embed_tokens"), vision or projecting, False)

@@ -49,6 +49,15 @@ class PatchBatch:
 
 
 @flax.struct.dataclass
+class CellBatch:
+    """Pictures, with words for what each cell of the tracker's features shows."""
+
+    frames: jax.Array  # as in VideoBatch
+    words: jax.Array  # int32[T, P, W], P cells
+    weights: jax.Array  # float32[T, P]
+
+
+@flax.struct.dataclass
 class ReadBatch:
     """Conversations about one video or image that is given in words; fields as in TextBatch."""
 
@@ -101,21 +110,38 @@ def patch_loss(
     """
     apply = _applier(cfg, params, None)
     logits, patches = apply(Virst.patch_words, _normalised(batch.clips))  # [clips, P, vocabulary], [clips, P, D]
+    loss, recall, share = _word_loss(logits, batch)
+    ideal = jax.lax.stop_gradient(apply(Virst.embed_words, batch.words)).astype(jnp.float32)
+    square = lambda x: jnp.square(x).sum(-1)  # noqa: E731
+    each = square(patches - ideal) / jnp.maximum(square(ideal), 1e-6)
+    distance = (share * jnp.log1p(each)).sum()  # at the start it is in the thousands
+    return loss + distance, {"patch_loss": loss, "patch_distance": distance, "patch_recall": recall}
+
+
+def cell_loss(
+    cfg: VirstConfig, params: Any, batch: CellBatch, dropout_rng: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As patch_loss for the tracker's image encoder, which would else know colours only: "cell_loss", "cell_recall"."""
+    sam = Sam2(cfg.sam2, cfg.compute)
+    features: Any = sam.apply({"params": params["sam2"]}, _normalised(batch.frames), method=Sam2.encode_image)
+    logits = _applier(cfg, params, None)(Virst.cell_words, features.top.reshape(*batch.weights.shape, -1))
+    loss, recall, _ = _word_loss(logits, batch)
+    return loss, {"cell_loss": loss, "cell_recall": recall}
+
+
+def _word_loss(logits: jax.Array, batch: PatchBatch | CellBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """logits float32[..., P, vocabulary] -> cross-entropy and recall, float32[], and weights that sum to one,
+    float32[..., P]."""
     said = batch.words != IGNORE
     number = said.sum(-1)
     words = jnp.where(said, batch.words, 0)
     share = said * (batch.weights / jnp.maximum(number, 1))[..., None]
     share = share / jnp.maximum(share.sum(), 1e-6)
     loss = -(share * jnp.take_along_axis(jax.nn.log_softmax(logits), words, axis=-1)).sum()
-    ideal = jax.lax.stop_gradient(apply(Virst.embed_words, batch.words)).astype(jnp.float32)
-    square = lambda x: jnp.square(x).sum(-1)  # noqa: E731
-    each = square(patches - ideal) / jnp.maximum(square(ideal), 1e-6)
-    distance = (share.sum(-1) * jnp.log1p(each)).sum()  # at the start it is in the thousands
     best = jax.lax.top_k(logits, words.shape[-1])[0]
     least = jnp.take_along_axis(best, jnp.maximum(number - 1, 0)[..., None], axis=-1)
     found = jnp.take_along_axis(logits, words, axis=-1) >= least
-    parts = {"patch_loss": loss, "patch_distance": distance, "patch_recall": (share * found).sum()}
-    return loss + distance, parts
+    return loss, (share * found).sum(), share.sum(-1)
 
 
 def text_loss(

@@ -12,11 +12,21 @@ import jax.numpy as jnp
 import optax
 
 from virst_jax.config import VirstConfig
-from virst_jax.losses import PatchBatch, ReadBatch, TextBatch, VideoBatch, patch_loss, text_loss, video_losses
+from virst_jax.losses import (
+    CellBatch,
+    PatchBatch,
+    ReadBatch,
+    TextBatch,
+    VideoBatch,
+    cell_loss,
+    patch_loss,
+    text_loss,
+    video_losses,
+)
 from virst_jax.optim import Groups, OptimConfig, join, make_optimizer, split, update_ema
 from virst_jax.sharding import gather
 
-Batch = PatchBatch | ReadBatch | TextBatch
+Batch = PatchBatch | CellBatch | ReadBatch | TextBatch
 Metrics = dict[str, jax.Array]
 
 
@@ -55,7 +65,7 @@ def batch_loss(
     """The mean loss over the videos of a batch.
 
     Args:
-      batch: a PatchBatch, ReadBatch, TextBatch or VideoBatch whose arrays have a leading axis B.
+      batch: a PatchBatch, CellBatch, ReadBatch, TextBatch or VideoBatch whose arrays have a leading axis B.
       rng: of dropout; None: without.
       mesh_axes: the mesh axes that share out B.
 
@@ -66,6 +76,8 @@ def batch_loss(
     losses: Callable[..., Any] = text_loss
     if isinstance(batch, PatchBatch):
         losses = patch_loss
+    elif isinstance(batch, CellBatch):
+        losses = cell_loss
     elif isinstance(batch, VideoBatch):
         losses = video_losses
 

@@ -29,7 +29,8 @@ class BatchConfig:
     """The shape of a kind of batch, and how its samples are drawn."""
 
     # video | image: to be segmented; video_text | image_text: questions; video_patches | image_patches: what each patch
-    # shows, in words; video_read | image_read: naming targets, with those words in place of pixels
+    # shows, in words; image_cells: what each cell of the tracker's features shows; video_read | image_read: naming
+    # targets, with those words in place of pixels
     kind: str = "video"
     batch_size: int = 1  # of all processes together
     conversations: int = 3  # O, expressions or questions of a sample
@@ -59,6 +60,10 @@ class BatchConfig:
         return self.kind.endswith("_patches")
 
     @property
+    def is_cells(self) -> bool:
+        return self.kind.endswith("_cells")
+
+    @property
     def is_read(self) -> bool:
         return self.kind.endswith("_read")
 
@@ -80,6 +85,7 @@ class BatchConfig:
 
 
 KINDS = tuple(f"{what}{kind}" for kind in ("", "_text", "_patches", "_read") for what in ("video", "image"))
+KINDS += ("image_cells",)
 NOWHERE = "nothing"  # what a patch of the background shows
 
 
@@ -132,10 +138,17 @@ class ExampleMaker:
         batch = self.batch
         if isinstance(sample, Question) != batch.is_text or sample.is_image != batch.is_image:
             raise UserError(f"{sample.name}: a sample of another kind than the batch ({batch.kind}); check the recipe")
-        if (batch.is_patches or batch.is_read) and (isinstance(sample, Question) or sample.read_objects is None):
+        if (batch.is_patches or batch.is_cells or batch.is_read) and (
+            isinstance(sample, Question) or sample.read_objects is None
+        ):
             raise UserError(f"{sample.name}: no words for the objects of its frames; {batch.kind} needs synthetic data")
         sampled = self._frames(sample, rng)
         clip = 1 if batch.is_image else self.cfg.vision.clip_frames
+        if batch.is_cells:
+            assert isinstance(sample, Video)
+            size = self.cfg.sam2.image_size
+            cells = self._patches(sample, sampled, clip, self.cfg.sam2.feature_size)
+            return {"frames": resized(sample.read_frames([0]), size, "bicubic"), **cells}
         if batch.is_read:
             assert isinstance(sample, Video)
             words = self._patches(sample, sampled, clip)["words"]
@@ -238,9 +251,9 @@ class ExampleMaker:
             for position, word in zip(out["seg_positions"][row], words):
                 out["labels"][row, position + 1] = word
 
-    def _patches(self, video: Video, sampled: list[int], clip: int) -> Arrays:
+    def _patches(self, video: Video, sampled: list[int], clip: int, grid: int = 0) -> Arrays:
         """Words of the object that covers most of a patch, none where it covers too little; background and objects
-        weigh the same in sum."""
+        weigh the same in sum. `grid`: cells of a side, which are told no paths; 0: the video encoder's patches."""
         assert video.read_objects is not None
         order, where = np.unique(sampled, return_inverse=True)
         shown = video.read_objects(order.tolist())[where]
@@ -248,13 +261,13 @@ class ExampleMaker:
         nowhere = self.tokenizer.encode(f" {NOWHERE}")
         words, weights = [], []
         for frames in shown.reshape(-1, clip, *shown.shape[1:]):
-            places = paths_in_words(frames, len(named))
+            places = [""] * len(named) if grid else paths_in_words(frames, len(named))
             table = np.full((len(named) + 2, PATCH_WORDS), IGNORE, np.int32)
             for row, ids in zip(table, [nowhere, *named]):
                 row[: len(ids)] = ids
             for row, ids, place in zip(table[1:], named, places):
                 row[len(ids) : len(ids) + len(place)] = [self.tokenizer.encode(letter)[0] for letter in place]
-            number = objects_of_patches(frames, len(named), self.cfg.vision.grid)
+            number = objects_of_patches(frames, len(named), grid or self.cfg.vision.grid)
             words.append(table[number].reshape(-1, PATCH_WORDS))
             weights.append(number.ravel())
         number = np.stack(weights)
@@ -317,6 +330,13 @@ def batch_shapes(
     clips = 1 if batch.is_image else batch.vlm_frames // frames
     side, size = cfg.vision.image_size, cfg.sam2.image_size
     pixels = ((rows, clips, frames, side, side, 3), np.uint8)
+    if batch.is_cells:
+        cells = (rows, 1, cfg.sam2.feature_size**2)
+        return {
+            "frames": ((rows, 1, size, size, 3), np.uint8),
+            "words": ((*cells, PATCH_WORDS), np.int32),
+            "weights": (cells, np.float32),
+        }
     if batch.is_patches:
         patches = (rows, clips, frames * cfg.vision.grid**2)
         return {"clips": pixels, "words": ((*patches, PATCH_WORDS), np.int32), "weights": (patches, np.float32)}

@@ -118,6 +118,13 @@ class SecondFusion(nn.Module):
     compute: Compute
     features: int
 
+    def setup(self) -> None:
+        self.seg_proj = dense(self.compute, self.features, ("embed", "heads"))
+
+    def project(self, seg_hidden: jax.Array) -> jax.Array:
+        """dtype[..., D] -> dtype[..., C]"""
+        return self.seg_proj(seg_hidden)
+
     @nn.compact
     def __call__(
         self, seg_hidden: jax.Array, maps: jax.Array, deterministic: bool = True
@@ -128,8 +135,7 @@ class SecondFusion(nn.Module):
             raise ValueError(f"{frames} segmentation frames are more than fusion.max_frames = {self.cfg.max_frames}")
         keys = SpatialReduce(self.compute, self.features, name="reduce")(maps)
         keys = layer_norm(self.compute, name="key_norm")(keys)
-        x = dense(self.compute, self.features, ("embed", "heads"), name="seg_proj")(seg_hidden)
-        x = jnp.repeat(x, frames, axis=1)
+        x = jnp.repeat(self.project(seg_hidden), frames, axis=1)
         for i in range(self.cfg.num_layers):
             x, scores = FusionLayer(self.cfg, self.compute, name=f"layer{i}")(x, keys, frames, deterministic)
         return rearrange(x, "b (n t) c -> b n t c", n=count), scores

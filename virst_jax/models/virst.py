@@ -5,6 +5,8 @@ H, W feature grid, C fusion width, D width of the language model, R side of the 
 Source: model/VIRST.py.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,10 @@ from virst_jax.models.st_fusion import InitialFusion, SecondFusion
 from virst_jax.models.umt import VideoEncoder
 
 PATCH_SCALE = 24.0
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
 
 
 class Virst(nn.Module):
@@ -46,8 +52,18 @@ class Virst(nn.Module):
         """
         patches = self.projector(self.vision(pixels), pixels.shape[1], merge=False).astype(jnp.float32)
         words = self.llm.embed_tokens.embedding.astype(jnp.float32)
-        norm = lambda x: x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)  # noqa: E731
-        return PATCH_SCALE * norm(patches) @ norm(words).T, patches
+        return PATCH_SCALE * _unit(patches) @ _unit(words).T, patches
+
+    def cell_words(self, maps: jax.Array) -> jax.Array:
+        """The tracker's features dtype[..., C] -> what each cell of them shows: float32[..., vocab].
+
+        It is the cosine of the cell and what the second fusion makes of a hidden state that says a word, times
+        PATCH_SCALE.
+        """
+        rows = self.llm.lm_head.variables["params"]["kernel"].T.astype(jnp.float32)
+        said = math.sqrt(rows.shape[-1]) * _unit(rows)  # as long as the hidden states
+        words = self.second_fusion.project(said).astype(jnp.float32)
+        return PATCH_SCALE * _unit(maps.astype(jnp.float32)) @ _unit(words).T
 
     def embed_words(self, words: jax.Array) -> jax.Array:
         """int[..., V, W], negative where there is none -> visual tokens dtype[..., V, D]: the sum of their words'
