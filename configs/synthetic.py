@@ -50,9 +50,10 @@ def get_config() -> ConfigDict:
     }
 
     unused = (("(occ_predictor|initial_fusion)/.*", 0.0), ("sam2/(no_memory_position|mask_downsample/.*)", 0.0))
-    # the fusion normalises after its residual: at the full rate its prompts all become alike; and what has learned to
-    # see and to read goes on slowly while the tracker learns
-    groups = (*unused, ("second_fusion/.*", 0.3), ("(llm|vision|projector)/.*", 0.15), (".*", 1.0))
+    # what has learned to see and to read goes on slowly while the tracker learns: at its rate the words are forgotten;
+    # and the fusion normalises after its residual: at the full rate its prompts all become alike
+    known = (("(llm|vision|projector)/.*", 0.15), ("(sam2/image_encoder|second_fusion/seg_proj)/.*", 0.05))
+    groups = (*unused, *known, ("second_fusion/.*", 0.3), (".*", 1.0))
     # muon needs a third of the steps that adamw does
     optim = {"name": "muon", "muon_rms": 0.5, "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.98}
     optim |= {"weight_decay": 0.01, "clip_norm": 1.0}
@@ -99,21 +100,21 @@ def get_config() -> ConfigDict:
         "data": {"cells": data("image_cells", 1.0, 32, 14)},
     }
     c.stage1 = {
-        "steps": 500,
+        "steps": 450,
         "optim": {**optim, "final_factor": 0.8},
         "groups": groups,
         "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=every, **many)},
     }
     c.stage2 = {
-        "steps": 600,
+        "steps": 300,
         "optim": {**optim, "learning_rate": 1.2e-3, "final_factor": 0.03},
-        "groups": (*unused, ("second_fusion/.*", 0.3), ("(llm|vision|projector)/.*", 0.25), (".*", 1.0)),
+        "groups": groups,
         "data": {"video": data("video", 1.0, 8, 7, categories=every, **many)},
     }
     tracked = {**named, "conversations": 4, "anchors": 2, "propagate": True, "after": 2, "before": 1}
     tracked["policy"] = "random"  # frames next to each other, too
     c.stage3 = {
-        "steps": 150,
+        "steps": 120,
         "optim": {**optim, "learning_rate": 3e-4, "warmup_steps": 20, "final_factor": 0.02},
         "groups": (*unused, ("sam2/image_encoder/.*", 0.0), (".*", 1.0)),
         "data": {"tracked": data("video", 1.0, 4, 4, **tracked)},
