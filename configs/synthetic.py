@@ -100,13 +100,13 @@ def get_config() -> ConfigDict:
         "data": {"cells": data("image_cells", 1.0, 32, 14)},
     }
     c.stage1 = {
-        "steps": 450,
+        "steps": 700,
         "optim": {**optim, "final_factor": 0.8},
         "groups": groups,
         "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=every, **many)},
     }
     c.stage2 = {
-        "steps": 300,
+        "steps": 900,
         "optim": {**optim, "learning_rate": 1.2e-3, "final_factor": 0.03},
         "groups": groups,
         "data": {"video": data("video", 1.0, 8, 7, categories=every, **many)},
@@ -114,7 +114,7 @@ def get_config() -> ConfigDict:
     tracked = {**named, "conversations": 4, "anchors": 2, "propagate": True, "after": 2, "before": 1}
     tracked["policy"] = "random"  # frames next to each other, too
     c.stage3 = {
-        "steps": 120,
+        "steps": 150,
         "optim": {**optim, "learning_rate": 3e-4, "warmup_steps": 20, "final_factor": 0.02},
         "groups": (*unused, ("sam2/image_encoder/.*", 0.0), (".*", 1.0)),
         "data": {"tracked": data("video", 1.0, 4, 4, **tracked)},

@@ -198,8 +198,10 @@ def test_cell_loss_by_hand(cfg, params):
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     first = np.take_along_axis(logits, np.maximum(words, 0), -1)
     each = np.where(words == IGNORE, 0, first).sum(-1) / (words != IGNORE).sum(-1)
-    assert float(loss) == pytest.approx(-(weights * each).sum() / weights.sum(), rel=1e-4)
-    assert set(parts) == {"cell_loss", "cell_recall"}
+    length = 0.1 * np.square(np.log(np.square(np.asarray(features.top, np.float64)).mean(-1))).mean()
+    assert float(parts["cell_loss"]) == pytest.approx(-(weights * each).sum() / weights.sum(), rel=1e-4)
+    assert float(parts["cell_length"]) == pytest.approx(length, rel=1e-4)
+    assert float(loss) == pytest.approx(float(parts["cell_loss"]) + length, rel=1e-4)
     assert 0 <= float(parts["cell_recall"]) < 1
 
 

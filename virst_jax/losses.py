@@ -20,6 +20,7 @@ from virst_jax.models.virst import Virst
 from virst_jax.tracking.tracker import Tracker
 
 CE_BUDGET = 2**26  # logits that the cross-entropy holds at a time: 256 MiB in float32
+LENGTH_WEIGHT = 0.1  # of the squared logarithm of the cells' squared length
 PIXEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 PIXEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
@@ -121,12 +122,16 @@ def patch_loss(
 def cell_loss(
     cfg: VirstConfig, params: Any, batch: CellBatch, dropout_rng: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """As patch_loss for the tracker's image encoder, which would else know colours only: "cell_loss", "cell_recall"."""
+    """As patch_loss for the tracker's image encoder, which would else know colours only.
+
+    Their distance from the usual length, that of a normalised vector, is added: cosines do not mind it, attention does.
+    """
     sam = Sam2(cfg.sam2, cfg.compute)
     features: Any = sam.apply({"params": params["sam2"]}, _normalised(batch.frames), method=Sam2.encode_image)
-    logits = _applier(cfg, params, None)(Virst.cell_words, features.top.reshape(*batch.weights.shape, -1))
-    loss, recall, _ = _word_loss(logits, batch)
-    return loss, {"cell_loss": loss, "cell_recall": recall}
+    cells = features.top.astype(jnp.float32).reshape(*batch.weights.shape, -1)
+    loss, recall, _ = _word_loss(_applier(cfg, params, None)(Virst.cell_words, cells), batch)
+    length = LENGTH_WEIGHT * jnp.square(jnp.log(jnp.square(cells).mean(-1) + 1e-6)).mean()
+    return loss + length, {"cell_loss": loss, "cell_length": length, "cell_recall": recall}
 
 
 def _word_loss(logits: jax.Array, batch: PatchBatch | CellBatch) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from virst_jax.config import VirstConfig
 
 KEPT = 0.5  # of the random output projections
+QUIET = 0.2  # of what the second fusion adds to its prompts, so that they begin as what is said
 SHARPER = 2.0  # queries and keys of the video encoder: what a patch shows is a small part of its position's table
 
 
 def mimic_attention(params: Any, cfg: VirstConfig) -> Any:
-    """Random parameters of a Virst -> the same with likened projections in language model and video encoder.
+    """Random parameters of a Virst -> the same with likened projections in language model, video encoder and mask
+    decoder, and a quiet second fusion.
 
     A query head takes the kernel of the key head that it reads; an output projection gains its values' transposed.
     """
@@ -34,4 +36,11 @@ def mimic_attention(params: Any, cfg: VirstConfig) -> Any:
     _, keys, values = jnp.moveaxis(flat[qkv], 2, 0)
     flat[qkv] = jnp.stack([SHARPER * keys, SHARPER * keys, values], axis=2)
     flat[out] = KEPT * flat[out] + values.swapaxes(1, 2)
+    for path in [path for path in flat if path.startswith("sam2/mask_decoder/") and path.endswith("/q_proj/kernel")]:
+        q, k, v, o = (path.replace("q_proj", f"{name}_proj") for name in ("q", "k", "v", "out"))
+        flat[q] = flat[k]
+        flat[o] = KEPT * flat[o] + flat[v].T
+    for path in [path for path in flat if path.startswith("second_fusion/layer")]:
+        if path.endswith(("/o_proj/kernel", "/out_proj/kernel", "/fc2/kernel")):
+            flat[path] = QUIET * flat[path]
     return flax.traverse_util.unflatten_dict(flat, sep="/")
