@@ -13,6 +13,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import virst_jax
+from benchmarks import run
 from virst_jax.data.synthetic import SyntheticVideos
 
 
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,6 +4,7 @@ python -m benchmarks.long_video [--model tiny] [--frames 2000] [--height 480] [-
 """
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import virst_jax
+from benchmarks import run
 from virst_jax.video_io import VideoWriter
 
 
@@ -33,7 +35,7 @@ def write_clip(path: Path, frames: int, height: int, width: int) -> None:
 def resident() -> float:
     """MB of this process that lie in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 1e6
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def main() -> None:
@@ -63,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,6 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import virst_jax
+from benchmarks import run
 from virst_jax.data.samples import Video
 from virst_jax.data.synthetic import SyntheticVideos
 from virst_jax.evaluation.held_out import Score, score_videos, summarize
@@ -56,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks import run
 from virst_jax.errors import UserError
 
 PANELS = {"patch_recall": "words of patches, recall", "ce_loss": "cross-entropy of words", "mean_iou": "IoU"}
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

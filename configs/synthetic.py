@@ -72,26 +72,22 @@ def get_config() -> ConfigDict:
         "groups": c.words.groups,
         "data": {"patches": data("video_patches", 0.85, 8, 8), "image_patches": data("image_patches", 0.15, 8, 9)},
     }
+
     # and the language model reads them, as words without error and without pixels
-    reading = {"conversations": 12, "text_length": 64}
-    c.read = {
-        "steps": 350,
-        "optim": {**optim, "warmup_steps": 50},
-        "groups": (("llm/embed_tokens/.*", 0.0), ("llm/.*", 1.0), (".*", 0.0)),
-        "data": {
-            "read": data("video_read", 0.85, 8, 10, categories=simple, **reading),
-            "image_read": data("image_read", 0.15, 8, 11, **reading),
-        },
-    }
-    c.reason = {
-        "steps": 650,
-        "optim": {**optim, "warmup_steps": 50, "final_factor": 0.1},
-        "groups": c.read.groups,
-        "data": {
-            "read": data("video_read", 0.85, 8, 12, categories=every, **reading),
-            "image_read": data("image_read", 0.15, 8, 13, **reading),
-        },
-    }
+    def reading(steps: int, categories: dict, seed: int, **values: float) -> dict:
+        sizes = {"conversations": 12, "text_length": 64}
+        return {
+            "steps": steps,
+            "optim": {**optim, "warmup_steps": 50, **values},
+            "groups": (("llm/embed_tokens/.*", 0.0), ("llm/.*", 1.0), (".*", 0.0)),
+            "data": {
+                "read": data("video_read", 0.85, 8, seed, categories=categories, **sizes),
+                "image_read": data("image_read", 0.15, 8, seed + 1, **sizes),
+            },
+        }
+
+    c.read = reading(350, simple, 10)
+    c.reason = reading(650, every, 12, final_factor=0.1)
     # the tracker's image encoder learns what its cells show in the words that the language model now says at [SEG]
     c.cells = {
         "steps": 500,

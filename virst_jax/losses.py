@@ -103,11 +103,12 @@ class VideoBatch(TextBatch):
 def patch_loss(
     cfg: VirstConfig, params: Any, batch: PatchBatch, dropout_rng: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of the words of every patch, float32[], and {"patch_loss": it, "patch_recall": float32[]}.
+    """Cross-entropy of the words of every patch ("patch_loss") and "patch_distance": their sum, and these parts,
+    float32[].
 
     The video encoder's pretraining, which the release takes from others: it makes a visual token point where the
-    embeddings of its words do, and as far: log(1 + its squared distance, relative to that) is added. The recall is the
-    share of a patch's words that are the likeliest ones.
+    embeddings of its words do, and as far: the distance is log(1 + the squared one, relative to that). "patch_recall"
+    is the share of a patch's words that are the likeliest ones.
     """
     apply = _applier(cfg, params, None)
     logits, patches = apply(Virst.patch_words, _normalised(batch.clips))  # [clips, P, vocabulary], [clips, P, D]
@@ -122,9 +123,9 @@ def patch_loss(
 def cell_loss(
     cfg: VirstConfig, params: Any, batch: CellBatch, dropout_rng: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """As patch_loss for the tracker's image encoder, which would else know colours only.
+    """As patch_loss for the tracker's image encoder, which would else know colours only: "cell_loss", "cell_recall".
 
-    Their distance from the usual length, that of a normalised vector, is added: cosines do not mind it, attention does.
+    "cell_length" keeps the cells as long as normalised vectors are: cosines do not mind their length, attention does.
     """
     sam = Sam2(cfg.sam2, cfg.compute)
     features: Any = sam.apply({"params": params["sam2"]}, _normalised(batch.frames), method=Sam2.encode_image)
