@@ -29,7 +29,7 @@ from virst_jax.data.prompts import Tokenizer, load_tokenizer
 from virst_jax.data.sources import make_source
 from virst_jax.errors import UserError
 from virst_jax.evaluation.held_out import Score, score_videos, summarize
-from virst_jax.losses import CellBatch, PatchBatch, ReadBatch, TextBatch, VideoBatch
+from virst_jax.losses import CellBatch, NamedBatch, PatchBatch, ReadBatch, TextBatch, VideoBatch
 from virst_jax.models.lora import add_lora
 from virst_jax.models.mimetic import mimic_attention
 from virst_jax.models.virst import Virst
@@ -373,6 +373,8 @@ def _state_parts(state: TrainState) -> dict[str, Any]:
 
 
 def as_batch(arrays: Mapping[str, Any], shared: int) -> Batch:
+    if "targets" in arrays and "words" in arrays:
+        return NamedBatch(**arrays)
     if "weights" in arrays:
         return CellBatch(**arrays) if "frames" in arrays else PatchBatch(**arrays)
     if "words" in arrays:

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
 
     # with name_targets the sentence is read after a few hundred steps; without, all shapes are segmented for thousands
     named = {"text_length": 64, "name_targets": True}
-    image = data("image", 0.3, 8, 1, conversations=8, **named)
+    image = data("image", 0.15, 8, 1, conversations=8, **named)
     # many sentences of a video and few masks of each: what the language model has to learn takes longer
     many = {**named, "conversations": 12, "seg_frames": 2, "anchors": 1}
     # what can be seen at once comes first: in a mixture with the rest it takes three times as many sentences
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     # muon needs a third of the steps that adamw does
     optim = {"name": "muon", "muon_rms": 0.5, "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.98}
     optim |= {"weight_decay": 0.01, "clip_norm": 1.0}
-    c.stages = ("words", "paths", "read", "reason", "cells", "stage1", "stage2", "stage3")
+    c.stages = ("words", "paths", "read", "reason", "cells", "named", "reread", "stage1", "stage2", "stage3")
     # the video encoder learns what patches show, in the language model's words, before anyone has to read it; motion
     # comes last, hence twice
     c.words = {
@@ -74,12 +74,12 @@ def get_config() -> ConfigDict:
     }
 
     # and the language model reads them, as words without error and without pixels
-    def reading(steps: int, categories: dict, seed: int, **values: float) -> dict:
+    def reading(steps: int, categories: dict, seed: int, *, frozen: str = "llm/embed_tokens", **values: float) -> dict:
         sizes = {"conversations": 12, "text_length": 64}
         return {
             "steps": steps,
             "optim": {**optim, "warmup_steps": 50, **values},
-            "groups": (("llm/embed_tokens/.*", 0.0), ("llm/.*", 1.0), (".*", 0.0)),
+            "groups": ((f"({frozen})/.*", 0.0), ("llm/.*", 1.0), (".*", 0.0)),
             "data": {
                 "read": data("video_read", 0.85, 8, seed, categories=categories, **sizes),
                 "image_read": data("image_read", 0.15, 8, seed + 1, **sizes),
@@ -95,11 +95,24 @@ def get_config() -> ConfigDict:
         "groups": (("(sam2/image_encoder|second_fusion/seg_proj)/.*", 1.0), (".*", 0.0)),
         "data": {"cells": data("image_cells", 1.0, 32, 14)},
     }
+    # and its decoder follows them, from words in place of sentences: told a colour alone, or a form alone, or both
+    c.named = {
+        "steps": 1500,
+        "optim": {**optim, "warmup_steps": 50, "final_factor": 0.3},
+        "groups": (*unused, *known[1:], ("(sam2|second_fusion)/.*", 1.0), (".*", 0.0)),
+        "data": {"named": data("image_named", 1.0, 8, 15, conversations=12)},
+    }
+    # more reading, with the words' output rows as the tracker has learned them
+    c.reread = reading(900, every, 16, frozen="llm/(embed_tokens|lm_head)", final_factor=0.05)
     c.stage1 = {
-        "steps": 700,
-        "optim": {**optim, "final_factor": 0.8},
+        "steps": 1000,
+        "optim": {**optim, "final_factor": 0.5},
         "groups": groups,
-        "data": {"image": image, "video": data("video", 0.7, 8, 3, categories=every, **many)},
+        "data": {
+            "named": data("image_named", 0.25, 8, 18, conversations=12),
+            "image": image,
+            "video": data("video", 0.6, 8, 3, categories=every, **many),
+        },
     }
     c.stage2 = {
         "steps": 900,

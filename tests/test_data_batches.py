@@ -25,6 +25,7 @@ KINDS = {
     "image_text": BatchConfig(kind="image_text", batch_size=2, conversations=5, text_length=80),
 }
 PATCHES = {kind: BatchConfig(kind=kind, batch_size=2) for kind in ("video_patches", "image_patches", "image_cells")}
+NAMED = {"image_named": BatchConfig(kind="image_named", batch_size=2, conversations=12)}
 READ = {
     kind: BatchConfig(kind=kind, batch_size=2, conversations=5, text_length=80) for kind in ("video_read", "image_read")
 }
@@ -35,9 +36,9 @@ def source(batch, **arguments):
     return made(20, 3, expressions=4, is_image=batch.is_image, **arguments)
 
 
-@pytest.mark.parametrize("name", [*KINDS, *PATCHES, *READ])
+@pytest.mark.parametrize("name", [*KINDS, *PATCHES, *NAMED, *READ])
 def test_shapes_are_as_announced(name):
-    batch = {**KINDS, **PATCHES, **READ}[name]
+    batch = {**KINDS, **PATCHES, **NAMED, **READ}[name]
     maker = ExampleMaker(CFG, TOKENIZER, batch)
     made = next(batches(source(batch), maker, seed=0, threads=1))
     announced = batch_shapes(CFG, batch, maker.shared)
@@ -143,6 +144,39 @@ def test_patches_have_the_words_of_what_they_show(kind):
                 elif (patch > 0).mean() < 0.1:
                     assert not found
                     assert not weights[0, y, x]
+
+
+@pytest.mark.parametrize("size", [(128, 128), (96, 160)])
+def test_what_is_named_is_all_that_its_words_fit(size):
+    batch = NAMED["image_named"]
+    maker, made = ExampleMaker(CFG, TOKENIZER, batch), source(batch, size=size)
+    side, told = CFG.sam2.image_size, set()
+    rows, columns = (np.arange(side) * length // side for length in size)
+    for index in range(6):
+        video, scene = made[index], made.scene(index)
+        out = maker(video, np.random.default_rng(index))
+        labels = scene.labels([0])[0][rows][:, columns]
+        for words, target in zip(out["words"], out["targets"]):
+            assert (words[2:] == IGNORE).all()
+            said = [None if w == IGNORE else TOKENIZER.decode([w]).strip() for w in words[:2].tolist()]
+            fits = [
+                k
+                for k, thing in enumerate(scene.objects, 1)
+                if said[0] in (None, thing.color) and said[1] in (None, thing.shape)
+            ]
+            assert said != [None, None]
+            assert target[0].any()
+            assert (target[0] == np.isin(labels, fits)).all()
+            told.add(tuple(word is not None for word in said))
+    assert told == {(True, True), (True, False), (False, True)}
+
+
+def test_nothing_is_named_in_an_empty_picture():
+    video = source(NAMED["image_named"])[0]
+    nothing = dataclasses.replace(video, read_objects=lambda indices: np.zeros((len(indices), *video.size), np.uint8))
+    out = ExampleMaker(CFG, TOKENIZER, NAMED["image_named"])(nothing, np.random.default_rng(0))
+    assert (out["words"] == IGNORE).all()
+    assert not out["targets"].any()
 
 
 @pytest.mark.parametrize("kind", READ)

@@ -11,7 +11,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from virst_jax import flops
 from virst_jax.config import Compute, HieraConfig, VirstConfig, virst_7b
-from virst_jax.losses import CellBatch, PatchBatch, VideoBatch, cell_loss, patch_loss, video_losses
+from virst_jax.losses import (
+    CellBatch,
+    NamedBatch,
+    PatchBatch,
+    VideoBatch,
+    cell_loss,
+    named_loss,
+    patch_loss,
+    video_losses,
+)
 from virst_jax.models.projector import Projector
 from virst_jax.models.qwen2 import Qwen2
 from virst_jax.models.sam2.sam2 import Features, Sam2
@@ -229,6 +238,23 @@ def test_step_of_cells_agrees_with_xla():
 
     shape = flops.StepShape.of(jax.tree.map(lambda x: S((1, *x.shape), x.dtype), picture))
     expected = flops.step_flops(CFG, shape, tuple(params))
+    assert expected.model == pytest.approx(counted(step, params, frozen, picture), rel=0.05)
+
+
+def test_step_of_what_is_named_agrees_with_xla():
+    size = CFG.sam2.image_size
+    picture = NamedBatch(S((1, size, size, 3), jnp.uint8), S((2, 10), jnp.int32), S((2, 1, size, size), bool))
+    trained, used = ("sam2/mask_decoder", "second_fusion"), ("llm/lm_head", "sam2")
+    every = all_shapes()
+    params = {path: leaf for path, leaf in every.items() if path.startswith(trained)}
+    frozen = {path: leaf for path, leaf in every.items() if path.startswith(used) and path not in params}
+
+    def step(learning, frozen, picture):
+        return jax.grad(lambda p: named_loss(CFG, unflatten_dict({**frozen, **p}, sep="/"), picture)[0])(learning)
+
+    shape = flops.StepShape.of(jax.tree.map(lambda x: S((1, *x.shape), x.dtype), picture))
+    expected = flops.step_flops(CFG, shape, tuple(params))
+    assert not expected.parts["language model"].forward
     assert expected.model == pytest.approx(counted(step, params, frozen, picture), rel=0.05)
 
 

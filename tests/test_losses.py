@@ -10,11 +10,13 @@ from virst_jax import losses
 from virst_jax.config import IGNORE, tiny
 from virst_jax.losses import (
     CellBatch,
+    NamedBatch,
     PatchBatch,
     ReadBatch,
     TextBatch,
     VideoBatch,
     cell_loss,
+    named_loss,
     patch_loss,
     text_loss,
     video_losses,
@@ -203,6 +205,32 @@ def test_cell_loss_by_hand(cfg, params):
     assert float(parts["cell_length"]) == pytest.approx(length, rel=1e-4)
     assert float(loss) == pytest.approx(float(parts["cell_loss"]) + length, rel=1e-4)
     assert 0 <= float(parts["cell_recall"]) < 1
+
+
+def test_named_loss_is_that_of_a_video_whose_seg_hidden_states_say_the_words(cfg, params, monkeypatch):
+    video = make_batch(cfg, 0, used=(0,), slots=1)
+    video = dataclasses.replace(
+        video,
+        frames=video.frames[:1],
+        targets=video.targets[:, :1],
+        anchors=np.zeros(1, np.int32),
+        frames_used=np.zeros(1, np.int32),
+    )
+    words = np.array([[7, 9], [IGNORE, 3], [5, IGNORE]], np.int32)
+    rows = np.asarray(params["llm"]["lm_head"]["kernel"], np.float64).T
+    rows *= np.sqrt(cfg.llm.hidden_size) / np.linalg.norm(rows, axis=-1, keepdims=True)
+    positions = np.tile(np.arange(2, dtype=np.int32), (ROWS, 1))
+    hidden = np.zeros((ROWS, video.token_ids.shape[1], rows.shape[-1]), np.float32)
+    hidden[:, :2] = np.where((words != IGNORE)[..., None], rows[np.maximum(words, 0)], 0)
+    monkeypatch.setattr(losses, "_read", lambda *_: (None, jnp.asarray(hidden)))
+    _, expected = video_losses(cfg, params, dataclasses.replace(video, seg_positions=positions))
+    loss, parts = jax.jit(lambda p, b: named_loss(cfg, p, b))(params, NamedBatch(video.frames, words, video.targets))
+    assert set(parts) == set(expected) - {"ce_loss"}
+    for name, value in parts.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert float(loss) == pytest.approx(float(parts["mask_loss"] + parts["iou_loss"] + parts["occ_loss"]), rel=1e-5)
+    others = NamedBatch(video.frames, np.full_like(words, IGNORE), video.targets)
+    assert np.abs(np.asarray(named_loss(cfg, params, others)[1]["masks"]) - np.asarray(parts["masks"])).max() > 1e-3
 
 
 def test_reading_in_words_by_hand(cfg, params):

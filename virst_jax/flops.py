@@ -186,6 +186,10 @@ class StepShape:
         """Of a batch of virst_jax.losses: arrays or shapes with a leading axis of videos."""
         # what is read in words is not encoded
         videos, clips, clip_frames = batch.clips.shape[:3] if hasattr(batch, "clips") else (batch.words.shape[0], 0, 1)
+        if hasattr(batch, "targets") and not hasattr(batch, "token_ids"):
+            _, conversations, seg_tokens = batch.words.shape
+            given = {"frames": 1, "used": 1, "anchors": 1, "seg_tokens": seg_tokens}
+            return cls(videos, 0, 1, conversations, 0, **given)
         if not hasattr(batch, "clips") and not hasattr(batch, "token_ids"):
             return cls(videos, 0, 1, 0, 0, frames=batch.frames.shape[1], patches=batch.words.shape[2])
         if not hasattr(batch, "token_ids"):
@@ -294,6 +298,7 @@ def step_flops(cfg: VirstConfig, shape: StepShape, trained: Iterable[str] | None
     if llm.lora.rank:
         add("its adapters", tokens * llm_adapters(llm), adapters, through, remat)
     predicted = s.shared - 1 + s.conversations * (s.length - s.shared) if s.shared else s.conversations * (s.length - 1)
+    predicted = max(predicted, 0)  # nothing is read where words are given
     add("its head", predicted * lm_head(llm), learns("llm/lm_head"), through, remat)
     if not s.frames:
         return StepFlops(parts)

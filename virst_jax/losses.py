@@ -59,6 +59,15 @@ class CellBatch:
 
 
 @flax.struct.dataclass
+class NamedBatch:
+    """One picture, with words for what is to be segmented in it."""
+
+    frames: jax.Array  # as in VideoBatch, one
+    words: jax.Array  # int32[O, N], what each [SEG] says, IGNORE: nothing
+    targets: jax.Array  # bool[O, 1, R, R]
+
+
+@flax.struct.dataclass
 class ReadBatch:
     """Conversations about one video or image that is given in words; fields as in TextBatch."""
 
@@ -133,6 +142,21 @@ def cell_loss(
     loss, recall, _ = _word_loss(_applier(cfg, params, None)(Virst.cell_words, cells), batch)
     length = LENGTH_WEIGHT * jnp.square(jnp.log(jnp.square(cells).mean(-1) + 1e-6)).mean()
     return loss + length, {"cell_loss": loss, "cell_length": length, "cell_recall": recall}
+
+
+def named_loss(
+    cfg: VirstConfig, params: Any, batch: NamedBatch, dropout_rng: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """video_losses of words in place of what the language model says at [SEG]; parts as there, but "ce_loss"."""
+    tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=dropout_rng)
+    encoded: Any = tracker.sam.apply({"params": params["sam2"]}, _normalised(batch.frames), method=Sam2.encode_image)
+    maps = jnp.broadcast_to(encoded.top, (batch.words.shape[0], *encoded.top.shape))
+    prompts = _applier(cfg, params, dropout_rng)(Virst.prompts_of_words, batch.words, maps)
+    one = jnp.ones(1, bool)
+    anchors = tracker.prompt_anchors(params["sam2"], encoded, jnp.zeros(1, jnp.int32), one, prompts.swapaxes(1, 2))
+    loss, parts = _weigh(cfg, batch, jnp.zeros(()), anchors.prediction, one, tracker)
+    del parts["ce_loss"]
+    return loss, parts
 
 
 def _word_loss(logits: jax.Array, batch: PatchBatch | CellBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -308,13 +332,13 @@ def _sum_cross_entropy(
 
 
 def _weigh(
-    cfg: VirstConfig, batch: VideoBatch, ce: jax.Array, prediction: Any, used: jax.Array, tracker: Tracker
+    cfg: VirstConfig, batch: VideoBatch | NamedBatch, ce: jax.Array, prediction: Any, used: jax.Array, tracker: Tracker
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     weights = cfg.loss
     logits = jax.vmap(tracker.sam.high_res)(prediction.low_res)  # [U, O, R, R]
     target = batch.targets.swapaxes(0, 1)
     counts = used[:, None].astype(jnp.float32)
-    if batch.conversation_valid is not None:
+    if isinstance(batch, VideoBatch) and batch.conversation_valid is not None:
         counts = counts * batch.conversation_valid
     counts = jnp.broadcast_to(counts, logits.shape[:2])
 

@@ -14,11 +14,13 @@ import optax
 from virst_jax.config import VirstConfig
 from virst_jax.losses import (
     CellBatch,
+    NamedBatch,
     PatchBatch,
     ReadBatch,
     TextBatch,
     VideoBatch,
     cell_loss,
+    named_loss,
     patch_loss,
     text_loss,
     video_losses,
@@ -26,7 +28,7 @@ from virst_jax.losses import (
 from virst_jax.optim import Groups, OptimConfig, join, make_optimizer, split, update_ema
 from virst_jax.sharding import gather
 
-Batch = PatchBatch | CellBatch | ReadBatch | TextBatch
+Batch = PatchBatch | CellBatch | NamedBatch | ReadBatch | TextBatch
 Metrics = dict[str, jax.Array]
 
 
@@ -78,6 +80,8 @@ def batch_loss(
         losses = patch_loss
     elif isinstance(batch, CellBatch):
         losses = cell_loss
+    elif isinstance(batch, NamedBatch):
+        losses = named_loss
     elif isinstance(batch, VideoBatch):
         losses = video_losses
 

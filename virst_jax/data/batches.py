@@ -29,8 +29,8 @@ class BatchConfig:
     """The shape of a kind of batch, and how its samples are drawn."""
 
     # video | image: to be segmented; video_text | image_text: questions; video_patches | image_patches: what each patch
-    # shows, in words; image_cells: what each cell of the tracker's features shows; video_read | image_read: naming
-    # targets, with those words in place of pixels
+    # shows, in words; image_cells: what each cell of the tracker's features shows; image_named: masks of what is given
+    # by some of its words; video_read | image_read: naming targets, with words in place of pixels
     kind: str = "video"
     batch_size: int = 1  # of all processes together
     conversations: int = 3  # O, expressions or questions of a sample
@@ -64,6 +64,10 @@ class BatchConfig:
         return self.kind.endswith("_cells")
 
     @property
+    def is_named(self) -> bool:
+        return self.kind.endswith("_named")
+
+    @property
     def is_read(self) -> bool:
         return self.kind.endswith("_read")
 
@@ -85,7 +89,7 @@ class BatchConfig:
 
 
 KINDS = tuple(f"{what}{kind}" for kind in ("", "_text", "_patches", "_read") for what in ("video", "image"))
-KINDS += ("image_cells",)
+KINDS += ("image_cells", "image_named")
 NOWHERE = "nothing"  # what a patch of the background shows
 
 
@@ -138,9 +142,8 @@ class ExampleMaker:
         batch = self.batch
         if isinstance(sample, Question) != batch.is_text or sample.is_image != batch.is_image:
             raise UserError(f"{sample.name}: a sample of another kind than the batch ({batch.kind}); check the recipe")
-        if (batch.is_patches or batch.is_cells or batch.is_read) and (
-            isinstance(sample, Question) or sample.read_objects is None
-        ):
+        worded = batch.is_patches or batch.is_cells or batch.is_named or batch.is_read
+        if worded and (isinstance(sample, Question) or sample.read_objects is None):
             raise UserError(f"{sample.name}: no words for the objects of its frames; {batch.kind} needs synthetic data")
         sampled = self._frames(sample, rng)
         clip = 1 if batch.is_image else self.cfg.vision.clip_frames
@@ -149,6 +152,9 @@ class ExampleMaker:
             size = self.cfg.sam2.image_size
             cells = self._patches(sample, sampled, clip, self.cfg.sam2.feature_size)
             return {"frames": resized(sample.read_frames([0]), size, "bicubic"), **cells}
+        if batch.is_named:
+            assert isinstance(sample, Video)
+            return self._named(sample, rng)
         if batch.is_read:
             assert isinstance(sample, Video)
             words = self._patches(sample, sampled, clip)["words"]
@@ -275,6 +281,26 @@ class ExampleMaker:
         share = back / max(1, back.sum()) + front / max(1, front.sum())
         return {"words": np.stack(words), "weights": share.astype(np.float32)}
 
+    def _named(self, video: Video, rng: np.random.Generator) -> Arrays:
+        """Things given by colour and form as answers give them, or by one of both alone, and all that it fits."""
+        assert video.read_objects is not None
+        size = self.cfg.sam2.image_size
+        shown = resized_labels(video.read_objects([0])[0], size)
+        there = [k for k in range(len(video.objects)) if (shown == k + 1).any()]
+        words = np.full((self.batch.conversations, self.num_seg), IGNORE, np.int32)
+        targets = np.zeros((self.batch.conversations, 1, size, size), bool)
+        for row in range(self.batch.conversations if there else 0):
+            meant = video.objects[int(rng.choice(there))][:2]
+            told = rng.choice(3, p=(0.4, 0.2, 0.4))  # both, the colour, the form
+            given = [None if told == 2 else meant[0], None if told == 1 else meant[1]]
+            for slot, word in enumerate(given):
+                if word is not None:
+                    words[row, slot] = self.tokenizer.encode(f" {word}")[0]
+            for k in there:
+                if all(word in (None, own) for word, own in zip(given, video.objects[k])):
+                    targets[row, 0] |= shown == k + 1
+        return {"frames": resized(video.read_frames([0]), size, "bilinear"), "words": words, "targets": targets}
+
     def _fits(self, prompt: Prompt) -> bool:
         before = int(np.flatnonzero(prompt.input_ids == IMAGE_TOKEN)[0])
         return before + self.num_visual == self.shared and len(prompt.input_ids) - 1 + self.num_visual <= self.length
@@ -337,6 +363,12 @@ def batch_shapes(
             "words": ((*cells, PATCH_WORDS), np.int32),
             "weights": (cells, np.float32),
         }
+    if batch.is_named:
+        return {
+            "frames": ((rows, 1, size, size, 3), np.uint8),
+            "words": ((rows, conversations, batch.seg_tokens or cfg.num_seg_tokens), np.int32),
+            "targets": ((rows, conversations, 1, size, size), np.bool_),
+        }
     if batch.is_patches:
         patches = (rows, clips, frames * cfg.vision.grid**2)
         return {"clips": pixels, "words": ((*patches, PATCH_WORDS), np.int32), "weights": (patches, np.float32)}
@@ -368,6 +400,14 @@ def batch_shapes(
 def resized(frames: np.ndarray, size: int, resample: str) -> np.ndarray:
     """As transforms.resize_frames, for nothing where the size is right."""
     return frames if frames.shape[1:3] == (size, size) else resize_frames(frames, size, resample)
+
+
+def resized_labels(labels: np.ndarray, size: int) -> np.ndarray:
+    """uint8[H, W] -> uint8[size, size], the nearest."""
+    if labels.shape == (size, size):
+        return labels
+    y, x = (np.arange(size) * length // size for length in labels.shape)
+    return labels[y[:, None], x]
 
 
 def stack(examples: Sequence[Arrays]) -> Arrays:

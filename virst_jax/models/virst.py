@@ -60,10 +60,18 @@ class Virst(nn.Module):
         It is the cosine of the cell and what the second fusion makes of a hidden state that says a word, times
         PATCH_SCALE.
         """
-        rows = self.llm.lm_head.variables["params"]["kernel"].T.astype(jnp.float32)
-        said = math.sqrt(rows.shape[-1]) * _unit(rows)  # as long as the hidden states
-        words = self.second_fusion.project(said).astype(jnp.float32)
+        words = self.second_fusion.project(self.say()).astype(jnp.float32)
         return PATCH_SCALE * _unit(maps.astype(jnp.float32)) @ _unit(words).T
+
+    def say(self) -> jax.Array:
+        """Hidden states that say a word, one for each: float32[vocab, D]."""
+        rows = self.llm.lm_head.variables["params"]["kernel"].T.astype(jnp.float32)
+        return math.sqrt(rows.shape[-1]) * _unit(rows)  # as long as hidden states are
+
+    def prompts_of_words(self, words: jax.Array, maps: jax.Array) -> jax.Array:
+        """int[B, N], negative: nothing is said; maps dtype[B, T, H, W, C] -> prompts dtype[B, N, T, C]."""
+        hidden = jnp.where((words >= 0)[..., None], self.say()[jnp.maximum(words, 0)], 0)
+        return self.second_fusion(hidden, maps)[0]
 
     def embed_words(self, words: jax.Array) -> jax.Array:
         """int[..., V, W], negative where there is none -> visual tokens dtype[..., V, D]: the sum of their words'
