@@ -42,8 +42,9 @@ def main() -> None:
     table = Table(title=f"{options.model}: {len(source)} videos of seed {options.seed}, {len(said)} sentences")
     for column in ("category", "sentences", "J", "F", "J&F", "J&F, exchanged"):
         table.add_column(column, justify="left" if column == "category" else "right")
-    both = {"appearance and motion": ("appearance", "motion")}
-    for name, members in {c: (c,) for c in sorted({s.category for s in said})} | both | {"all": ()}.items():
+    groups: dict[str, tuple[str, ...]] = {c: (c,) for c in sorted({s.category for s in said})}
+    groups |= {"appearance and motion": ("appearance", "motion"), "all": ()}
+    for name, members in groups.items():
         ours, theirs = ([s for s in scores if not members or s.category in members] for scores in rounds)
         row = summarize(ours)
         other = f"{100 * summarize(theirs)['j_and_f']:.1f}" if theirs else ""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from virst_jax.config import IGNORE, tiny
-from virst_jax.data.batches import BatchConfig, ExampleMaker, batch_shapes
+from virst_jax.data.batches import BatchConfig, ExampleMaker, batch_shapes, resized
 from virst_jax.data.patches import paths_in_words
 from virst_jax.data.pipeline import Mixture, batches
 from virst_jax.data.prompts import load_tokenizer
@@ -25,7 +25,10 @@ KINDS = {
     "image_text": BatchConfig(kind="image_text", batch_size=2, conversations=5, text_length=80),
 }
 PATCHES = {kind: BatchConfig(kind=kind, batch_size=2) for kind in ("video_patches", "image_patches", "image_cells")}
-NAMED = {"image_named": BatchConfig(kind="image_named", batch_size=2, conversations=12)}
+NAMED = {
+    kind: BatchConfig(kind=kind, batch_size=2, conversations=12, seg_frames=5, anchors=2)
+    for kind in ("video_named", "image_named")
+}
 READ = {
     kind: BatchConfig(kind=kind, batch_size=2, conversations=5, text_length=80) for kind in ("video_read", "image_read")
 }
@@ -146,16 +149,22 @@ def test_patches_have_the_words_of_what_they_show(kind):
                     assert not weights[0, y, x]
 
 
+@pytest.mark.parametrize("kind", NAMED)
 @pytest.mark.parametrize("size", [(128, 128), (96, 160)])
-def test_what_is_named_is_all_that_its_words_fit(size):
-    batch = NAMED["image_named"]
+def test_what_is_named_is_all_that_its_words_fit(kind, size):
+    batch = NAMED[kind]
     maker, made = ExampleMaker(CFG, TOKENIZER, batch), source(batch, size=size)
-    side, told = CFG.sam2.image_size, set()
+    side, told, steps = CFG.sam2.image_size, set(), set()
     rows, columns = (np.arange(side) * length // side for length in size)
-    for index in range(6):
+    for index in range(8):
         video, scene = made[index], made.scene(index)
         out = maker(video, np.random.default_rng(index))
-        labels = scene.labels([0])[0][rows][:, columns]
+        every = [resized(video.read_frames([i]), side, "bilinear")[0] for i in range(video.num_frames)]
+        (numbers,) = zip(*[[i for i, frame in enumerate(every) if (frame == shown).all()] for shown in out["frames"]])
+        steps |= set(np.diff(numbers))
+        assert (np.diff(out["anchors"]) > 0).all()
+        assert out["anchors"].max() < len(numbers)
+        labels = scene.labels(numbers)[:, rows][:, :, columns]
         for words, target in zip(out["words"], out["targets"]):
             assert (words[2:] == IGNORE).all()
             said = [None if w == IGNORE else TOKENIZER.decode([w]).strip() for w in words[:2].tolist()]
@@ -165,18 +174,26 @@ def test_what_is_named_is_all_that_its_words_fit(size):
                 if said[0] in (None, thing.color) and said[1] in (None, thing.shape)
             ]
             assert said != [None, None]
-            assert target[0].any()
-            assert (target[0] == np.isin(labels, fits)).all()
+            assert target.any()
+            assert (target == np.isin(labels, fits)).all()
             told.add(tuple(word is not None for word in said))
     assert told == {(True, True), (True, False), (False, True)}
+    assert steps == (set() if batch.is_image else {1, 2, 3})  # of 16 frames
 
 
-def test_nothing_is_named_in_an_empty_picture():
-    video = source(NAMED["image_named"])[0]
+@pytest.mark.parametrize("kind", NAMED)
+def test_nothing_is_named_where_nothing_is(kind):
+    video = source(NAMED[kind])[0]
     nothing = dataclasses.replace(video, read_objects=lambda indices: np.zeros((len(indices), *video.size), np.uint8))
-    out = ExampleMaker(CFG, TOKENIZER, NAMED["image_named"])(nothing, np.random.default_rng(0))
+    out = ExampleMaker(CFG, TOKENIZER, NAMED[kind])(nothing, np.random.default_rng(0))
     assert (out["words"] == IGNORE).all()
     assert not out["targets"].any()
+
+
+def test_a_video_too_short_to_be_named():
+    batch = dataclasses.replace(NAMED["video_named"], seg_frames=17)
+    with pytest.raises(UserError, match="16 frames, seg_frames is 17"):
+        ExampleMaker(CFG, TOKENIZER, batch)(source(batch)[0], np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("kind", READ)

@@ -242,8 +242,8 @@ def test_step_of_cells_agrees_with_xla():
 
 
 def test_step_of_what_is_named_agrees_with_xla():
-    size = CFG.sam2.image_size
-    picture = NamedBatch(S((1, size, size, 3), jnp.uint8), S((2, 10), jnp.int32), S((2, 1, size, size), bool))
+    size, anchors = CFG.sam2.image_size, S((1,), jnp.int32)
+    picture = NamedBatch(S((1, size, size, 3), jnp.uint8), S((2, 10), jnp.int32), S((2, 1, size, size), bool), anchors)
     trained, used = ("sam2/mask_decoder", "second_fusion"), ("llm/lm_head", "sam2")
     every = all_shapes()
     params = {path: leaf for path, leaf in every.items() if path.startswith(trained)}

@@ -1,9 +1,12 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import numpy as np
 
 from virst_jax.config import tiny
 from virst_jax.models.mimetic import mimic_attention
+from virst_jax.models.sam2.memory import MemoryAttention
 from virst_jax.models.virst import Virst
 from virst_jax.optim import flatten
 
@@ -52,3 +55,28 @@ def test_the_tracker_compares_what_is_said_with_what_is_there():
     assert quiet == {f"second_fusion/layer{i}/{end}/kernel" for i in range(cfg.fusion.num_layers) for end in ends}
     for path in quiet:
         np.testing.assert_allclose(after[path], 0.2 * before[path], rtol=1e-6)
+
+
+def test_memory_attention_begins_at_its_own_place():
+    cfg = tiny()
+    cfg = dataclasses.replace(cfg, sam2=dataclasses.replace(cfg.sam2, memory_layers=1))
+    made = nn.meta.unbox(jax.jit(lambda: Virst(cfg).init(jax.random.key(0)))()["params"])
+    side, width, depth = cfg.sam2.feature_size, cfg.sam2.hidden_size, cfg.sam2.memory_dim
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=width)
+    image, memory = rng.normal(size=(1, side**2, width)), rng.normal(size=(1, side**2, depth))
+    moved = []
+    for params in (made, mimic_attention(made, cfg)):
+
+        def attend(memory, params=params):
+            zeros, module = np.zeros_like(image[0]), MemoryAttention(cfg.sam2, cfg.compute)
+            out = module.apply({"params": params["sam2"]["memory_attention"]}, image, zeros, memory, 0 * memory)
+            return out[0] @ weights
+
+        strength = np.square(jax.jit(jax.jacobian(attend))(memory)[:, 0]).sum(-1)  # [S, S]
+        moved.append(strength / strength.sum(1, keepdims=True))
+    y, x = np.divmod(np.arange(side**2), side)
+    near = np.hypot(y[:, None] - y, x[:, None] - x) < 1.5
+    before, after = ((share * near).sum(1).mean() for share in moved)
+    assert before < 0.3
+    assert after > 0.7

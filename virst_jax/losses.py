@@ -60,11 +60,12 @@ class CellBatch:
 
 @flax.struct.dataclass
 class NamedBatch:
-    """One picture, with words for what is to be segmented in it."""
+    """A picture or frames of a video, with words for what is to be segmented in them."""
 
-    frames: jax.Array  # as in VideoBatch, one
+    frames: jax.Array  # as in VideoBatch; all are used
     words: jax.Array  # int32[O, N], what each [SEG] says, IGNORE: nothing
-    targets: jax.Array  # bool[O, 1, R, R]
+    targets: jax.Array  # bool[O, T, R, R]
+    anchors: jax.Array  # int32[A], rising, among the T frames
 
 
 @flax.struct.dataclass
@@ -152,9 +153,10 @@ def named_loss(
     encoded: Any = tracker.sam.apply({"params": params["sam2"]}, _normalised(batch.frames), method=Sam2.encode_image)
     maps = jnp.broadcast_to(encoded.top, (batch.words.shape[0], *encoded.top.shape))
     prompts = _applier(cfg, params, dropout_rng)(Virst.prompts_of_words, batch.words, maps)
-    one = jnp.ones(1, bool)
-    anchors = tracker.prompt_anchors(params["sam2"], encoded, jnp.zeros(1, jnp.int32), one, prompts.swapaxes(1, 2))
-    loss, parts = _weigh(cfg, batch, jnp.zeros(()), anchors.prediction, one, tracker)
+    order = jnp.arange(batch.frames.shape[0])
+    used = jnp.ones(order.shape, bool)
+    prediction = _segment(tracker, params, encoded, prompts, batch.anchors, order, used)
+    loss, parts = _weigh(cfg, batch, jnp.zeros(()), prediction, used, tracker)
     del parts["ce_loss"]
     return loss, parts
 
@@ -222,33 +224,46 @@ def video_losses(
     # [SEG] stands in the part that is not shared
     rest, offset = hidden[1], batch.shared
     prompts, _ = apply(Virst.prompts, rest, batch.seg_positions - offset, maps, deterministic=deterministic)
-    anchor_prompts = prompts[:, :, batch.anchors].swapaxes(1, 2)
-    take = lambda index: jax.tree.map(lambda x: x[index], features)  # noqa: E731
     count = batch.frames_used.shape[0]
     used = jnp.ones(count, bool) if batch.used_valid is None else batch.used_valid
-    # the tracker numbers the frames that it is given
-    order = jnp.where(used, batch.frames_used, jnp.iinfo(jnp.int32).max)
-    anchors = tracker.prompt_anchors(
-        params["sam2"],
-        take(batch.anchors),
-        jnp.searchsorted(order, batch.anchors).astype(jnp.int32),
-        jnp.ones(batch.anchors.shape, bool),
-        anchor_prompts,
-    )
-    if count == batch.anchors.shape[0]:
-        prediction = anchors.prediction
-    else:
-        _, tracked = tracker.track(
-            params["sam2"],
-            anchors,
-            tracker.start(conversations),
-            take(batch.frames_used),
-            jnp.arange(count),
-            used,
-            used.sum(),
-        )
-        prediction = tracked.prediction
+    prediction = _segment(tracker, params, features, prompts, batch.anchors, batch.frames_used, used)
     return _weigh(cfg, batch, ce, prediction, used, tracker)
+
+
+def _segment(
+    tracker: Tracker,
+    params: Any,
+    features: Any,
+    prompts: jax.Array,
+    anchors: jax.Array,
+    frames_used: jax.Array,
+    used: jax.Array,
+) -> Any:
+    """Predictions on the frames used: features with leading axis T, prompts dtype[O, N, T, C], the rest as in
+    VideoBatch."""
+    take = lambda index: jax.tree.map(lambda x: x[index], features)  # noqa: E731
+    # the tracker numbers the frames that it is given
+    order = jnp.where(used, frames_used, jnp.iinfo(jnp.int32).max)
+    prompted = tracker.prompt_anchors(
+        params["sam2"],
+        take(anchors),
+        jnp.searchsorted(order, anchors).astype(jnp.int32),
+        jnp.ones(anchors.shape, bool),
+        prompts[:, :, anchors].swapaxes(1, 2),
+    )
+    count = frames_used.shape[0]
+    if count == anchors.shape[0]:
+        return prompted.prediction
+    _, tracked = tracker.track(
+        params["sam2"],
+        prompted,
+        tracker.start(prompts.shape[0]),
+        take(frames_used),
+        jnp.arange(count),
+        used,
+        used.sum(),
+    )
+    return tracked.prediction
 
 
 def _applier(cfg: VirstConfig, params: Any, dropout_rng: jax.Array | None) -> Any:

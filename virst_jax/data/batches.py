@@ -29,8 +29,8 @@ class BatchConfig:
     """The shape of a kind of batch, and how its samples are drawn."""
 
     # video | image: to be segmented; video_text | image_text: questions; video_patches | image_patches: what each patch
-    # shows, in words; image_cells: what each cell of the tracker's features shows; image_named: masks of what is given
-    # by some of its words; video_read | image_read: naming targets, with words in place of pixels
+    # shows, in words; image_cells: what each cell of the tracker's features shows; video_named | image_named: masks of
+    # what is given by some of its words; video_read | image_read: naming targets, with words in place of pixels
     kind: str = "video"
     batch_size: int = 1  # of all processes together
     conversations: int = 3  # O, expressions or questions of a sample
@@ -38,7 +38,7 @@ class BatchConfig:
     text_length: int = 160  # positions behind the video: the rest of the question, and the answer
     vlm_frames: int = 8  # that the language model reads; a multiple of a clip's
     policy: str = "uniform"  # how they are drawn: uniform (one of each interval), random or flex, as the release's
-    seg_frames: int = 8  # T
+    seg_frames: int = 8  # T; of video_named, all tracked
     anchors: int = 3
     propagate: bool = False  # also track the anchors' neighbours
     after: int = 5
@@ -74,7 +74,8 @@ class BatchConfig:
     @property
     def num_frames(self) -> int:
         """T"""
-        return 1 if self.is_image else min(self.seg_frames, self.vlm_frames)
+        read = self.seg_frames if self.is_named else self.vlm_frames
+        return 1 if self.is_image else min(self.seg_frames, read)
 
     @property
     def num_anchors(self) -> int:
@@ -89,7 +90,7 @@ class BatchConfig:
 
 
 KINDS = tuple(f"{what}{kind}" for kind in ("", "_text", "_patches", "_read") for what in ("video", "image"))
-KINDS += ("image_cells", "image_named")
+KINDS += ("image_cells", "video_named", "image_named")
 NOWHERE = "nothing"  # what a patch of the background shows
 
 
@@ -284,11 +285,15 @@ class ExampleMaker:
     def _named(self, video: Video, rng: np.random.Generator) -> Arrays:
         """Things given by colour and form as answers give them, or by one of both alone, and all that it fits."""
         assert video.read_objects is not None
-        size = self.cfg.sam2.image_size
-        shown = resized_labels(video.read_objects([0])[0], size)
+        size, count = self.cfg.sam2.image_size, self.batch.num_frames
+        if video.num_frames < count:
+            raise UserError(f"{video.name}: {video.num_frames} frames, seg_frames is {count}; take longer videos")
+        step = int(rng.integers(1, max(1, (video.num_frames - 1) // max(1, count - 1)), endpoint=True))
+        numbers = int(rng.integers(video.num_frames - (count - 1) * step)) + step * np.arange(count)
+        shown = resized_labels(video.read_objects(numbers.tolist()), size)
         there = [k for k in range(len(video.objects)) if (shown == k + 1).any()]
         words = np.full((self.batch.conversations, self.num_seg), IGNORE, np.int32)
-        targets = np.zeros((self.batch.conversations, 1, size, size), bool)
+        targets = np.zeros((self.batch.conversations, *shown.shape), bool)
         for row in range(self.batch.conversations if there else 0):
             meant = video.objects[int(rng.choice(there))][:2]
             told = rng.choice(3, p=(0.4, 0.2, 0.4))  # both, the colour, the form
@@ -296,10 +301,14 @@ class ExampleMaker:
             for slot, word in enumerate(given):
                 if word is not None:
                     words[row, slot] = self.tokenizer.encode(f" {word}")[0]
-            for k in there:
-                if all(word in (None, own) for word, own in zip(given, video.objects[k])):
-                    targets[row, 0] |= shown == k + 1
-        return {"frames": resized(video.read_frames([0]), size, "bilinear"), "words": words, "targets": targets}
+            fits = [k + 1 for k in there if all(w in (None, own) for w, own in zip(given, video.objects[k]))]
+            targets[row] = np.isin(shown, fits)
+        return {
+            "frames": resized(video.read_frames(numbers.tolist()), size, "bilinear"),
+            "words": words,
+            "targets": targets,
+            "anchors": np.sort(rng.choice(count, self.batch.num_anchors, replace=False)).astype(np.int32),
+        }
 
     def _fits(self, prompt: Prompt) -> bool:
         before = int(np.flatnonzero(prompt.input_ids == IMAGE_TOKEN)[0])
@@ -365,9 +374,10 @@ def batch_shapes(
         }
     if batch.is_named:
         return {
-            "frames": ((rows, 1, size, size, 3), np.uint8),
+            "frames": ((rows, batch.num_frames, size, size, 3), np.uint8),
             "words": ((rows, conversations, batch.seg_tokens or cfg.num_seg_tokens), np.int32),
-            "targets": ((rows, conversations, 1, size, size), np.bool_),
+            "targets": ((rows, conversations, batch.num_frames, size, size), np.bool_),
+            "anchors": ((rows, batch.num_anchors), np.int32),
         }
     if batch.is_patches:
         patches = (rows, clips, frames * cfg.vision.grid**2)
@@ -403,11 +413,9 @@ def resized(frames: np.ndarray, size: int, resample: str) -> np.ndarray:
 
 
 def resized_labels(labels: np.ndarray, size: int) -> np.ndarray:
-    """uint8[H, W] -> uint8[size, size], the nearest."""
-    if labels.shape == (size, size):
-        return labels
-    y, x = (np.arange(size) * length // size for length in labels.shape)
-    return labels[y[:, None], x]
+    """uint8[n, H, W] -> uint8[n, size, size], the nearest."""
+    y, x = (np.arange(size) * length // size for length in labels.shape[1:])
+    return labels[:, y[:, None], x]
 
 
 def stack(examples: Sequence[Arrays]) -> Arrays:

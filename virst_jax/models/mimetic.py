@@ -13,12 +13,13 @@ from virst_jax.config import VirstConfig
 
 KEPT = 0.5  # of the random output projections
 QUIET = 0.2  # of what the second fusion adds to its prompts, so that they begin as what is said
+NEARBY = 3.0  # biases of what asks memories and what answers, which the rotation makes like places that lie close
 SHARPER = 2.0  # queries and keys of the video encoder: what a patch shows is a small part of its position's table
 
 
 def mimic_attention(params: Any, cfg: VirstConfig) -> Any:
     """Random parameters of a Virst -> the same with likened projections in language model, video encoder and mask
-    decoder, and a quiet second fusion.
+    decoder, a quiet second fusion, and memory attention that looks where it is.
 
     A query head takes the kernel of the key head that it reads; an output projection gains its values' transposed.
     """
@@ -43,4 +44,6 @@ def mimic_attention(params: Any, cfg: VirstConfig) -> Any:
     for path in [path for path in flat if path.startswith("second_fusion/layer")]:
         if path.endswith(("/o_proj/kernel", "/out_proj/kernel", "/fc2/kernel")):
             flat[path] = QUIET * flat[path]
+    for name in "qk":
+        flat[f"sam2/memory_attention/layers/cross_attn/{name}_proj/bias"] += NEARBY
     return flax.traverse_util.unflatten_dict(flat, sep="/")
