@@ -16,7 +16,12 @@ from matplotlib.figure import Figure
 from benchmarks import run
 from virst_jax.errors import UserError
 
-PANELS = {"patch_recall": "words of patches, recall", "ce_loss": "cross-entropy of words", "mean_iou": "IoU"}
+PANELS = {
+    "patch_recall": "words of patches, recall",
+    "cell_recall": "words of cells, recall",
+    "ce_loss": "cross-entropy of words",
+    "mean_iou": "IoU",
+}
 
 
 def read_stages(run: Path, size: int) -> list[dict[str, str | float]]:

@@ -154,7 +154,7 @@ def test_patches_have_the_words_of_what_they_show(kind):
 def test_what_is_named_is_all_that_its_words_fit(kind, size):
     batch = NAMED[kind]
     maker, made = ExampleMaker(CFG, TOKENIZER, batch), source(batch, size=size)
-    side, told, steps = CFG.sam2.image_size, set(), set()
+    side, told, steps, empty = CFG.sam2.image_size, set(), set(), 0
     rows, columns = (np.arange(side) * length // side for length in size)
     for index in range(8):
         video, scene = made[index], made.scene(index)
@@ -174,10 +174,11 @@ def test_what_is_named_is_all_that_its_words_fit(kind, size):
                 if said[0] in (None, thing.color) and said[1] in (None, thing.shape)
             ]
             assert said != [None, None]
-            assert target.any()
+            empty += not target.any()
             assert (target == np.isin(labels, fits)).all()
             told.add(tuple(word is not None for word in said))
     assert told == {(True, True), (True, False), (False, True)}
+    assert 2 < empty < 20  # of 96
     assert steps == (set() if batch.is_image else {1, 2, 3})  # of 16 frames
 
 

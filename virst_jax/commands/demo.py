@@ -1,6 +1,6 @@
 """`virst demo`: the sample clip of the package by several sentences, with the small model of the package.
 
-The clip is video 0 of data.synthetic.SyntheticVideos(60, 2026, size=(256, 256), num_frames=32), 8 frames a second.
+The clip was made by data.synthetic: 32 frames of 256 x 256 pixels, 8 a second.
 """
 
 import argparse

@@ -91,6 +91,7 @@ class BatchConfig:
 
 KINDS = tuple(f"{what}{kind}" for kind in ("", "_text", "_patches", "_read") for what in ("video", "image"))
 KINDS += ("image_cells", "video_named", "image_named")
+MIXED = 0.3  # of what is named in words: the colour of one object and the form of any, so that often nothing fits
 NOWHERE = "nothing"  # what a patch of the background shows
 
 
@@ -283,7 +284,8 @@ class ExampleMaker:
         return {"words": np.stack(words), "weights": share.astype(np.float32)}
 
     def _named(self, video: Video, rng: np.random.Generator) -> Arrays:
-        """Things given by colour and form as answers give them, or by one of both alone, and all that it fits."""
+        """Things given by colour and form as answers give them, or by one of both alone, and all that it fits; some
+        fit nothing."""
         assert video.read_objects is not None
         size, count = self.cfg.sam2.image_size, self.batch.num_frames
         if video.num_frames < count:
@@ -297,6 +299,8 @@ class ExampleMaker:
         for row in range(self.batch.conversations if there else 0):
             meant = video.objects[int(rng.choice(there))][:2]
             told = rng.choice(3, p=(0.4, 0.2, 0.4))  # both, the colour, the form
+            if rng.random() < MIXED:
+                meant, told = (meant[0], video.objects[int(rng.choice(there))][1]), 0
             given = [None if told == 2 else meant[0], None if told == 1 else meant[1]]
             for slot, word in enumerate(given):
                 if word is not None:
