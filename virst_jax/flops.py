@@ -188,9 +188,8 @@ class StepShape:
         videos, clips, clip_frames = batch.clips.shape[:3] if hasattr(batch, "clips") else (batch.words.shape[0], 0, 1)
         if hasattr(batch, "targets") and not hasattr(batch, "token_ids"):
             _, conversations, seg_tokens = batch.words.shape
-            given = {"frames": batch.frames.shape[1], "used": batch.targets.shape[2], "anchors": batch.anchors.shape[1]}
-            given["seg_tokens"] = seg_tokens
-            return cls(videos, 0, 1, conversations, 0, **given)
+            frames, used, anchors = batch.frames.shape[1], batch.targets.shape[2], batch.anchors.shape[1]
+            return cls(videos, 0, 1, conversations, 0, 0, frames, used, anchors, seg_tokens)
         if not hasattr(batch, "clips") and not hasattr(batch, "token_ids"):
             return cls(videos, 0, 1, 0, 0, frames=batch.frames.shape[1], patches=batch.words.shape[2])
         if not hasattr(batch, "token_ids"):
