@@ -20,7 +20,8 @@ jitted = jax.jit(attention, static_argnames=("causal", "impl", "chunk", "scale")
 
 
 @pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
+def exact_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "KEY_BLOCK", 16)  # K keys are four blocks, the last one short
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -147,6 +148,16 @@ def test_one_query_at_a_position(impl: str) -> None:
     np.testing.assert_allclose(jitted(q[:, :1], k, v, impl=impl, **kwargs), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_that_nobody_sees_are_passed_over(causal: bool) -> None:
+    q, k, v = inputs()
+    mask = None if causal else jnp.broadcast_to(np.arange(K) < 32, (B, K))
+    expected = jitted(q, k, v, key_mask=mask, causal=causal, impl="plain")
+    hidden = jnp.asarray(np.arange(K) >= 42)[:, None, None]  # the last of four blocks of 14 keys
+    k, v = jnp.where(hidden, jnp.nan, k), jnp.where(hidden, jnp.nan, v)
+    np.testing.assert_allclose(jitted(q, k, v, key_mask=mask, causal=causal, impl="chunked"), expected, atol=2e-6)
+
+
 @pytest.mark.parametrize("impl", ["plain", "chunked", "splash"])
 def test_low_precision_in_and_out_softmax_in_float32(impl: str) -> None:
     q, k, v = inputs(dtype=jnp.bfloat16)
@@ -172,7 +183,8 @@ def largest_array(jaxpr: Any) -> int:
 
 
 @pytest.mark.parametrize("impl", ["plain", "chunked"])
-def test_only_plain_builds_the_matrix(impl: str) -> None:
+def test_only_plain_builds_the_matrix(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEY_BLOCK", 512)
     queries, keys, width = 4096, 36936, 256
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -187,8 +199,9 @@ def test_only_plain_builds_the_matrix(impl: str) -> None:
         assert impl == "plain" or largest <= module.CHUNK_BUDGET
 
 
-def test_long_keys_shrink_the_chunk() -> None:
-    queries, keys, heads = 512, 300_000, 8
+def test_long_keys_shrink_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEY_BLOCK", 512)
+    queries, keys, heads = 512, 200_000, 8
     arrays = [jax.ShapeDtypeStruct((1, n, heads, 8), jnp.float32) for n in (queries, keys, keys)]
     largest = largest_array(jax.make_jaxpr(lambda *a: attention(*a, impl="chunked"))(*arrays).jaxpr)
     assert largest <= module.CHUNK_BUDGET < 512 * keys * heads
@@ -214,7 +227,7 @@ def test_auto(
     class Gpu:
         compute_capability = "8.0"
 
-    monkeypatch.setattr(module, "_platform", lambda: platform)
+    monkeypatch.setattr(module, "target_platform", lambda: platform)
     monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
     taken = []
     for name in IMPLEMENTATIONS[1:]:
@@ -243,7 +256,7 @@ def test_what_cudnn_takes(
     class Gpu:
         compute_capability = capability
 
-    monkeypatch.setattr(module, "_platform", lambda: "gpu")
+    monkeypatch.setattr(module, "target_platform", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
     q, v = (jnp.zeros((1, 4, 1, w), jnp.bfloat16) for w in (width, value_width))
     assert (module._cudnn_obstacle(q, v) == "") == fits
@@ -287,7 +300,7 @@ for batch, heads in ((("data",), ("tensor",)), (("data", "tensor"), ())):
         out = jax.block_until_ready(jax.jit(step)(q, k, v))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), out, expected)
 
-module._platform = lambda: "tpu"
+module.target_platform = lambda: "tpu"
 module.PLAIN_LIMIT = 0
 with jax.set_mesh(mesh):
     assert module._choose(q, k, v, None, True, None) == "chunked"

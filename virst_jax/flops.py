@@ -111,13 +111,14 @@ def image_encoder(cfg: Sam2Config) -> float:
 
 
 def memory_attention(cfg: Sam2Config, anchors: int) -> float:
-    """One frame of one object, with all memories in place."""
+    """One frame of one object, with all memories in place, which the one head weighs before they are projected."""
     size, width = cfg.feature_size**2, cfg.hidden_size
     attended = anchors if cfg.max_anchors_attended == -1 else min(anchors, cfg.max_anchors_attended)
     pointers = (attended + cfg.max_pointers - 1) * (width // cfg.memory_dim)
     keys = (attended + cfg.num_maskmem - 1) * size + pointers
     self_attention = 8 * size * width**2 + 4 * size**2 * width
-    cross_attention = 4 * size * width**2 + 4 * keys * cfg.memory_dim * width + 4 * size * keys * width
+    queries = 4 * size * width**2 + 2 * size * cfg.memory_dim * width
+    cross_attention = queries + 2 * keys * cfg.memory_dim * width + 2 * size * keys * (width + cfg.memory_dim)
     return cfg.memory_layers * (self_attention + cross_attention + 4 * size * width * cfg.memory_mlp_dim)
 
 

@@ -17,11 +17,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType, PartitionSpec
 
 from virst_jax.errors import UserError
+from virst_jax.ops.platform import target_platform
 
 IMPLEMENTATIONS = ("auto", "plain", "chunked", "cudnn", "splash")
 
 PLAIN_LIMIT = 2**22  # `auto` builds the whole matrix up to so many weights a batch row
-CHUNK_BUDGET = 2**24  # weights of a chunk, a batch row: 64 MiB in float32
+CHUNK_BUDGET = 2**24  # numbers that a chunk keeps for its backward pass, a batch row: 64 MiB in float32
+BLOCK_BUDGET = 2**21  # weights of a chunk and a block of keys, a batch row: 8 MiB, which a processor's cache holds
+KEY_BLOCK = 512
 BIAS_LIMIT = 2**26  # `auto` hands cuDNN masks (of two bytes an element) up to this size
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row of these is uniform, not NaN
 
@@ -54,7 +57,7 @@ def attention(
     q_positions: jax.Array | None = None,
     scale: float | None = None,
     impl: str = "auto",
-    chunk: int = 512,
+    chunk: int = 1024,
     dropout: float = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
@@ -71,7 +74,7 @@ def attention(
       impl: one of IMPLEMENTATIONS. "plain" builds the S x K matrix; "chunked" takes queries in chunks and computes
         them again in the backward pass; "cudnn" (NVIDIA GPUs) and "splash" (TPUs; elsewhere interpreted) are
         fused kernels; "auto" takes what fits backend, dtype and sizes.
-      chunk: most queries of a chunk; fewer when K * H is large.
+      chunk: most queries of a chunk; fewer when there are many heads or keys.
       dropout: share of the weights that are set to zero in training, the others grow to make up for them; the fused
         kernels cannot do that, so "auto" passes over them.
       rng: a jax.random key for dropout; None: no weight is dropped.
@@ -127,7 +130,7 @@ def _choose(
     size = q.shape[1] * k.shape[1]
     if _without_kernels(q, k) == "plain":
         return "plain"
-    platform = _platform()
+    platform = target_platform()
     if platform == "tpu" and q_positions is None and (_mesh_axes.get() is not None or not _auto_mesh()):
         return "splash"
     needs_bias = causal and (key_mask is not None or q_positions is not None)
@@ -136,20 +139,40 @@ def _choose(
     return "chunked"
 
 
-def _platform() -> str:
-    """cpu, gpu or tpu: of the mesh in use (which may be compiled for from elsewhere), or else the default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = getattr(device, "platform", None) or jax.default_backend()
-    return "gpu" if platform == "cuda" else platform
-
-
-def _visible(key_mask: jax.Array | None, q_positions: jax.Array | None, num_keys: int) -> jax.Array | None:
-    """bool[B or 1, S or 1, K]; None: everything."""
+def _visible(key_mask: jax.Array | None, q_positions: jax.Array | None, index: jax.Array) -> jax.Array | None:
+    """bool[B or 1, 1, S or 1, K] of the keys int[K]; None: everything."""
     visible = None if key_mask is None else key_mask[:, None]
     if q_positions is not None:
-        before = jnp.arange(num_keys) <= q_positions[..., None]
+        before = index <= q_positions[..., None]
         visible = before if visible is None else visible & before
-    return visible
+    return None if visible is None else visible[:, None]
+
+
+def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[B, G, R * S, D], [B, G, K, D] and [B, G, K, E]: four axes, which XLA's CPU compiler makes one fused loop of."""
+    batch, num_queries, heads, width = q.shape
+    rows = q.reshape(batch, num_queries, k.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, k.shape[2], heads // k.shape[2] * num_queries, width)
+    return rows, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+
+
+def _heads_last(out: jax.Array, num_queries: int) -> jax.Array:
+    """[B, G, R * S, E] -> [B, S, H, E]"""
+    batch, groups, rows, width = out.shape
+    out = out.reshape(batch, groups, rows // num_queries, num_queries, width).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, num_queries, -1, width)
+
+
+def _logits(rows: jax.Array, k: jax.Array, scale: float) -> jax.Array:
+    return scale * jnp.einsum("bgsd,bgkd->bgsk", rows, k, preferred_element_type=_accumulator(rows))
+
+
+def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.einsum("bgsk,bgke->bgse", weights.astype(v.dtype), v, preferred_element_type=_accumulator(v))
+
+
+def _accumulator(x: jax.Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _plain(
@@ -162,21 +185,22 @@ def _plain(
     dropout: float = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    batch, num_queries, heads, width = q.shape
-    accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    grouped = q.reshape(batch, num_queries, k.shape[2], -1, width)
-    logits = scale * jnp.einsum("bsgrd,bkgd->bgrsk", grouped, k, preferred_element_type=accumulate)
-    visible = _visible(key_mask, q_positions, k.shape[1])
-    if visible is None:
-        weights = jax.nn.softmax(logits)
-    else:
-        visible = visible[:, None, None]
-        # the outer `where` is for rows that see nothing
-        weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, logits, MASKED)), 0)
+    num_queries, num_keys, dtype = q.shape[1], k.shape[1], q.dtype
+    rows, k, v = _heads_first(q, k, v)
+    positions = None if q_positions is None else jnp.tile(q_positions, (1, rows.shape[2] // num_queries))
+    logits, visible = _logits(rows, k, scale), _visible(key_mask, positions, jnp.arange(num_keys))
+    if visible is not None:
+        logits = jnp.where(visible, logits, MASKED)
+    # divided by their sum at the end: the other way round the loop is not fused
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    if visible is not None:
+        weights = jnp.where(visible, weights, 0)
+    total = weights.sum(-1, keepdims=True)
+    if visible is not None:
+        total = jnp.where(total == 0, 1, total)  # zeros where nothing is seen
     if dropout:
         weights = drop_weights(weights, dropout, rng)
-    out = jnp.einsum("bgrsk,bkge->bsgre", weights.astype(v.dtype), v, preferred_element_type=accumulate)
-    return out.astype(q.dtype).reshape(batch, num_queries, heads, v.shape[-1])
+    return _heads_last((_weighted(weights, v) / total).astype(dtype), num_queries)
 
 
 def drop_weights(weights: jax.Array, dropout: float, rng: jax.Array | None) -> jax.Array:
@@ -196,24 +220,76 @@ def _chunked(
     dropout: float = 0.0,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    batch, num_queries, heads, width = q.shape
-    chunk = min(chunk, max(1, CHUNK_BUDGET // (k.shape[1] * heads)))
-    chunks = -(-num_queries // chunk)
-    chunk = -(-num_queries // chunks)  # even chunks pad least
+    """Chunks of queries meet blocks of keys; maximum and sum of the softmax are carried from block to block."""
+    (batch, num_queries, _, _), num_keys, dtype = q.shape, k.shape[1], q.dtype
+    rows, k, v = _heads_first(q, k, v)
+    groups, num_rows = rows.shape[1:3]
+    blocks, block = _even(num_keys, KEY_BLOCK, 128)
+    if blocks * block > num_keys and key_mask is None:
+        key_mask = jnp.ones((batch, num_keys), bool)
+    # what the backward pass keeps of a chunk: the sums after every block
+    kept = CHUNK_BUDGET // (blocks * groups * v.shape[3])
+    chunks, chunk = _even(num_rows, max(1, min(chunk, kept, BLOCK_BUDGET // (block * groups))))
 
-    def split(x: jax.Array) -> jax.Array:
-        """[B, S, ...] -> [chunks, B, chunk, ...]"""
+    def split(x: jax.Array, axis: int, count: int, size: int) -> jax.Array:
+        """[..., N, ...] -> [count, ..., size, ...]"""
         padding = [(0, 0)] * x.ndim
-        padding[1] = (0, chunks * chunk - num_queries)
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], chunks, chunk, *x.shape[2:]), 1, 0)
+        padding[axis] = (0, count * size - x.shape[axis])
+        x = jnp.pad(x, padding)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+    across = (
+        split(k, 2, blocks, block),
+        split(v, 2, blocks, block),
+        None if key_mask is None else split(key_mask, 1, blocks, block),
+        jnp.arange(blocks * block).reshape(blocks, block),
+    )
 
     def attend(part: tuple[jax.Array, jax.Array | None, jax.Array | None]) -> jax.Array:
-        return _plain(part[0], k, v, key_mask, part[1], scale, dropout, part[2])
+        rows, positions, rng = part
 
+        def step(
+            carry: tuple[jax.Array, jax.Array, jax.Array],
+            part: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array],
+        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+            (highest, total, out), (k, v, key_mask, index) = carry, part
+            visible = _visible(key_mask, positions, index)
+
+            def meet() -> tuple[jax.Array, jax.Array, jax.Array]:
+                logits = _logits(rows, k, scale)
+                if visible is not None:
+                    logits = jnp.where(visible, logits, MASKED)
+                higher = jax.lax.stop_gradient(jnp.maximum(highest, logits.max(-1, keepdims=True)))
+                weights, shrink = jnp.exp(logits - higher), jnp.exp(highest - higher)
+                sums = total * shrink + weights.sum(-1, keepdims=True)
+                if dropout and rng is not None:
+                    weights = drop_weights(weights, dropout, jax.random.fold_in(rng, index[0]))
+                return higher, sums, out * shrink + _weighted(weights, v)
+
+            # memories that are not there yet and what lies ahead of all queries cost nothing
+            return meet() if visible is None else jax.lax.cond(visible.any(), meet, lambda: carry), None
+
+        lowest = jnp.full((*rows.shape[:3], 1), MASKED, _accumulator(rows))
+        start = lowest, jnp.zeros_like(lowest), jnp.zeros((*rows.shape[:3], v.shape[3]), lowest.dtype)
+        (highest, total, out), _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, across)
+        seen = highest > MASKED
+        return jnp.where(seen, out / jnp.where(seen, total, 1), 0).astype(dtype)
+
+    positions = None
+    if q_positions is not None:
+        positions = split(jnp.tile(q_positions, (1, num_rows // num_queries)), 1, chunks, chunk)
     keys = jax.random.split(rng, chunks) if dropout and rng is not None else None
-    parts = split(q), None if q_positions is None else split(q_positions), keys
-    out = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), parts)  # [chunks, B, chunk, H, E]
-    return jnp.moveaxis(out, 0, 1).reshape(batch, chunks * chunk, heads, v.shape[-1])[:, :num_queries]
+    parts = split(rows, 2, chunks, chunk), positions, keys
+    out = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), parts)  # [chunks, B, G, chunk, E]
+    out = jnp.moveaxis(out, 0, 2).reshape(batch, groups, chunks * chunk, -1)
+    return _heads_last(out[:, :, :num_rows], num_queries)
+
+
+def _even(length: int, most: int, multiple: int = 1) -> tuple[int, int]:
+    """How many parts of at most `most`, and how long, so that they are even; the length a multiple, if it is long."""
+    parts = -(-length // most)
+    size = -(-length // parts)
+    return parts, min(most, -(-size // multiple) * multiple) if size > multiple else size
 
 
 def _zero_blind_rows(
@@ -238,8 +314,8 @@ def _zero_blind_rows(
 def _cudnn_obstacle(q: jax.Array, v: jax.Array) -> str:
     """Why cuDNN cannot run this, or an empty string."""
     width = q.shape[-1]
-    if _platform() != "gpu":
-        return f"the backend is {_platform()}, not an NVIDIA GPU"
+    if target_platform() != "gpu":
+        return f"the backend is {target_platform()}, not an NVIDIA GPU"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the dtype is {q.dtype}, not bfloat16 or float16"
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
@@ -279,7 +355,7 @@ def _cudnn(
         options["is_causal"] = True
     elif causal:
         positions = jnp.arange(num_queries)[None] if q_positions is None else q_positions
-        visible = cast(jax.Array, _visible(key_mask, positions, num_keys))
+        visible = cast(jax.Array, _visible(key_mask, positions, jnp.arange(num_keys)))[:, 0]
         # the backward pass with a bias wants even lengths
         odd_q, odd_k = num_queries % 2, num_keys % 2
         options["mask"] = jnp.pad(visible, ((0, 0), (0, odd_q), (0, odd_k)))[:, None]
@@ -341,7 +417,7 @@ def _partitioned(
     block_q: int, block_k: int, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 ) -> jax.Array:
     """The kernel on every device's share: arrays [B, heads, length, width], segments int32[B, K]."""
-    interpret = _platform() != "tpu"
+    interpret = target_platform() != "tpu"
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         shape = (q.shape[2], k.shape[2])

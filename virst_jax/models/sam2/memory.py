@@ -36,18 +36,24 @@ class RotaryAttention(nn.Module):
         v: jax.Array,
         key_mask: jax.Array | None = None,
         unrotated: int = 0,
-        deterministic: bool = True,
     ) -> jax.Array:
         """q dtype[B, S, C], k and v dtype[B, K, ...], key_mask bool[B, K] -> dtype[B, S, C].
 
-        Keys are whole frames, which repeat the rotation of the queries, then `unrotated` others.
+        Keys are whole frames, which repeat the rotation of the queries, then `unrotated` others. A query sees at
+        least one.
         """
         cfg, width = self.cfg, self.cfg.hidden_size
-        projected = (
-            dense(self.compute, width, ("embed", "heads"), name=f"{name}_proj")(x)
-            for name, x in (("q", q), ("k", k), ("v", v))
-        )
-        q, k, v = (rearrange(x, "b n (h d) -> b n h d", h=cfg.memory_heads) for x in projected)
+        # weights of one head sum to one, so they may weigh narrow memories before these are projected; cuDNN wants
+        # values as wide as keys
+        late = cfg.memory_heads == 1 and v.shape[-1] < width and target_platform() != "gpu"
+
+        def project(name: str, x: jax.Array) -> jax.Array:
+            return dense(self.compute, width, ("embed", "heads"), name=f"{name}_proj")(x)
+
+        def split(x: jax.Array) -> jax.Array:
+            return rearrange(x, "b n (h d) -> b n h d", h=cfg.memory_heads)
+
+        q, k = split(project("q", q)), split(project("k", k))
         angles = axial_angles(cfg.feature_size, cfg.feature_size, width // cfg.memory_heads, cfg.rope_theta)
         whole = k.shape[1] - unrotated
         frames = rearrange(k[:, :whole], "b (f s) h d -> b f s h d", s=angles.shape[0])
@@ -55,11 +61,12 @@ class RotaryAttention(nn.Module):
         out = attention(
             rotate_pairs(q, angles),
             jnp.concatenate([rotated, k[:, whole:]], axis=1),
-            v,
+            split(v if late else project("v", v)),
             key_mask=key_mask,
             impl=self.compute.attention,
         )
-        return dense(self.compute, width, ("heads", "embed"), name="out_proj")(rearrange(out, "b n h d -> b n (h d)"))
+        out = rearrange(out, "b n h d -> b n (h d)")
+        return dense(self.compute, width, ("heads", "embed"), name="out_proj")(project("v", out) if late else out)
 
 
 class Layer(nn.Module):
@@ -76,12 +83,11 @@ class Layer(nn.Module):
         x = constrain(x, None, None, "width")
         norm = [layer_norm(compute, name=f"norm{i}") for i in range(1, 4)]
         y = norm[0](x)
-        alike = self.deterministic
-        drop = nn.Dropout(cfg.memory_dropout, deterministic=alike)
-        x = x + drop(RotaryAttention(cfg, compute, name="self_attn")(y, y, y, deterministic=alike))
+        drop = nn.Dropout(cfg.memory_dropout, deterministic=self.deterministic)
+        x = x + drop(RotaryAttention(cfg, compute, name="self_attn")(y, y, y))
         y = norm[1](x)
         cross = RotaryAttention(cfg, compute, name="cross_attn")
-        x = x + drop(cross(y, memory + memory_pos, memory, key_mask, self.pointer_tokens, alike))
+        x = x + drop(cross(y, memory + memory_pos, memory, key_mask, self.pointer_tokens))
         y = drop(nn.relu(dense(compute, cfg.memory_mlp_dim, ("embed", "mlp"), name="linear1")(norm[2](x))))
         return x + drop(dense(compute, cfg.hidden_size, ("mlp", "embed"), name="linear2")(y)), None
 
