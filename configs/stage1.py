@@ -4,7 +4,8 @@ python train.py --config=configs/stage1.py --workdir=runs/stage1 --config.model.
 
 START is a converted model folder (`python -m conversion.convert` without --virst: VideoChat-Flash and SAM 2.1, fresh
 fusions); DATA holds the data sets' folders (docs/datasets.md).
-Hardware and cost: docs/sharding.md. Expected score: the release has none for its stages; watch the loss curves and the
+Hardware: from one v5e slice of four chips on (docs/sharding.md). Cost, if 40 % of the peak is reached: 5 hours
+of one H100 or 24 of one v5e chip. Expected score: the release has none for its stages; watch the loss curves and the
 J&F on MeViS valid_u that a run writes.
 """
 

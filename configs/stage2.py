@@ -3,7 +3,8 @@
 python train.py --config=configs/stage2.py --workdir=runs/stage2 --config.model.init=runs/stage1/stage1/model \
     --config.data_root=DATA
 
-Hardware and cost: docs/sharding.md. Expected score: the release has none for its stages; its final ones are in
+Hardware: from one v5e slice of four chips on (docs/sharding.md). Cost, if 40 % of the peak is reached: at most 21 hours
+of one H100 or 104 of one v5e chip. Expected score: the release has none for its stages; its final ones are in
 docs/evaluation.md.
 """
 

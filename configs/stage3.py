@@ -3,7 +3,8 @@
 python train.py --config=configs/stage3.py --workdir=runs/stage3 --config.model.init=runs/stage2/stage2/model \
     --config.data_root=DATA
 
-Hardware and cost: docs/sharding.md. Expected score: the release's final ones, in docs/evaluation.md.
+Hardware: from one v5e slice of four chips on (docs/sharding.md). Cost, if 40 % of the peak is reached: at most 20 hours
+of one H100 or 101 of one v5e chip. Expected score: the release's final ones, in docs/evaluation.md.
 """
 
 from ml_collections import ConfigDict

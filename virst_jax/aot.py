@@ -78,8 +78,9 @@ def topology_devices(topology: str) -> list[Any]:
     if kind in GPUS and shape.isdigit():
         if not _installed("jax_plugins.xla_cuda12"):
             raise UserError(f"topology {topology}: NVIDIA's compiler is missing; run pip install jax-cuda12-plugin")
-        # kernels cannot be timed on a GPU that is not here
+        # kernels cannot be timed on a GPU that is not here, and Triton's untimed choice of tiles fails on some products
         _add_xla_flag("--xla_gpu_autotune_level=0")
+        _add_xla_flag("--xla_gpu_enable_triton_gemm=false")
         nodes, each = max(1, int(shape) // 8), min(8, int(shape))
         target = gpu_target(kind)
         return _described("cuda", kind, target_config=target, topology=f"1x{nodes}x{each}")
