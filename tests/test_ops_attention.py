@@ -199,9 +199,11 @@ def test_only_plain_builds_the_matrix(impl: str, monkeypatch: pytest.MonkeyPatch
         assert impl == "plain" or largest <= module.CHUNK_BUDGET
 
 
-def test_long_keys_shrink_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("queries", "keys", "heads"), [(512, 200_000, 8), (4096, 2048, 64)])
+def test_long_keys_and_many_heads_shrink_the_chunk(
+    queries: int, keys: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "KEY_BLOCK", 512)
-    queries, keys, heads = 512, 200_000, 8
     arrays = [jax.ShapeDtypeStruct((1, n, heads, 8), jnp.float32) for n in (queries, keys, keys)]
     largest = largest_array(jax.make_jaxpr(lambda *a: attention(*a, impl="chunked"))(*arrays).jaxpr)
     assert largest <= module.CHUNK_BUDGET < 512 * keys * heads

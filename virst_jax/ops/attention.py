@@ -24,7 +24,7 @@ IMPLEMENTATIONS = ("auto", "plain", "chunked", "cudnn", "splash")
 PLAIN_LIMIT = 2**22  # `auto` builds the whole matrix up to so many weights a batch row
 CHUNK_BUDGET = 2**24  # numbers that a chunk keeps for its backward pass, a batch row: 64 MiB in float32
 BLOCK_BUDGET = 2**21  # weights of a chunk and a block of keys, a batch row: 8 MiB, which a processor's cache holds
-KEY_BLOCK = 512
+KEY_BLOCK = 512  # most keys of a block
 BIAS_LIMIT = 2**26  # `auto` hands cuDNN masks (of two bytes an element) up to this size
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row of these is uniform, not NaN
 
@@ -74,7 +74,8 @@ def attention(
       impl: one of IMPLEMENTATIONS. "plain" builds the S x K matrix; "chunked" takes queries in chunks and computes
         them again in the backward pass; "cudnn" (NVIDIA GPUs) and "splash" (TPUs; elsewhere interpreted) are
         fused kernels; "auto" takes what fits backend, dtype and sizes.
-      chunk: most queries of a chunk; fewer when there are many heads or keys.
+      chunk: most rows of a chunk, which are queries of the R heads that share a key head; fewer when there are many
+        heads or keys.
       dropout: share of the weights that are set to zero in training, the others grow to make up for them; the fused
         kernels cannot do that, so "auto" passes over them.
       rng: a jax.random key for dropout; None: no weight is dropped.
