@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     # muon needs a third of the steps that adamw does
     optim = {"name": "muon", "muon_rms": 0.5, "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.98}
     optim |= {"weight_decay": 0.01, "clip_norm": 1.0}
-    c.stages = ("words", "paths", "read", "reason", "cells", "named", "reread", "stage1", "stage2", "stage3")
+    c.stages = ("words", "paths", "read", "reason", "cells", "named", "stage1", "stage2", "stage3")
     # the video encoder learns what patches show, in the language model's words, before anyone has to read it; motion
     # comes last, hence twice
     c.words = {
@@ -77,12 +77,12 @@ def get_config() -> ConfigDict:
     }
 
     # and the language model reads them, as words without error and without pixels
-    def reading(steps: int, categories: dict, seed: int, *, frozen: str = "llm/embed_tokens", **values: float) -> dict:
+    def reading(steps: int, categories: dict, seed: int, **values: float) -> dict:
         sizes = {"conversations": 12, "text_length": 64}
         return {
             "steps": steps,
             "optim": {**optim, "warmup_steps": 50, **values},
-            "groups": ((f"({frozen})/.*", 0.0), ("llm/.*", 1.0), (".*", 0.0)),
+            "groups": (("llm/embed_tokens/.*", 0.0), ("llm/.*", 1.0), (".*", 0.0)),
             "data": {
                 "read": data("video_read", 0.85, 8, seed, categories=categories, **sizes),
                 "image_read": data("image_read", 0.15, 8, seed + 1, **sizes),
@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
         }
 
     c.read = reading(350, simple, 10)
-    c.reason = reading(650, every, 12, final_factor=0.1)
+    c.reason = reading(1550, every, 12, final_factor=0.05)
     # the tracker's image encoder learns what its cells show in the words that the language model now says at [SEG]
     c.cells = {
         "steps": 500,
@@ -105,8 +105,6 @@ def get_config() -> ConfigDict:
         "groups": (*unused, *known[1:], ("(sam2|second_fusion)/.*", 1.0), (".*", 0.0)),
         "data": {"named": data("image_named", 1.0, 8, 15, conversations=12)},
     }
-    # more reading, with the words' output rows as the tracker has learned them
-    c.reread = reading(900, every, 16, frozen="llm/(embed_tokens|lm_head)", final_factor=0.05)
     c.stage1 = {
         "steps": 1000,
         "optim": {**optim, "final_factor": 0.5},

@@ -260,6 +260,18 @@ def test_anchors_do_not_pay_for_tracking() -> None:
     assert anchor == 0
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_training_holds_the_parameters_once_for_all_videos(training: bool) -> None:
+    """vmap turns a branch that videos take differently into a choice, with a copy of what it uses for each."""
+    made = Tracker(Sam2(CFG, Compute()), training)
+    params, *arguments = abstract_arguments(CFG, training)
+    videos = jax.tree.map(lambda x: jax.ShapeDtypeStruct((7, *x.shape), x.dtype), arguments)
+    program = jax.make_jaxpr(jax.vmap(made.track, (None, *(0 for _ in arguments))))(params, *videos).jaxpr
+    kernel = params["memory_encoder"]["mask_conv3"]["kernel"].shape
+    copies = [e for e in equations(program) if any(out.aval.shape == (7, *kernel) for out in e.outvars)]
+    assert bool(copies) != training
+
+
 # the tracker at full size; the trunk is no part of it
 FULL = dataclasses.replace(virst_7b().sam2, hiera=CFG.hiera)
 PAIRS = 4096 * (3 + 6) * 4096  # of queries and keys, for one object

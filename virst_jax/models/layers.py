@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from virst_jax.config import Compute
+from virst_jax.ops.platform import target_platform
+from virst_jax.ops.strided import strided_convolution
 
 AXES = frozenset(
     {
@@ -34,6 +36,9 @@ AXES = frozenset(
 
 # PyTorch's default for linear layers and convolutions: uniform in +-1/sqrt(fan_in).
 default_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+STRIDED_KERNEL = 4  # the largest for which ops.strided is faster: it gathers kernel x kernel copies
 
 
 def named(init: Callable[..., Any], *axes: str) -> Callable[..., Any]:
@@ -87,6 +92,11 @@ def conv(
     name: str | None = None,
 ) -> nn.Conv:
     """2-D convolution over [B, H, W, C] with explicit symmetric padding, as PyTorch pads."""
+    implementation: Callable[..., jax.Array] | None = None
+    if kernel == stride == groups == 1:
+        implementation = _pointwise
+    elif stride > 1 and groups == 1 and kernel <= STRIDED_KERNEL and target_platform() == "cpu":
+        implementation = _strided
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -97,7 +107,7 @@ def conv(
         param_dtype=jnp.dtype(compute.param_dtype),
         kernel_init=named(default_init, "kernel", "kernel", "conv_in", "conv_out"),
         bias_init=named(nn.initializers.zeros, "conv_out"),
-        conv_general_dilated=_pointwise if kernel == stride == groups == 1 else None,
+        conv_general_dilated=implementation,
         name=name,
     )
 
@@ -105,6 +115,12 @@ def conv(
 def _pointwise(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, **__: Any) -> jax.Array:
     """A 1 x 1 convolution as a product: three times as fast on CPUs."""
     return jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0], precision=precision)
+
+
+def _strided(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, *_: Any, precision: Any = None, **__: Any
+) -> jax.Array:
+    return strided_convolution(x, kernel, strides[0], padding[0][0])
 
 
 class Mlp(nn.Module):

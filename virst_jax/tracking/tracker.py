@@ -11,6 +11,7 @@ Source: model/sam2/sam2_virst.py and sam2_base.py (_prepare_memory_conditioned_f
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -76,6 +77,12 @@ class Tracker:
     def _apply(self, params: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         return self.sam.apply({"params": params}, *args, method=method, **kwargs)
 
+    def _choose(self, condition: jax.Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+        if not self.training:
+            return jax.lax.cond(condition, yes, no)
+        # the videos of a batch differ, so both are computed anyway; vmap of a branch would copy the parameters for each
+        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes(), no())
+
     def _remember(self, params: Any, frame: Features, prediction: Prediction) -> Tracked:
         memory = self._apply(params, Sam2.remember, frame, prediction)
         return Tracked(prediction, memory.astype(self.memory_dtype))
@@ -109,7 +116,7 @@ class Tracker:
                 )
                 return self._remember(params, frame, prediction)
 
-            out = jax.lax.cond(alive, segment, lambda: empty)
+            out = self._choose(alive, segment, lambda: empty)
             return low_res.at[index].set(out.prediction.low_res), out
 
         if self.training:
@@ -176,7 +183,7 @@ class Tracker:
                 return self._remember(params, frame, prediction)
 
             def advance() -> tuple[Recent, Tracked]:
-                out = jax.lax.cond(here.any(), from_anchor, from_memory)
+                out = self._choose(here.any(), from_anchor, from_memory)
                 m, p = number % recent.memory_frames.shape[0], number % recent.pointer_frames.shape[0]
                 return Recent(
                     recent.memory_frames.at[m].set(number),
@@ -185,7 +192,7 @@ class Tracker:
                     recent.pointers.at[p].set(out.prediction.pointer),
                 ), out
 
-            recent, out = jax.lax.cond(alive, advance, lambda: (recent, empty))
+            recent, out = self._choose(alive, advance, lambda: (recent, empty))
             return recent, out if keep_memory else dataclasses.replace(out, memory=jnp.zeros(()))
 
         if self.training:
