@@ -116,7 +116,7 @@ def get_config() -> ConfigDict:
         },
     }
     c.stage2 = {
-        "steps": 900,
+        "steps": 1000,
         "optim": {**optim, "learning_rate": 1.2e-3, "final_factor": 0.03},
         "groups": groups,
         "data": {
@@ -127,7 +127,7 @@ def get_config() -> ConfigDict:
     # following, too, is learned from words: what is prompted on one frame of a video is found on those around it
     decoder = ("sam2/(mask_decoder|high_res[01]|no_memory_embed)(/.*)?", 0.3)
     c.stage3 = {
-        "steps": 700,
+        "steps": 1200,
         "optim": {**optim, "warmup_steps": 30, "final_factor": 0.05},
         "groups": (*unused, ("sam2/image_encoder/.*", 0.0), decoder, ("sam2/.*", 1.0), (".*", 0.0)),
         "data": {"named": data("video_named", 1.0, 2, 4, conversations=6, seg_frames=4, anchors=1)},
