@@ -116,7 +116,7 @@ def get_config() -> ConfigDict:
         },
     }
     c.stage2 = {
-        "steps": 1000,
+        "steps": 1500,
         "optim": {**optim, "learning_rate": 1.2e-3, "final_factor": 0.03},
         "groups": groups,
         "data": {
