@@ -68,6 +68,27 @@ def test_traffic_of_a_program():
     }
 
 
+def test_traffic_of_asynchronous_collectives_counts_no_operand():
+    """As compiled for GPUs: operands, then results, in groups if there are several."""
+    lines = """
+  %p = (f32[8,64]{1,0}, f32[8,64]{1,0}) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
+  %s = ((f32[64,64]{1,0}, f32[8,4]{1,0}), (f32[8,64]{1,0}, f32[1,4]{1,0})) reduce-scatter-start(%b, %a), GROUPS
+  %g = (f32[8,64]{1,0}, f32[64,64]{1,0}) all-gather-start(%a), GROUPS
+  %t = ((f32[8,64]{1,0}), f32[8,64]{1,0}) all-to-all-start(f32[8,64]{1,0} %a), GROUPS
+  %r = f32[8,64]{1,0} all-reduce-start(%a), GROUPS
+""".replace("GROUPS", "replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}")
+    traffic, _ = collective_traffic(f"ENTRY %main (w: f32[8,64]) -> f32[] {{{lines}}}")
+    whole, part = 4 * 64 * 64, 4 * 8 * 64
+    assert {kind: of.payload for kind, of in traffic.items()} == {
+        "all-gather": whole,
+        "all-reduce": part,
+        "reduce-scatter": whole + 4 * 8 * 4,
+        "all-to-all": part,
+        "collective-permute": part,
+    }
+    assert traffic["reduce-scatter"].sent == traffic["reduce-scatter"].payload * 7 // 8
+
+
 def test_loops_of_unknown_length_are_counted():
     traffic, unread = collective_traffic(HLO.replace("direction=LT", "direction=NE"))
     assert unread == 1

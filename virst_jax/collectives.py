@@ -147,11 +147,10 @@ def _collective(line: str) -> tuple[str, int, int] | None:
     result = match["rest"][: op.start()]
     sizes = [_size(m["dtype"], m["dims"]) for m in _ARRAY.finditer(re.sub(r"\{[^{}]*\}", "", result))]
     group = _group_size(line)
-    if op["op"].endswith("-start"):
-        if opcode == "all-gather":
-            sizes = sizes[len(sizes) // 2 :]  # operands, then results
-        elif opcode == "collective-permute":
-            sizes = sizes[1:2]  # operand, result, two contexts
+    if op["op"].endswith("-start") and opcode != "all-reduce":  # whose result alone is named
+        names = re.sub(r"[\[{][^\]}]*[\]}]", "", match["rest"][op.end() :])
+        operands = names.split(")")[0].count(",") + 1
+        sizes = sizes[operands : 2 * operands]  # operands, results, contexts
     payload = sum(sizes)
     if opcode == "reduce-scatter":
         payload *= group  # of the operand
