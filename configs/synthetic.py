@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     # muon needs a third of the steps that adamw does
     optim = {"name": "muon", "muon_rms": 0.5, "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.98}
     optim |= {"weight_decay": 0.01, "clip_norm": 1.0}
-    c.stages = ("words", "paths", "read", "reason", "cells", "named", "stage1", "stage2", "stage3")
+    c.stages = ("words", "paths", "read", "reason", "cells", "named", "stage1", "stage2", "stage3", "refine", "follow")
     # the video encoder learns what patches show, in the language model's words, before anyone has to read it; motion
     # comes last, hence twice
     c.words = {
@@ -131,5 +131,19 @@ def get_config() -> ConfigDict:
         "optim": {**optim, "warmup_steps": 30, "final_factor": 0.05},
         "groups": (*unused, ("sam2/image_encoder/.*", 0.0), decoder, ("sam2/.*", 1.0), (".*", 0.0)),
         "data": {"named": data("video_named", 1.0, 2, 4, conversations=6, seg_frames=4, anchors=1)},
+    }
+    # a second round of both, at smaller rates: masks and names become better together
+    finer = (("(llm|vision|projector)/.*", 0.25), ("(sam2/image_encoder|second_fusion/seg_proj)/.*", 0.1))
+    c.refine = {
+        "steps": 900,
+        "optim": {**optim, "learning_rate": 8e-4, "warmup_steps": 50, "final_factor": 0.02},
+        "groups": (*unused, *finer, ("second_fusion/.*", 0.3), (".*", 1.0)),
+        "data": {"video": data("video", 1.0, 8, 20, categories=every, **many)},
+    }
+    c.follow = {
+        "steps": 1000,
+        "optim": {**optim, "learning_rate": 1.5e-3, "warmup_steps": 30, "final_factor": 0.03},
+        "groups": c.stage3.groups,
+        "data": {"named": data("video_named", 1.0, 2, 22, conversations=6, seg_frames=4, anchors=1)},
     }
     return c
