@@ -96,7 +96,7 @@ class Tracker:
           params: of the Sam2 module.
           features: of the anchor frames, leading axis A.
           frames: int32[A], their numbers in the video.
-          live: bool[A]; slots that are not cost nothing.
+          live: bool[A]; slots that are not cost nothing, unless in training.
           prompts: dtype[O, A, N, C], STF prompt tokens.
         """
         empty = self._empty(prompts.shape[0])
