@@ -1,6 +1,7 @@
 """Strided convolution whose gradient is a matrix product.
 
-The gradients of XLA's own are up to fifty times slower on CPUs: those of its kernel inside a loop fall to plain loops.
+Inside a loop on CPUs, the gradient of XLA's own convolution is many times slower, and took two thirds of a training
+step of the tracker.
 
 Axes: B images, H, W grid, C channels, K kernel side, D output channels, h, w output grid.
 """
