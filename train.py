@@ -1,8 +1,8 @@
 """Trains VIRST: python train.py --config=configs/NAME.py --workdir=DIR [--config.key=value ...]
 
-The same command goes on where an earlier run stopped, or was killed. See virst_jax/recipe.py for what a config says and
-configs/ for recipes. With --compile_only --topology=v5e:4x4 it compiles the steps for that hardware, without it, and
-prints what a device needs.
+The same command goes on where an earlier run stopped, or was killed. See virst_jax/training/recipe.py for what a
+config says and configs/ for recipes. With --compile_only --topology=v5e:4x4 it compiles the steps for
+that hardware, without it, and prints what a device needs.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from virst_jax import checkpoint, flops, recipe, sharding
 from virst_jax.api import EMBEDDED, Model
 from virst_jax.config import VirstConfig, get_preset
 from virst_jax.data.batches import ExampleMaker, batch_shapes, visual_tokens
@@ -29,15 +28,19 @@ from virst_jax.data.prompts import Tokenizer, load_tokenizer
 from virst_jax.data.sources import make_source
 from virst_jax.errors import UserError
 from virst_jax.evaluation.held_out import Score, score_videos, summarize
-from virst_jax.losses import CellBatch, NamedBatch, PatchBatch, ReadBatch, TextBatch, VideoBatch
+from virst_jax.io import model_folder
+from virst_jax.io.visualize import overlay
 from virst_jax.models.lora import add_lora
-from virst_jax.models.mimetic import mimic_attention
 from virst_jax.models.virst import Virst
-from virst_jax.optim import flatten
-from virst_jax.train_checkpoint import METRIC, TrainCheckpoints
-from virst_jax.train_log import TrainLog
-from virst_jax.training import Batch, TrainState, init_state, make_train_step
-from virst_jax.visualize import overlay
+from virst_jax.parallel import sharding
+from virst_jax.pretraining.mimetic import mimic_attention
+from virst_jax.profiling import flops
+from virst_jax.training import recipe
+from virst_jax.training.checkpoints import METRIC, TrainCheckpoints
+from virst_jax.training.log import TrainLog
+from virst_jax.training.losses import CellBatch, NamedBatch, PatchBatch, ReadBatch, TextBatch, VideoBatch
+from virst_jax.training.optim import flatten
+from virst_jax.training.step import Batch, TrainState, init_state, make_train_step
 
 FLAGS = flags.FlagValues()  # its own: eval.py has flags of the same names
 CONFIG = config_flags.DEFINE_config_file(
@@ -79,10 +82,10 @@ def train(config: Any, workdir: Path) -> None:
 def _where_to_start(config: Any) -> tuple[VirstConfig, Path | None, Path]:
     """Config, folder of the model to start from (None: random parameters), and the tokenizer's folder."""
     start = EMBEDDED.get(config.model.init, Path(config.model.init)) if config.model.init else None
-    base = checkpoint.read_config(start) if start else get_preset(config.model.preset)
+    base = model_folder.read_config(start) if start else get_preset(config.model.preset)
     if config.model.tokenizer:
         return base, start, Path(config.model.tokenizer)
-    return base, start, (start or EMBEDDED["tiny"]) / checkpoint.TOKENIZER
+    return base, start, (start or EMBEDDED["tiny"]) / model_folder.TOKENIZER
 
 
 class Run:
@@ -103,7 +106,7 @@ class Run:
         self.stage, self.folder, self.mesh, self.start = stage, folder, mesh, start
         self.seed = int(config.seed)
         step = make_train_step(cfg, stage.optim, stage.groups, seed=self.seed, mesh_axes=sharding.BATCH_AXES)
-        shapes = checkpoint.parameter_shapes(cfg)
+        shapes = model_folder.parameter_shapes(cfg)
         parameters = sharding.parameter_shardings(cfg, mesh)
         abstract = jax.eval_shape(lambda p: init_state(cfg, stage.optim, stage.groups, p), shapes)
         self.shardings = sharding.state_shardings(abstract, parameters, shapes, mesh)
@@ -149,13 +152,13 @@ class Run:
             random = lambda key: nn.meta.unbox(Virst(cfg).init(key)["params"])  # noqa: E731
             make = lambda key: begin(mimic_attention(random(key), cfg))  # noqa: E731
             return jax.jit(make, out_shardings=self.shardings)(jax.random.key(self.seed))
-        stored, params = checkpoint.load_model(self.start, shardings=self._stored_shardings())
+        stored, params = model_folder.load_model(self.start, shardings=self._stored_shardings())
         params = add_lora(params, stored.llm.lora, cfg.llm.lora, self.seed)
         return jax.jit(begin, out_shardings=self.shardings)(params)
 
     def _stored_shardings(self) -> Any:
         assert self.start is not None
-        return sharding.parameter_shardings(checkpoint.read_config(self.start), self.mesh)
+        return sharding.parameter_shardings(model_folder.read_config(self.start), self.mesh)
 
     def kind_of(self, step: int) -> str:
         """Which kind of batch a step takes: drawn by weight, the same in every process and after a restart."""
@@ -239,7 +242,7 @@ class Run:
     def export(self, state: TrainState) -> None:
         """Writes the model folder that `virst_jax.load` and the next stage read."""
         params = state.all_params(averaged=True)
-        checkpoint.save_model(self.folder / EXPORT, self.cfg, params, self.tokenizer_folder)
+        model_folder.save_model(self.folder / EXPORT, self.cfg, params, self.tokenizer_folder)
 
 
 class First:
@@ -336,13 +339,13 @@ def _divides(every: int, step: int) -> bool:
 
 def compile_only(config: Any, topology: str) -> None:
     """Compiles the step of every stage and kind of batch for hardware that need not be there, and prints its cost."""
-    from virst_jax import aot
+    from virst_jax.profiling import aot
 
     base, _, _ = _where_to_start(config)
     cfg = recipe.network(base, config)
     mesh = sharding.make_mesh(**recipe.plain(config.mesh), devices=aot.topology_devices(topology))
     sharding.check_mesh(cfg, mesh)
-    shapes, shardings = checkpoint.parameter_shapes(cfg), sharding.parameter_shardings(cfg, mesh)
+    shapes, shardings = model_folder.parameter_shapes(cfg), sharding.parameter_shardings(cfg, mesh)
     for stage in recipe.stages(config):
         state = jax.eval_shape(lambda p, s=stage: init_state(cfg, s.optim, s.groups, p), shapes)
         trained = tuple(flatten(state.params))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import virst_jax
 from benchmarks import run
-from virst_jax.data.synthetic import SyntheticVideos
+from virst_jax.data.synthetic.videos import SyntheticVideos
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import virst_jax
 from benchmarks import run
-from virst_jax.video_io import VideoWriter
+from virst_jax.io.video import VideoWriter
 
 
 def write_clip(path: Path, frames: int, height: int, width: int) -> None:

@@ -21,7 +21,7 @@ from pycocotools import mask as coco
 from rich.console import Console
 from rich.table import Table
 
-from virst_jax.evaluation import packed
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.rle import encode_mask, pack_codes
 
 SIZES = ((480, 854), (720, 1280), (1080, 1920))
@@ -71,7 +71,7 @@ def published() -> Callable[[np.ndarray, np.ndarray], tuple[float, float]]:
         pred, gt = pred.astype(bool), gt.astype(bool)
         union = np.sum(pred | gt)
         j = float(np.sum(pred & gt) / union) if union else 1.0
-        radius = math.ceil(packed.BOUNDARY_TOLERANCE * np.linalg.norm(pred.shape))
+        radius = math.ceil(bitmask.BOUNDARY_TOLERANCE * np.linalg.norm(pred.shape))
         y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
         disk = (x * x + y * y <= radius * radius).astype(np.uint8)
         lines = [outline(pred), outline(gt)]
@@ -87,7 +87,7 @@ def published() -> Callable[[np.ndarray, np.ndarray], tuple[float, float]]:
 
 def ours(pred: np.ndarray, gt: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """J and F of packed frames uint64[T, H, D]."""
-    counts = packed.count_frames(pred, gt, size[1], packed.boundary_radius(*size))
+    counts = bitmask.count_frames(pred, gt, size[1], bitmask.boundary_radius(*size))
     return np.where(counts.union == 0, 1.0, counts.intersection / np.maximum(counts.union, 1)), counts.boundary
 
 
@@ -120,12 +120,12 @@ def main() -> int:
                 return [coco.decode({"size": list(size), "counts": text.encode()}) for text in texts]
 
             expected = np.array([plain(p, g) for p, g in arrays])
-            got = np.stack(ours(packed.pack(pred), packed.pack(gt), size), axis=1)
+            got = np.stack(ours(bitmask.pack(pred), bitmask.pack(gt), size), axis=1)
             worst = float(np.abs(got - expected).max())
             seconds = take_turns(
                 [
                     lambda arrays=arrays: [plain(p, g) for p, g in arrays],  # type: ignore[misc]
-                    lambda pred=pred, gt=gt, size=size: ours(packed.pack(pred), packed.pack(gt), size),  # type: ignore[misc]
+                    lambda pred=pred, gt=gt, size=size: ours(bitmask.pack(pred), bitmask.pack(gt), size),  # type: ignore[misc]
                     lambda codes=codes: [plain(p, g) for p, g in zip(*map(decoded, codes), strict=True)],  # type: ignore[misc]
                     lambda codes=codes, size=size: ours(*(pack_codes(c, size) for c in codes), size),  # type: ignore[misc]
                 ],

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from virst_jax.data.synthetic import SyntheticVideos
+from virst_jax.data.synthetic.videos import SyntheticVideos
 
 
 def write_folder(folder: Path, *, num_videos: int, size: tuple[int, int], num_frames: int, seed: int = 0) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 
 from conversion.weights_rule import make_video
 from virst_jax.config import HieraConfig, Sam2Config, VirstConfig, tiny
-from virst_jax.inference import Network
+from virst_jax.inference.steps import Network
+from virst_jax.inference.stream import SCALE
 from virst_jax.models.sam2.sam2 import Features, Prediction
+from virst_jax.models.sam2.tracker import Anchors, MemoryBank
 from virst_jax.models.virst import Virst
-from virst_jax.streaming import SCALE
-from virst_jax.tracking.tracker import Anchors, Recent
 
 OBJECT_BIAS = 5.0  # on the object score: every object is there, for an absent one has no mask to compare
 
@@ -114,7 +114,7 @@ def random_video(cfg: Sam2Config, frames: int) -> np.ndarray:
     return (pixels / divisor - mean) / deviation
 
 
-def bank(network: Network, pasts: Sequence[Past], anchors: int = 1) -> tuple[Anchors, Recent]:
+def filled_bank(network: Network, pasts: Sequence[Past], anchors: int = 1) -> tuple[Anchors, MemoryBank]:
     """The past of several objects as our tracker keeps it; anchors but the first lie in frames to come."""
     cfg, tracker = network.cfg.sam2, network.tracker
     memory = np.stack([past.memory for past in pasts], 1)  # [T, O, S, D]
@@ -131,18 +131,18 @@ def bank(network: Network, pasts: Sequence[Past], anchors: int = 1) -> tuple[Anc
         ),
         memory=jnp.asarray(np.repeat(memory[:1], anchors, 0), tracker.memory_dtype),
     )
-    recent = tracker.start(objects)
-    near, far = (np.arange(count - len(ring), count) for ring in (recent.memory_frames, recent.pointer_frames))
-    return known, Recent(
-        recent.memory_frames.at[near % len(near)].set(near),
-        recent.memory.at[near % len(near)].set(jnp.asarray(memory[near], recent.memory.dtype)),
-        recent.pointer_frames.at[far % len(far)].set(far),
-        recent.pointers.at[far % len(far)].set(jnp.asarray(pointers[far])),
+    bank = tracker.start(objects)
+    near, far = (np.arange(count - len(ring), count) for ring in (bank.memory_frames, bank.pointer_frames))
+    return known, MemoryBank(
+        bank.memory_frames.at[near % len(near)].set(near),
+        bank.memory.at[near % len(near)].set(jnp.asarray(memory[near], bank.memory.dtype)),
+        bank.pointer_frames.at[far % len(far)].set(far),
+        bank.pointers.at[far % len(far)].set(jnp.asarray(pointers[far])),
     )
 
 
 def track_inputs(network: Network, pasts: Sequence[Past], frame: Features, anchors: int = 1) -> tuple[Any, ...]:
     """What the network's track step takes behind the parameters: the frame after the past."""
     number = len(pasts[0].memory)
-    known, recent = bank(network, pasts, anchors)
-    return known, recent, (frame,), np.array([number], np.int32), np.ones(1, bool), np.int32(number + 1)
+    known, bank = filled_bank(network, pasts, anchors)
+    return known, bank, (frame,), np.array([number], np.int32), np.ones(1, bool), np.int32(number + 1)

@@ -45,10 +45,10 @@ from benchmarks.random_network import (
 from benchmarks.segment_stages import measure_stages, take_turns
 from virst_jax.config import VirstConfig, get_preset
 from virst_jax.errors import UserError
-from virst_jax.flops import device_peak
-from virst_jax.inference import Network
+from virst_jax.inference.steps import Network
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
-from virst_jax.tracking.tracker import Tracked
+from virst_jax.models.sam2.tracker import Tracked
+from virst_jax.profiling.flops import device_peak
 
 PARTS = ("stages", "encoder", "track", "propagation", "many")
 WITH_PEER = {"encoder", "track", "propagation"}
@@ -92,10 +92,10 @@ def compare_track(network: Network, peer: Any, repeats: int) -> list[Row]:
     cfg, sam, params = network.cfg.sam2, network.tracker.sam, {"params": network.params["sam2"]}
     frame, past = random_features(cfg), random_past(cfg)
     number = len(past.memory)
-    known, recent, *rest = track_inputs(network, [past], frame)
+    known, bank, *rest = track_inputs(network, [past], frame)
     state = peer.open_with_past([frame.high0, frame.high1, frame.top], past)
 
-    at = (known, known.valid, recent, frame, jnp.int32(number), jnp.int32(number + 1))
+    at = (known, known.valid, bank, frame, jnp.int32(number), jnp.int32(number + 1))
     condition = jax.jit(network.tracker._condition)
 
     @jax.jit
@@ -105,12 +105,12 @@ def compare_track(network: Network, peer: Any, repeats: int) -> list[Row]:
         return prediction
 
     @jax.jit
-    def remember(params: Any, frame: Features, prediction: Prediction) -> jax.Array:
-        memory: Any = sam.apply(params, frame, prediction, method=Sam2.remember)
+    def encode_memory(params: Any, frame: Features, prediction: Prediction) -> jax.Array:
+        memory: Any = sam.apply(params, frame, prediction, method=Sam2.encode_memory)
         return memory
 
     def track() -> Tracked:
-        out: Tracked = network._run(network._step_track, params["params"], known, recent, *rest, keep_memory=False)[1]
+        out: Tracked = network._run(network._step_track, params["params"], known, bank, *rest, keep_memory=False)[1]
         return out
 
     rows: list[Row] = []
@@ -136,12 +136,12 @@ def compare_track(network: Network, peer: Any, repeats: int) -> list[Row]:
         (made.pointer[0], peer_made.object_pointer[0, 0]),
     )
     given = (state, number, peer_made.high_res_masks, peer_made.object_score_logits)
-    memory = remember(params, frame, made)
+    memory = encode_memory(params, frame, made)
     add(
         "memory encoder",
-        lambda: remember(params, frame, made),
-        lambda: peer.remember(*given),
-        (memory[0], peer.remember_exactly(*given)),
+        lambda: encode_memory(params, frame, made),
+        lambda: peer.encode_memory(*given),
+        (memory[0], peer.encode_memory_exactly(*given)),
     )
     tracked, peer_tracked = track().prediction, peer.track(state, number)
     add(
@@ -164,10 +164,10 @@ def propagate(network: Network, frames: np.ndarray, prompts: jax.Array) -> np.nd
 
     first = encode(frames[0])
     group = network.start([first], [0], prompts, slots=1)
-    recent, masks = group.recent, []
+    bank, masks = group.bank, []
     for start in range(0, count, CHUNK):
         chunk = [encode(frame) if start + i else first for i, frame in enumerate(frames[start : start + CHUNK])]
-        recent, out = network._advance(group.anchors, recent, chunk, start, count, CHUNK)
+        bank, out = network._advance(group.anchors, bank, chunk, start, count, CHUNK)
         masks.append(np.asarray(out.prediction.low_res[: len(chunk), 0]))
     return np.concatenate(masks)
 
@@ -209,11 +209,11 @@ def measure_many(network: Network, expressions: int, repeats: int, say: Say) -> 
     blank = random_features(cfg)
 
     def run(objects: list[Any]) -> Callable[[], Any]:
-        known, recent, _, *rest = track_inputs(network, objects, blank)
+        known, bank, _, *rest = track_inputs(network, objects, blank)
 
         def frame() -> Any:
             features = jax.tree.map(lambda x: x[0], network.encode_frames(pixels))
-            _, out = network._run(network._step_track, params, known, recent, (features,), *rest, keep_memory=False)
+            _, out = network._run(network._step_track, params, known, bank, (features,), *rest, keep_memory=False)
             return jax.block_until_ready(out.prediction.low_res[0])
 
         return frame

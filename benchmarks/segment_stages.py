@@ -18,11 +18,11 @@ import numpy as np
 
 from benchmarks.random_network import random_features, random_params, random_past, track_inputs
 from virst_jax.config import VirstConfig
-from virst_jax.flops import device_peak
-from virst_jax.inference import TILE, Network
+from virst_jax.inference.steps import TILE, Network
+from virst_jax.inference.stream import SCALE
 from virst_jax.models.qwen2 import init_cache
 from virst_jax.ops.resize import resize_matrix
-from virst_jax.streaming import SCALE
+from virst_jax.profiling.flops import device_peak
 
 VOCABULARY = 1024  # rows of the embedding table: reading does not depend on them, and all of them take 2 GB
 PREFIX_TEXT, TEXT = 64, 128  # tokens of a conversation up to the video's end and after it

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import virst_jax
 from benchmarks import run
 from virst_jax.data.samples import Video
-from virst_jax.data.synthetic import SyntheticVideos
+from virst_jax.data.synthetic.videos import SyntheticVideos
 from virst_jax.evaluation.held_out import Score, score_videos, summarize
 
 

@@ -247,18 +247,18 @@ class Peer:
         maps = [x.permute(1, 2, 0).view(1, -1, side, side) for x, side in zip(fine, (4 * size, 2 * size), strict=True)]
         return self.model._single_frame_forward(image_embeddings=[*maps, image], multimask_output=True)
 
-    def remember(self, state: Any, frame: int, high_res: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    def encode_memory(self, state: Any, frame: int, high_res: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
         """Memory encoder: mask logits float32[1, 1, R, R] and object score [1, 1, 1] -> memory bfloat16[S, 1, D]."""
         top = state.cache.get_vision_features(frame)["vision_feats"][-1]
         return self.model._encode_new_memory(
             current_vision_feats=top, pred_masks_high_res=high_res, object_score_logits=score, is_mask_from_pts=False
         )[0]
 
-    def remember_exactly(self, *args: Any) -> torch.Tensor:
-        """As `remember`, before it is rounded: float32[S, D]."""
+    def encode_memory_exactly(self, *args: Any) -> torch.Tensor:
+        """As `encode_memory`, before it is rounded: float32[S, D]."""
         kept: list[torch.Tensor] = []
         hook = self.model.memory_encoder.register_forward_hook(lambda module, given, out: kept.append(out[0]))
-        self.remember(*args)
+        self.encode_memory(*args)
         hook.remove()
         return kept[0][0].flatten(1).T
 

@@ -20,12 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from conversion.assemble import assemble, flatten, take_apart, unflatten
+from conversion.formats.torch_file import write_torch_file
 from conversion.release import Release
 from conversion.rules import rule_table
-from conversion.torch_file import write_torch_file
-from virst_jax import checkpoint
 from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset, to_json
 from virst_jax.errors import UserError
+from virst_jax.io import model_folder
 from virst_jax.models.virst import Virst
 
 DTYPES = ("bfloat16", "float32", "source")
@@ -84,14 +84,14 @@ def convert(
     try:
         adapters = LoraConfig(0 if release.merge else release.rank, lora_alpha, cfg.llm.lora.dropout)
         cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, lora=adapters))
-        shapes = {path: tuple(leaf.shape) for path, leaf in flatten(checkpoint.parameter_shapes(cfg)).items()}
+        shapes = {path: tuple(leaf.shape) for path, leaf in flatten(model_folder.parameter_shapes(cfg)).items()}
         names = release.names()
-        with checkpoint.whole_folder(out) as part, tqdm(total=len(names), unit="tensor", disable=not progress) as bar:
+        with model_folder.whole_folder(out) as part, tqdm(total=len(names), unit="tensor", disable=not progress) as bar:
             bar.set_description("reading")
             scratch = part / SCRATCH
             scratch.mkdir()
             # first, so that a missing tokenizer does not cost the whole conversion
-            checkpoint.copy_tokenizer(tokenizer or videochat, part / checkpoint.TOKENIZER)
+            model_folder.copy_tokenizer(tokenizer or videochat, part / model_folder.TOKENIZER)
 
             def allocate(path: str, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
                 if not shape:
@@ -123,8 +123,8 @@ def convert(
             params |= unflatten({path: x.astype(store(path, np.dtype(x.dtype))) for path, x in drawn.items()})
             bar.set_description("writing")
             bar.refresh()
-            checkpoint.write_parameters(part / checkpoint.PARAMS, params)
-            (part / checkpoint.CONFIG).write_text(to_json(cfg))
+            model_folder.write_parameters(part / model_folder.PARAMS, params)
+            (part / model_folder.CONFIG).write_text(to_json(cfg))
             del params
             for file in scratch.iterdir():
                 file.unlink()
@@ -154,12 +154,12 @@ def to_torch(model: Path, out: Path, *, peft: bool = False, progress: bool = Tru
     """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another file or remove it first")
-    cfg, _ = checkpoint.stored_shapes(model)
+    cfg, _ = model_folder.stored_shapes(model)
     table = rule_table(cfg)
     with tqdm(total=len(table), unit="tensor", desc="writing", disable=not progress) as bar:
         specs = (
             (_wrapped(name) if peft else name, value.shape, value.dtype, lambda value=value: value)
-            for name, tensor in take_apart(table, checkpoint.read_parameters(model))
+            for name, tensor in take_apart(table, model_folder.read_parameters(model))
             for value in (tensor(),)
         )
         write_torch_file(out, specs, root="model_state_dict", on_tensor=lambda name: bar.update())

@@ -16,9 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion import record_case, record_inputs, record_release, record_run
-from conversion.record_standins import require
-from conversion.record_state import Files, Rule
+from conversion.recording import case as record_case
+from conversion.recording import inputs as record_inputs
+from conversion.recording import release as record_release
+from conversion.recording import run as record_run
+from conversion.recording.state import Files, Rule
+from conversion.recording.stubs import require
 from virst_jax.errors import UserError
 
 SAM2 = "sam2.1_hiera_large.pt"

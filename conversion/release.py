@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from conversion.assemble import listing
+from conversion.formats.safetensors_dir import SafetensorsDir
+from conversion.formats.torch_file import TorchFile
 from conversion.rules import LLM_PROJECTIONS
-from conversion.safetensors_dir import SafetensorsDir
 from conversion.source import TensorSource
-from conversion.torch_file import TorchFile
 from virst_jax.errors import UserError
 
 SEG_MODEL = "model.seg_model."

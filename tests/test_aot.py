@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from virst_jax import aot, sharding
-from virst_jax.collectives import Traffic, collective_traffic
 from virst_jax.errors import UserError
+from virst_jax.parallel import sharding
+from virst_jax.profiling import aot
+from virst_jax.profiling.collectives import Traffic, collective_traffic
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,7 +108,8 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from virst_jax import aot, sharding
+from virst_jax.profiling import aot
+from virst_jax.parallel import sharding
 mesh = sharding.make_mesh(2, 4, 1, devices=aot.topology_devices("cpu:8"))
 S = jax.ShapeDtypeStruct
 def step(state, batch):

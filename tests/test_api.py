@@ -17,7 +17,6 @@ from PIL import Image
 from test_models_virst import SMALL, random_params
 
 import virst_jax
-from virst_jax import checkpoint
 from virst_jax.api import Model, load
 from virst_jax.config import FusionConfig, HieraConfig, LoraConfig, to_json
 from virst_jax.data import frames as frame_choice
@@ -25,8 +24,9 @@ from virst_jax.data.prompts import ANSWERS, QUESTIONS, build_prompt, load_tokeni
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import sam_pixels, vlm_pixels
 from virst_jax.errors import UserError
+from virst_jax.inference.stream import Options, build_texts, plan_frames
+from virst_jax.io import model_folder
 from virst_jax.ops.resize import resize_maps
-from virst_jax.streaming import Options, build_texts, plan_frames
 
 pytestmark = pytest.mark.xdist_group("api")  # compiled once
 
@@ -321,9 +321,9 @@ def folder(tmp_path_factory) -> Path:
 
 def write_model(path: Path) -> Path:
     path.mkdir()
-    checkpoint.write_parameters(path / checkpoint.PARAMS, jax.tree.map(np.asarray, params()))
-    (path / checkpoint.CONFIG).write_text(to_json(CFG))
-    checkpoint.copy_tokenizer(TOKENIZER, path / checkpoint.TOKENIZER)
+    model_folder.write_parameters(path / model_folder.PARAMS, jax.tree.map(np.asarray, params()))
+    (path / model_folder.CONFIG).write_text(to_json(CFG))
+    model_folder.copy_tokenizer(TOKENIZER, path / model_folder.TOKENIZER)
     return path
 
 
@@ -346,12 +346,12 @@ def test_load_refuses(folder, tmp_path):
     other = dataclasses.replace(CFG, seg_token_id=17)
     copy = tmp_path / "other"
     copy.mkdir()
-    (copy / checkpoint.TOKENIZER).symlink_to(folder / checkpoint.TOKENIZER)
-    (copy / checkpoint.PARAMS).symlink_to(folder / checkpoint.PARAMS)
-    (copy / checkpoint.CONFIG).write_text(to_json(other))
+    (copy / model_folder.TOKENIZER).symlink_to(folder / model_folder.TOKENIZER)
+    (copy / model_folder.PARAMS).symlink_to(folder / model_folder.PARAMS)
+    (copy / model_folder.CONFIG).write_text(to_json(other))
     with pytest.raises(UserError, match="the network expects 17"):
         load(copy)
-    (copy / checkpoint.CONFIG).write_text(to_json(dataclasses.replace(CFG, num_seg_tokens=3, llm=SMALL.llm)))
+    (copy / model_folder.CONFIG).write_text(to_json(dataclasses.replace(CFG, num_seg_tokens=3, llm=SMALL.llm)))
     with pytest.raises(UserError, match=r"parameters do not fit config\.json"):
         load(copy)
 
@@ -367,7 +367,7 @@ ON_A_MESH = """
 import sys
 import jax, numpy as np
 import virst_jax
-from virst_jax import sharding
+from virst_jax.parallel import sharding
 
 folder, clip, out = sys.argv[1:]
 mesh = sharding.make_mesh(1, 2, 2)
@@ -381,7 +381,7 @@ np.savez(out, split=len(split), masks=result.masks, scores=result.scores)
 @pytest.mark.xdist_group("mesh")
 def test_four_devices_give_what_one_gives(tmp_path):
     folder, clip, out = tmp_path / "model", tmp_path / "clip.npy", tmp_path / "out.npz"
-    checkpoint.save_model(folder, CFG, params(), TOKENIZER)
+    model_folder.save_model(folder, CFG, params(), TOKENIZER)
     np.save(clip, video(5))
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     subprocess.run(

@@ -10,8 +10,8 @@ import pytest
 from benchmarks import segment, segment_stages
 from benchmarks.random_network import parameter_shapes, small_config
 from conversion.rules import sam2_rules
-from virst_jax import flops
 from virst_jax.config import Sam2Config, VirstConfig
+from virst_jax.profiling import flops
 
 CFG = small_config()
 

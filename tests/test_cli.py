@@ -23,7 +23,7 @@ from virst_jax import cli
 from virst_jax.commands import chat, demo, segment
 from virst_jax.commands.progress import Progress
 from virst_jax.errors import UserError
-from virst_jax.video_io import open_video
+from virst_jax.io.video import open_video
 
 pytestmark = pytest.mark.xdist_group("api")
 

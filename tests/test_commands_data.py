@@ -8,7 +8,7 @@ from PIL import Image
 
 from virst_jax.commands import data
 from virst_jax.data.builders.builder import open_built
-from virst_jax.data.datasets.sheet import COLORS, overlay
+from virst_jax.data.datasets.contact_sheet import COLORS, overlay
 from virst_jax.errors import UserError
 
 

@@ -13,11 +13,10 @@ import pytest
 
 from conversion import convert
 from conversion.assemble import assemble, flatten, take_apart
+from conversion.formats.safetensors_dir import write_safetensors_dir
+from conversion.formats.torch_file import TorchFile, write_torch_file
 from conversion.release import SEG_MODEL, canonical
 from conversion.rules import LLM_PROJECTIONS, rule_table
-from conversion.safetensors_dir import write_safetensors_dir
-from conversion.torch_file import TorchFile, write_torch_file
-from virst_jax.checkpoint import load_model, parameter_shapes
 from virst_jax.config import (
     HieraConfig,
     LoraConfig,
@@ -28,6 +27,7 @@ from virst_jax.config import (
     to_json,
     virst_7b,
 )
+from virst_jax.io.model_folder import load_model, parameter_shapes
 from virst_jax.models.lora import merge_lora
 
 DATA = Path(__file__).parent / "data"

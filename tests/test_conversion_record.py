@@ -9,7 +9,8 @@ import pytest
 from fake_release import SIDE, write_release
 from PIL import Image
 
-from conversion import record, record_release
+from conversion import record
+from conversion.recording import release as record_release
 from conversion.weights_rule import make_input, make_tensor, make_video
 
 torch = pytest.importorskip("torch")

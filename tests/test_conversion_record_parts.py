@@ -12,7 +12,11 @@ import pytest
 from fake_release import write_release
 from PIL import Image
 
-from conversion import record_case, record_inputs, record_release, record_standins, record_state
+from conversion.recording import case as record_case
+from conversion.recording import inputs as record_inputs
+from conversion.recording import release as record_release
+from conversion.recording import state as record_state
+from conversion.recording import stubs as record_standins
 from conversion.weights_rule import make_video
 from virst_jax.errors import UserError
 

@@ -11,7 +11,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from conversion.safetensors_dir import DTYPES, INDEX, SafetensorsDir, write_safetensors_dir
+from conversion.formats.safetensors_dir import DTYPES, INDEX, SafetensorsDir, write_safetensors_dir
 from conversion.source import TensorSource
 from virst_jax.errors import UserError
 

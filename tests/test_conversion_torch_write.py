@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import conversion.torch_file as torch_file
-from conversion.torch_file import TorchFile, write_torch_file
-from conversion.torch_pickle import DTYPES
+import conversion.formats.torch_file as torch_file
+from conversion.formats.torch_file import TorchFile, write_torch_file
+from conversion.formats.torch_pickle import DTYPES
 from virst_jax.errors import UserError
 
 

@@ -6,12 +6,12 @@ import pytest
 
 from virst_jax.config import IGNORE, tiny
 from virst_jax.data.batches import BatchConfig, ExampleMaker, batch_shapes, resized
-from virst_jax.data.patches import paths_in_words
 from virst_jax.data.pipeline import Mixture, batches
 from virst_jax.data.prompts import load_tokenizer
 from virst_jax.data.samples import Expression, Question, Video
-from virst_jax.data.synthetic import SyntheticQuestions, SyntheticVideos
+from virst_jax.data.synthetic.videos import SyntheticQuestions, SyntheticVideos
 from virst_jax.errors import UserError
+from virst_jax.pretraining.patches import paths_in_words
 
 CFG = tiny()
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "virst_jax" / "assets" / "tiny" / "tokenizer", CFG.seg_token_id)

@@ -1,6 +1,6 @@
 import numpy as np
 
-from virst_jax.data.patches import objects_of_patches, paths_in_words
+from virst_jax.pretraining.patches import objects_of_patches, paths_in_words
 
 
 def clip():

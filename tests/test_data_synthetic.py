@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from virst_jax.data.synthetic import SyntheticQuestions, SyntheticVideos
-from virst_jax.data.synthetic_scenes import COLORS, SHAPES, SIZES, draw_stamp
-from virst_jax.data.synthetic_text import CATEGORIES, IMAGE_CATEGORIES
+from virst_jax.data.synthetic.scenes import COLORS, SHAPES, SIZES, draw_stamp
+from virst_jax.data.synthetic.text import CATEGORIES, IMAGE_CATEGORIES
+from virst_jax.data.synthetic.videos import SyntheticQuestions, SyntheticVideos
 from virst_jax.errors import UserError
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}

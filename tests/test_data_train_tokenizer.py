@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import virst_jax
-from virst_jax.data import prompts, train_tokenizer
-from virst_jax.data.synthetic import SyntheticQuestions, SyntheticVideos
+from virst_jax.data import prompts
+from virst_jax.data.synthetic.videos import SyntheticQuestions, SyntheticVideos
 from virst_jax.errors import UserError
+from virst_jax.pretraining import train_tokenizer
 
 SHIPPED = Path(virst_jax.__file__).parent / "assets/tiny/tokenizer"
 FOREIGN = ["the purple zebra", "Ünïcode 漢字 🦎\t\n\n  x", "it's 1234 o'clock!", "def f(x):\r\n    return x"]

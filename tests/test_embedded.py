@@ -6,9 +6,9 @@ import pytest
 import virst_jax
 from virst_jax.api import EMBEDDED
 from virst_jax.commands import demo
-from virst_jax.data.synthetic import SyntheticVideos
+from virst_jax.data.synthetic.videos import SyntheticVideos
 from virst_jax.evaluation.held_out import score_videos, summarize
-from virst_jax.video_io import open_video
+from virst_jax.io.video import open_video
 
 
 @pytest.fixture(scope="module")

@@ -134,8 +134,8 @@ def small_model(tmp_path_factory):
     """A folder with a small network of random parameters."""
     from test_models_virst import SMALL, random_params
 
-    from virst_jax import checkpoint
     from virst_jax.config import LoraConfig
+    from virst_jax.io import model_folder
 
     cfg = dataclasses.replace(
         SMALL,
@@ -146,7 +146,7 @@ def small_model(tmp_path_factory):
         num_seg_tokens=2,
     )
     folder = tmp_path_factory.mktemp("model") / "small"
-    checkpoint.save_model(folder, cfg, random_params(cfg), ROOT / "tests/data/tokenizer")
+    model_folder.save_model(folder, cfg, random_params(cfg), ROOT / "tests/data/tokenizer")
     return folder
 
 

@@ -8,7 +8,7 @@ from evaluation_cases import plain_j, plain_scores, predict_empty, predict_shift
 from virst_jax.data.datasets.mevis import NO_TARGET
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.benchmarks import JF, Subset, VideoScores, protocol_of, score_video, summarize
 
 VIDEOS = ("mevis", "mevis_v2", "custom", "ref_youtube_vos", "ref_davis17", "revos", "reasonvos", "lvvis")
@@ -45,7 +45,7 @@ def score(source, predict):
     for i in range(len(source)):
         video = source[i]
         pred, gt = predicted(video, predict), annotated(video)
-        scores.append(score_video(source, video, lambda v, k, frames, p=pred: packed.pack(p[k][list(frames)])))
+        scores.append(score_video(source, video, lambda v, k, frames, p=pred: bitmask.pack(p[k][list(frames)])))
         cases += zip(pred, gt, video.expressions, strict=True)
     return summarize(source.name, source.split, source[0].is_image, scores), cases
 
@@ -160,7 +160,7 @@ def test_parts_of_a_data_set_keep_its_name(sources):
 def test_scores_survive_json(sources):
     source = sources("ref_davis17")
     video = source[0]
-    scores = score_video(source, video, lambda v, k, frames: packed.pack(v.read_masks(k, frames)))
+    scores = score_video(source, video, lambda v, k, frames: bitmask.pack(v.read_masks(k, frames)))
     assert VideoScores.from_dict(scores.as_dict()) == scores
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from virst_jax.data.datasets.readers import LabelMasks
 from virst_jax.data.samples import Expression, Video
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.davis import VOID, score_annotators, score_indexed
 
 SIZE, LENGTH, OBJECTS = (40, 66), 4, 3
@@ -52,7 +52,7 @@ def noisy(labels, seed=0):
 
 
 def reader(found):
-    return lambda video, i, frames: packed.pack(found[video.expressions[i].id][list(frames)])
+    return lambda video, i, frames: bitmask.pack(found[video.expressions[i].id][list(frames)])
 
 
 def official(labels, found):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from virst_jax.data.samples import Expression, Video
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed, predictions
+from virst_jax.evaluation import bitmask, predictions
 from virst_jax.evaluation.predictions import PngReader, StoredMasks, StoredReader
 from virst_jax.evaluation.rle import encode_mask
 
@@ -37,7 +37,7 @@ def test_written_masks_are_read(tmp_path):
     for position in range(2):
         path = predictions.write_masks(tmp_path, stored(video, position, masks))
         assert predictions.read_masks(path) == stored(video, position, masks)
-        np.testing.assert_array_equal(StoredReader(str(tmp_path))(video, position, [2, 0]), packed.pack(masks[[2, 0]]))
+        np.testing.assert_array_equal(StoredReader(str(tmp_path))(video, position, [2, 0]), bitmask.pack(masks[[2, 0]]))
     assert path.parent == tmp_path / "a" / "b c"
     assert path.name == "x%2Fy.json"  # a slash of an id leads nowhere
     assert [f.name for f in path.parent.iterdir() if f.suffix != ".json"] == []
@@ -100,7 +100,7 @@ def test_pngs_of_other_systems(tmp_path, root, folder, value, mode):
     masks = random_masks()
     save(tmp_path / root / folder / "0", masks, value, mode)
     got = PngReader(str(tmp_path))(make_video(), 0, [1, 2])
-    np.testing.assert_array_equal(got, packed.pack(masks[1:]))
+    np.testing.assert_array_equal(got, bitmask.pack(masks[1:]))
 
 
 def test_bad_pngs_are_named(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from pycocotools import mask as coco
 
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.rle import encode_mask, pack_codes, read_runs
 
 SIZES = [(1, 1), (1, 70), (70, 1), (5, 64), (40, 65), (33, 130), (64, 64), (300, 200)]
@@ -27,7 +27,7 @@ def masks_of(size):
 def test_codes_become_the_packed_masks(size):
     masks = masks_of(size)
     codes = [encode_mask(mask) for mask in masks]
-    np.testing.assert_array_equal(pack_codes(codes, size), packed.pack(masks))
+    np.testing.assert_array_equal(pack_codes(codes, size), bitmask.pack(masks))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -46,7 +46,7 @@ def test_runs_of_no_length_are_understood():
     code = coco.frPyObjects({"size": [3, 3], "counts": runs}, 3, 3)
     assert read_runs(code["counts"].decode()).tolist() == runs
     expected = np.repeat([0, 1] * 4, [*runs, 0]).reshape(3, 3).T.astype(bool)
-    np.testing.assert_array_equal(packed.unpack(pack_codes([code["counts"].decode()], (3, 3)), 3)[0], expected)
+    np.testing.assert_array_equal(bitmask.unpack(pack_codes([code["counts"].decode()], (3, 3)), 3)[0], expected)
 
 
 @pytest.mark.parametrize("code", ["\u00e9abc", "", "abc", "zzzz", "~~~", "1", "R", "O" * 3, "P" * 14 + "1"])

@@ -12,7 +12,7 @@ from virst_jax.data.datasets.json_index import index_members
 from virst_jax.data.datasets.readers import RleMasks
 from virst_jax.data.samples import Expression, Video
 from virst_jax.errors import UserError
-from virst_jax.evaluation import metrics, packed
+from virst_jax.evaluation import bitmask, metrics
 from virst_jax.evaluation.scoring import pack_annotations, score_expressions
 
 SIZE, LENGTH = (45, 70), 20  # more frames than one piece
@@ -34,7 +34,7 @@ def make_video(masks, categories=None):
 
 
 def reader(pred):
-    return lambda video, i, frames: packed.pack(pred[i][list(frames)])
+    return lambda video, i, frames: bitmask.pack(pred[i][list(frames)])
 
 
 def test_rows_are_plain_means():
@@ -130,7 +130,7 @@ def test_codes_are_scored_as_the_masks_they_mean(tmp_path):
     reader = RleMasks(index_members(path), ids, LENGTH, SIZE)
     video = dataclasses.replace(make_video(boxes(0, 3)), read_masks=reader)
     for position in range(3):
-        expected = packed.pack(reader(position, [3, 7, 19]))
+        expected = bitmask.pack(reader(position, [3, 7, 19]))
         np.testing.assert_array_equal(pack_annotations(video, position, [3, 7, 19]), expected)
 
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[0], parts[2, 7].T.reshape(-1).astype(int), [2]]))))
@@ -138,7 +138,7 @@ def test_codes_are_scored_as_the_masks_they_mean(tmp_path):
     codes["2"][7] = {"size": list(SIZE), "counts": [first, *map(int, runs)]}
     path.write_text(json.dumps(codes))
     listed = dataclasses.replace(video, read_masks=RleMasks(index_members(path), ids, LENGTH, SIZE))
-    np.testing.assert_array_equal(pack_annotations(listed, 1, [7]), packed.pack(parts[2, [7]]))
+    np.testing.assert_array_equal(pack_annotations(listed, 1, [7]), bitmask.pack(parts[2, [7]]))
 
     codes["2"][7] = {"size": list(SIZE), "counts": "zzzz"}
     path.write_text(json.dumps(codes))

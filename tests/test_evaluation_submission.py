@@ -10,7 +10,7 @@ from PIL import Image
 
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.submission import ROOTS, check_submission, encode_png, mask_pngs, write_pngs, write_submission
 
 
@@ -20,7 +20,7 @@ def masks_of(video, position):
 
 
 def reader(video, position, indices):
-    return packed.pack(masks_of(video, position)[list(indices)])
+    return bitmask.pack(masks_of(video, position)[list(indices)])
 
 
 @pytest.fixture(scope="module")

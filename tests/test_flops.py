@@ -9,9 +9,15 @@ import jax.numpy as jnp
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from virst_jax import flops
 from virst_jax.config import Compute, HieraConfig, VirstConfig, virst_7b
-from virst_jax.losses import (
+from virst_jax.models.projector import Projector
+from virst_jax.models.qwen2 import Qwen2
+from virst_jax.models.sam2.sam2 import Features, Sam2
+from virst_jax.models.st_fusion import InitialFusion, SecondFusion
+from virst_jax.models.umt import VideoEncoder
+from virst_jax.models.virst import Virst
+from virst_jax.profiling import flops
+from virst_jax.training.losses import (
     CellBatch,
     NamedBatch,
     PatchBatch,
@@ -21,12 +27,6 @@ from virst_jax.losses import (
     patch_loss,
     video_losses,
 )
-from virst_jax.models.projector import Projector
-from virst_jax.models.qwen2 import Qwen2
-from virst_jax.models.sam2.sam2 import Features, Sam2
-from virst_jax.models.st_fusion import InitialFusion, SecondFusion
-from virst_jax.models.umt import VideoEncoder
-from virst_jax.models.virst import Virst
 
 S = jax.ShapeDtypeStruct
 
@@ -141,12 +141,12 @@ def parts():
 
     yield "mask decoder", lambda: of_sam(decode, FEATURES), flops.mask_decoder(SAM, 10)
 
-    def remember(sam, top):
+    def encode_memory(sam, top):
         decoded = sam.predict(top[None], frame(sam, top), jnp.zeros((1, 10, SAM.hidden_size)), mode="single")
-        return sam.remember(frame(sam, top), decoded)
+        return sam.encode_memory(frame(sam, top), decoded)
 
     expected = flops.memory_encoder(SAM) + flops.mask_decoder(SAM, 10)
-    yield "memory encoder", lambda: of_sam(remember, FEATURES), expected
+    yield "memory encoder", lambda: of_sam(encode_memory, FEATURES), expected
 
 
 # large maps with few products: norms and activations, which the formulas leave out, show

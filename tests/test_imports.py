@@ -12,32 +12,24 @@ ROOT = Path(__file__).parents[1]
 BASE = {"virst_jax.config", "virst_jax.errors"}
 NETWORK = {"virst_jax.models", "virst_jax.ops", *BASE}
 TOP = "virst_jax.__init__"
-SERVING = {"virst_jax.inference", "virst_jax.checkpoint", "virst_jax.data", "virst_jax.video_io"}
+SERVICES = {"virst_jax.parallel", "virst_jax.data", "virst_jax.io", "virst_jax.io.model_folder", *NETWORK}
 LAYERS: dict[str, set[str]] = {
     "conversion": {"virst_jax"},
     "virst_jax.cli": {"virst_jax", "virst_jax.commands", *BASE},
     "virst_jax.commands": {"virst_jax"},
     # the package itself only names `load`
     TOP: {"virst_jax.api"},
-    "virst_jax.api": {"virst_jax.streaming", "virst_jax.sharding", *SERVING, *NETWORK},
-    "virst_jax.streaming": {"virst_jax.tracking", *SERVING, *NETWORK},
-    "virst_jax.visualize": {"virst_jax.data", *BASE},
-    "virst_jax.video_io": {"virst_jax.data", *BASE},
-    "virst_jax.train_checkpoint": {"virst_jax.training", *BASE},
-    "virst_jax.train_log": BASE,
-    "virst_jax.recipe": {"virst_jax.optim", "virst_jax.data", *BASE},
-    "virst_jax.training": {"virst_jax.optim", "virst_jax.losses", "virst_jax.sharding", *BASE},
-    "virst_jax.optim": BASE,
-    "virst_jax.aot": {"virst_jax.collectives", "virst_jax.flops", *BASE},
-    "virst_jax.collectives": set(),
-    "virst_jax.flops": NETWORK,
-    "virst_jax.sharding": NETWORK,
-    "virst_jax.inference": {"virst_jax.tracking", *NETWORK},
-    "virst_jax.losses": {"virst_jax.tracking", *NETWORK},
-    "virst_jax.checkpoint": NETWORK,
-    "virst_jax.evaluation": {"virst_jax.data", *BASE},
-    "virst_jax.data": BASE,
-    "virst_jax.tracking": NETWORK,
+    "virst_jax.api": {"virst_jax.inference", *SERVICES},
+    "virst_jax.inference": SERVICES,
+    "virst_jax.pretraining.patches": BASE,
+    "virst_jax.pretraining": {"virst_jax.training", "virst_jax.profiling", *SERVICES},
+    "virst_jax.training": {"virst_jax.profiling", *SERVICES},
+    "virst_jax.evaluation": {"virst_jax.data", "virst_jax.io", *BASE},
+    "virst_jax.profiling": {"virst_jax.parallel", *NETWORK},
+    "virst_jax.parallel": NETWORK,
+    "virst_jax.io.model_folder": {"virst_jax.io", *NETWORK},
+    "virst_jax.data": {"virst_jax.io", "virst_jax.pretraining.patches", *BASE},
+    "virst_jax.io": BASE,
     "virst_jax.models": {"virst_jax.ops", *BASE},
     "virst_jax.ops": BASE,
     "virst_jax.config": {"virst_jax.errors"},
@@ -45,7 +37,7 @@ LAYERS: dict[str, set[str]] = {
 }
 # what runs where JAX may be missing, or must start fast
 WITHOUT_JAX = [TOP, "virst_jax.config", "virst_jax.errors", "virst_jax.data", "virst_jax.evaluation"]
-WITHOUT_JAX += ["conversion.record", "conversion.weights_rule", "conversion.torch_file", "conversion.safetensors_dir"]
+WITHOUT_JAX += ["conversion.record", "conversion.recording", "conversion.weights_rule", "conversion.formats"]
 JAX = {"jax", "flax", "optax", "orbax"}
 
 

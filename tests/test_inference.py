@@ -8,7 +8,7 @@ from test_models_virst import SMALL, random_params
 from virst_jax.data.frames import eval_anchors
 from virst_jax.data.sequence import splice
 from virst_jax.errors import UserError
-from virst_jax.inference import Network
+from virst_jax.inference.steps import Network
 
 pytestmark = pytest.mark.xdist_group("inference")  # compiled once
 

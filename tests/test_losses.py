@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from virst_jax import losses
 from virst_jax.config import IGNORE, tiny
-from virst_jax.losses import (
+from virst_jax.models.sam2.sam2 import Sam2
+from virst_jax.models.virst import Virst
+from virst_jax.training import losses
+from virst_jax.training.losses import (
     CellBatch,
     NamedBatch,
     PatchBatch,
@@ -21,8 +23,6 @@ from virst_jax.losses import (
     text_loss,
     video_losses,
 )
-from virst_jax.models.sam2.sam2 import Sam2
-from virst_jax.models.virst import Virst
 
 SHARED, TAIL, ROWS = 40, 20, 3  # 32 visual tokens stand in the shared part
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from virst_jax.checkpoint import parameter_shapes
 from virst_jax.config import (
     Compute,
     HieraConfig,
@@ -25,6 +24,7 @@ from virst_jax.config import (
     virst_7b,
 )
 from virst_jax.errors import UserError
+from virst_jax.io.model_folder import parameter_shapes
 from virst_jax.models.layers import AXES
 from virst_jax.models.qwen2 import Qwen2
 from virst_jax.models.sam2.hiera import ImageEncoder

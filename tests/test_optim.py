@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from virst_jax.errors import UserError
-from virst_jax.optim import (
+from virst_jax.training.optim import (
     OptimConfig,
     flatten,
     join,

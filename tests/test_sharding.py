@@ -15,11 +15,11 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from virst_jax import sharding
 from virst_jax.config import tiny, virst_7b
 from virst_jax.errors import UserError
 from virst_jax.models.layers import AXES
 from virst_jax.ops.constrain import ACTIVATIONS, activation_rules, constrain
+from virst_jax.parallel import sharding
 
 HERE = Path(__file__).parent
 SNAPSHOTS = HERE / "data" / "sharding"
@@ -166,7 +166,7 @@ import flax, jax, jax.numpy as jnp, numpy as np, optax
 data, fsdp, tensor, process, processes, port, out = map(str, sys.argv[1:])
 if int(processes) > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=int(processes), process_id=int(process))
-from virst_jax import sharding
+from virst_jax.parallel import sharding
 from virst_jax.config import Compute, LoraConfig, QwenConfig
 from virst_jax.models.qwen2 import Qwen2
 from virst_jax.ops.constrain import constrain
@@ -196,7 +196,7 @@ def step(params, opt_state, batch):
         loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
         return (loss * weight[:, 1:]).mean()
     def loss(params):
-        params = sharding.gather(params, ("norm",))
+        params = sharding.replicate(params, ("norm",))
         rows = jax.vmap(of_row, (0, 0, None), spmd_axis_name=sharding.BATCH_AXES)(batch["ids"], batch["weight"], params)
         return rows.mean()
     value, gradients = jax.value_and_grad(loss)(params)
@@ -204,7 +204,7 @@ def step(params, opt_state, batch):
     return optax.apply_updates(params, updates), opt_state, value
 
 with sharding.use_mesh(mesh):
-    placed = sharding.place(host, shardings)
+    placed = sharding.put_global(host, shardings)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(placed)
     index, count = sharding.process_share(mesh)
     rows = 8 // count
@@ -228,12 +228,12 @@ import flax, jax, jax.numpy as jnp, numpy as np
 data, fsdp, tensor, process, processes, port, out = map(str, sys.argv[1:])
 if int(processes) > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=int(processes), process_id=int(process))
-from virst_jax import sharding
+from virst_jax.parallel import sharding
 from virst_jax.config import Compute, HieraConfig, tiny
-from virst_jax.losses import VideoBatch
+from virst_jax.training.losses import VideoBatch
 from virst_jax.models.virst import Virst
-from virst_jax.optim import OptimConfig
-from virst_jax.training import init_state, make_train_step
+from virst_jax.training.optim import OptimConfig
+from virst_jax.training.step import init_state, make_train_step
 
 cfg = tiny()
 hiera = dataclasses.replace(cfg.sam2.hiera, stages=(1, 1, 1, 1), global_att_blocks=(2,))
@@ -272,7 +272,7 @@ with sharding.use_mesh(mesh):
     draw = np.random.default_rng(1)
     host = jax.tree.map(lambda x: (0.05 * draw.standard_normal(x.shape)).astype(np.float32), shapes)
     begin = jax.jit(lambda p: init_state(cfg, optim, groups, p), out_shardings=shardings)
-    state = begin(sharding.place(host, parameters))
+    state = begin(sharding.put_global(host, parameters))
     index, count = sharding.process_share(mesh)
     rows = B // count
     local = {name: x[index * rows : (index + 1) * rows] for name, x in batch.items()}

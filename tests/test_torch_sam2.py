@@ -312,7 +312,7 @@ def test_memory_encoder() -> None:
     low_res, score = normal(53, 2, LOW, LOW, scale=6), np.array([2, -1], np.float32)
     low_res[1] = -1024
     arrays = map(jnp.asarray, (low_res, normal(54, 2, WIDTH), score, np.ones(2)))
-    ours = pair.ours(Sam2.remember, frame, Prediction(*arrays))
+    ours = pair.ours(Sam2.encode_memory, frame, Prediction(*arrays))
     theirs, position = pair.encode_memory(
         current_vision_feats=tensor(frame.top).reshape(-1, 1, WIDTH).expand(-1, 2, -1),
         pred_masks_high_res=tensor(pair.ours(Sam2.high_res, low_res))[:, None],

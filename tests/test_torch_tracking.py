@@ -22,7 +22,7 @@ from torch_sam2 import SMALL, TorchSam2, assert_close, channels_first, frames, i
 
 from virst_jax.config import Compute
 from virst_jax.models.sam2.sam2 import Features, Sam2
-from virst_jax.tracking.tracker import PROMPT_LOGIT_LIMIT, Anchors, Tracked, Tracker
+from virst_jax.models.sam2.tracker import PROMPT_LOGIT_LIMIT, Anchors, Tracked, Tracker
 
 pytestmark = pytest.mark.torch
 
@@ -110,12 +110,12 @@ def prompt(
 def track(pair: TorchSam2, features: list[Features], anchors: Anchors) -> list[Tracked]:
     """Every frame's outcome."""
     tracker, _, step = compiled("float32")
-    recent, results, length = tracker.start(OBJECTS), [], len(features)
+    bank, results, length = tracker.start(OBJECTS), [], len(features)
     for start in range(0, length, CHUNK):
         numbers = np.arange(start, start + CHUNK, dtype=np.int32)
         live = numbers < length
         chunk = jax.tree.map(lambda *x: np.concatenate(x), *[features[i] for i in np.where(live, numbers, 0)])
-        recent, out = step(pair.params, anchors, recent, chunk, numbers, live, np.int32(length))
+        bank, out = step(pair.params, anchors, bank, chunk, numbers, live, np.int32(length))
         results += [jax.tree.map(lambda x, i=i: np.asarray(x[i]), out) for i in range(live.sum())]
     return results
 

@@ -13,10 +13,10 @@ from flax.core import meta
 from jax.extend.core import jaxprs_in_params
 
 from virst_jax.config import Compute, HieraConfig, Sam2Config, VirstConfig, virst_7b
-from virst_jax.inference import Network
+from virst_jax.inference.steps import Network
+from virst_jax.models.sam2.anchors import select_anchors
 from virst_jax.models.sam2.sam2 import Features, Sam2
-from virst_jax.tracking.anchors import select_anchors
-from virst_jax.tracking.tracker import Anchors, Recent, Tracked, Tracker
+from virst_jax.models.sam2.tracker import Anchors, MemoryBank, Tracked, Tracker
 
 CFG = Sam2Config(
     hiera=HieraConfig(embed_dim=8, num_heads=1, stages=(1, 1, 1, 1), global_att_blocks=(2,), window_spec=(4, 4, 4, 4)),
@@ -102,10 +102,10 @@ def prompt(tokens: np.ndarray) -> Anchors:
     return tracker()[1](parameters(), images, ANCHORS, np.ones(len(ANCHORS), bool), tokens)
 
 
-def track(anchors: Anchors, chunk: int, count: int = FRAMES) -> tuple[Recent, Tracked]:
+def track(anchors: Anchors, chunk: int, count: int = FRAMES) -> tuple[MemoryBank, Tracked]:
     """Frames 0..count-1 in chunks; those that fill up the last chunk hold NaN."""
     made, _, step = tracker()
-    recent, results = made.start(anchors.memory.shape[1]), []
+    bank, results = made.start(anchors.memory.shape[1]), []
     for start in range(0, count, chunk):
         numbers = np.arange(start, start + chunk, dtype=np.int32)
         live = numbers < count
@@ -113,13 +113,13 @@ def track(anchors: Anchors, chunk: int, count: int = FRAMES) -> tuple[Recent, Tr
         images = jax.tree.map(
             lambda x, live=live: np.where(live.reshape(-1, 1, 1, 1), x, np.nan).astype(np.float32), images
         )
-        recent, out = step(parameters(), anchors, recent, images, numbers, live, np.int32(count))
+        bank, out = step(parameters(), anchors, bank, images, numbers, live, np.int32(count))
         results.append(jax.tree.map(np.asarray, out))
-    return recent, jax.tree.map(lambda *x: np.concatenate(x), *results)
+    return bank, jax.tree.map(lambda *x: np.concatenate(x), *results)
 
 
 @functools.cache
-def in_one_piece() -> tuple[Anchors, Recent, Tracked]:
+def in_one_piece() -> tuple[Anchors, MemoryBank, Tracked]:
     anchors = prompt(prompts())
     return anchors, *track(anchors, FRAMES)
 
@@ -142,16 +142,16 @@ def test_the_video_is_worth_tracking() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 4])
 def test_chunks_give_what_one_piece_gives(chunk: int) -> None:
-    anchors, recent, out = in_one_piece()
-    assert_equal(track(anchors, chunk), (recent, out))
+    anchors, bank, out = in_one_piece()
+    assert_equal(track(anchors, chunk), (bank, out))
 
 
 def test_frames_that_are_not_there_change_nothing() -> None:
     """Ten frames in three chunks of four."""
     anchors, _, _ = in_one_piece()
-    recent, out = track(anchors, 4, count=10)
+    bank, out = track(anchors, 4, count=10)
     expected = track(anchors, 1, count=10)
-    assert_equal((recent, at(out, slice(10))), expected)
+    assert_equal((bank, at(out, slice(10))), expected)
     assert_equal(at(out, slice(10, None)), jax.tree.map(lambda x: np.zeros_like(x[10:]), out))
 
 
@@ -217,8 +217,8 @@ def abstract_arguments(cfg: Sam2Config, training: bool) -> tuple[Any, ...]:
 
     params = abstract_parameters(made.sam)
     anchors = jax.eval_shape(made.prompt_anchors, params, images(8), *frames(8), shape(2, 8, 10, width))
-    recent = jax.eval_shape(lambda: made.start(2))
-    return params, anchors, recent, images(2), *frames(2), shape(dtype=jnp.int32)
+    bank = jax.eval_shape(lambda: made.start(2))
+    return params, anchors, bank, images(2), *frames(2), shape(dtype=jnp.int32)
 
 
 def equations(program: Any) -> Iterator[Any]:
@@ -301,7 +301,7 @@ def test_pairs_of_queries_and_keys_in_the_backward_pass() -> None:
 
 
 def test_one_program_tracks_videos_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("virst_jax.inference.jax.jit", functools.partial(jax.jit, compiler_options=QUICK))
+    monkeypatch.setattr("virst_jax.inference.steps.jax.jit", functools.partial(jax.jit, compiler_options=QUICK))
     network = Network(VirstConfig(sam2=CFG), {"sam2": parameters()})
     rng = np.random.RandomState(3)
     for length, anchors in ((3, [1]), (10, [0, 7]), (5, [4])):

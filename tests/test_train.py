@@ -12,8 +12,8 @@ from train_cases import ROOT, command, recipe
 
 import train
 import virst_jax
-from virst_jax.checkpoint import load_model
 from virst_jax.errors import UserError
+from virst_jax.io.model_folder import load_model
 
 
 def losses(workdir):

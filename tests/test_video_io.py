@@ -11,7 +11,7 @@ from PIL import Image
 
 from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
-from virst_jax.video_io import ThinnedReader, VideoWriter, open_video, prefetch
+from virst_jax.io.video import StridedReader, VideoWriter, open_video, prefetch
 
 
 def clip(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -178,14 +178,14 @@ def test_samples_and_readers():
 
 def test_thinned():
     frames = clip(11)
-    thin = ThinnedReader(open_video(frames), every=3, max_frames=3)
+    thin = StridedReader(open_video(frames), every=3, max_frames=3)
     assert (thin.num_frames, list(thin.numbers), list(thin.frame_names)) == (3, [0, 3, 6], ["00000", "00003", "00006"])
     np.testing.assert_array_equal(np.stack(list(thin)), frames[[0, 3, 6]])
     np.testing.assert_array_equal(thin.read([2, 0]), frames[[6, 0]])
-    assert ThinnedReader(open_video(frames), every=3).num_frames == 4
+    assert StridedReader(open_video(frames), every=3).num_frames == 4
     for bad in ({"every": 0}, {"max_frames": 0}):
         with pytest.raises(UserError, match="give 1 or more"):
-            ThinnedReader(open_video(frames), **bad)
+            StridedReader(open_video(frames), **bad)
 
 
 @pytest.mark.parametrize("size", [(48, 64), (33, 51)])

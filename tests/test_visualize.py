@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from virst_jax import visualize
+from virst_jax.io import visualize
 
 
 def test_colors_differ():

@@ -14,17 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from virst_jax import checkpoint
 from virst_jax.config import VirstConfig
 from virst_jax.data.frames import get_frame_indices
 from virst_jax.data.prompts import Tokenizer, build_chat, load_tokenizer, time_message
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
-from virst_jax.inference import Network
-from virst_jax.models.generate import generate
-from virst_jax.models.qwen2 import Qwen2
-from virst_jax.streaming import (
+from virst_jax.inference.steps import Network
+from virst_jax.inference.stream import (
     SCALE,
     TEXT_BUCKET,
     FrameMasks,
@@ -36,7 +33,10 @@ from virst_jax.streaming import (
     SegmentationStream,
     round_up,
 )
-from virst_jax.video_io import ArrayReader, open_video
+from virst_jax.io import model_folder
+from virst_jax.io.video import ArrayReader, open_video
+from virst_jax.models.generate import generate
+from virst_jax.models.qwen2 import Qwen2
 
 __all__ = ["FrameMasks", "Model", "Plan", "Segmentation", "SegmentationStream", "load"]
 
@@ -73,24 +73,24 @@ def load(path: str | Path = "tiny", *, dtype: str | None = None, mesh: Any = Non
     Raises:
       UserError: no such model, a broken one, one without tokenizer, or one of another config.
     """
-    folder = model_folder(path)
+    folder = find_model(path)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: choose {' or '.join(DTYPES)}")
-    cfg = checkpoint.read_config(folder)
+    cfg = model_folder.read_config(folder)
     # before the parameters, which take long
-    tokenizer = load_tokenizer(folder / checkpoint.TOKENIZER, cfg.seg_token_id)
+    tokenizer = load_tokenizer(folder / model_folder.TOKENIZER, cfg.seg_token_id)
     if mesh is None:
-        cfg, params = checkpoint.load_model(folder, dtype)
+        cfg, params = model_folder.load_model(folder, dtype)
         return Model(cfg, params, tokenizer, name=str(path), dtype=dtype)
-    from virst_jax import sharding
+    from virst_jax.parallel import sharding
 
     sharding.check_mesh(cfg, mesh)
-    cfg, params = checkpoint.load_model(folder, dtype, sharding.parameter_shardings(cfg, mesh))
+    cfg, params = model_folder.load_model(folder, dtype, sharding.parameter_shardings(cfg, mesh))
     context = functools.partial(sharding.use_mesh, mesh)
     return Model(cfg, params, tokenizer, name=str(path), dtype=dtype, context=context)
 
 
-def model_folder(path: str | Path) -> Path:
+def find_model(path: str | Path) -> Path:
     """The folder of a model by its path or name.
 
     Raises:
@@ -99,7 +99,7 @@ def model_folder(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.exists() and str(path) in EMBEDDED:
         folder = EMBEDDED[str(path)]
-    if not (folder / checkpoint.CONFIG).is_file():
+    if not (folder / model_folder.CONFIG).is_file():
         raise UserError(
             f"{path}: no model there; give a folder that `python -m conversion.convert` wrote, or one of "
             f"{', '.join(EMBEDDED)}"

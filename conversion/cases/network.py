@@ -15,13 +15,13 @@ from conversion.cases.case import Case, Check, close, exact, same_masks, within
 from conversion.cases.modules import channels_first, compute_of, qwen_config, sam2_config, vision_config
 from conversion.rules import rule_table
 from conversion.weights_rule import make_input, make_video
-from virst_jax.checkpoint import load_model
 from virst_jax.config import FusionConfig, LoraConfig, VirstConfig, virst_7b
 from virst_jax.data.frames import eval_anchors
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import sam_pixels, vlm_pixels
 from virst_jax.errors import UserError
-from virst_jax.inference import Network
+from virst_jax.inference.steps import Network
+from virst_jax.io.model_folder import load_model
 from virst_jax.models.sam2.sam2 import Features
 from virst_jax.models.virst import Virst
 from virst_jax.ops.resize import resize_maps

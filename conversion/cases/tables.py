@@ -9,7 +9,7 @@ from conversion.cases.case import Case, exact, within
 from virst_jax.data import frames, prompts, transforms
 from virst_jax.errors import UserError
 from virst_jax.evaluation import metrics
-from virst_jax.tracking.anchors import select_anchors
+from virst_jax.models.sam2.anchors import select_anchors
 
 
 def _all(case: Case, output: str, wrong: list[str], count: int) -> None:

@@ -19,7 +19,7 @@ from conversion.weights_rule import make_video
 from virst_jax.config import VirstConfig
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import sam_pixels
-from virst_jax.losses import VideoBatch, video_losses
+from virst_jax.training.losses import VideoBatch, video_losses
 
 ELLIPSE = re.compile(r"\(\(y-(\d+)-(\d+)t\)/(\d+)\)\^2\+\(\(x-(\d+)-(\d+)t\)/(\d+)\)\^2")
 

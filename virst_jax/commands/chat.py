@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virst_jax.video_io import open_video
+    from virst_jax.io.video import open_video
 
     video = open_video(args.video)  # before the model, which takes longer
     model = load_model(args.model, args.dtype)

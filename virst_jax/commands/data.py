@@ -99,8 +99,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
+    from virst_jax.data.datasets.contact_sheet import SheetConfig, contact_sheet
     from virst_jax.data.datasets.registry import open_dataset
-    from virst_jax.data.datasets.sheet import SheetConfig, contact_sheet
 
     for name in ("count", "frames", "expressions"):
         if getattr(args, name) < 1:

@@ -40,12 +40,12 @@ def run(args: argparse.Namespace) -> int:
 def _describe(given: str) -> list[tuple[str, str]]:
     import jax
 
-    from virst_jax import checkpoint
-    from virst_jax.api import model_folder
+    from virst_jax.api import find_model
     from virst_jax.data.prompts import load_tokenizer
+    from virst_jax.io import model_folder
 
-    folder = model_folder(given)
-    cfg, stored = checkpoint.stored_shapes(folder)
+    folder = find_model(given)
+    cfg, stored = model_folder.stored_shapes(folder)
     leaves = jax.tree.leaves(stored)
     counts: dict[str, int] = {}
     for leaf in leaves:
@@ -64,6 +64,6 @@ def _describe(given: str) -> list[tuple[str, str]]:
         ("frames", f"{cfg.max_video_frames} read, {cfg.max_seg_frames} fused, up to {cfg.max_anchors} anchors"),
         ("[SEG] tokens", f"{cfg.num_seg_tokens}, id {cfg.seg_token_id}"),
         ("initial fusion", "on" if cfg.fusion.initial else "off"),
-        ("tokenizer", f"{load_tokenizer(folder / checkpoint.TOKENIZER, cfg.seg_token_id).num_rows} tokens"),
+        ("tokenizer", f"{load_tokenizer(folder / model_folder.TOKENIZER, cfg.seg_token_id).num_rows} tokens"),
     ]
     return [(name, str(value)) for name, value in rows]

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from virst_jax.data.datasets.registry import open_dataset
     from virst_jax.evaluation.benchmarks import summarize
-    from virst_jax.evaluation.existing import open_predictions, score_existing
+    from virst_jax.evaluation.offline_scoring import open_predictions, score_existing
     from virst_jax.evaluation.report import format_table, write_report
 
     source = open_dataset(args.dataset, args.data_root, args.split)

@@ -32,7 +32,7 @@ from virst_jax.errors import UserError
 
 if TYPE_CHECKING:
     from virst_jax.api import Model
-    from virst_jax.video_io import Reader
+    from virst_jax.io.video import Reader
 
 HELP = """Segment what sentences describe in a video, and write the masks.
 
@@ -102,11 +102,11 @@ def run_segment(
     """`segment_to_folder` for a video and a model by name, with a progress bar."""
     if out.exists() and not resume:
         raise UserError(f"{out}: exists already; choose another folder, or --resume to go on with it")
-    from virst_jax.video_io import FRAME_SUFFIXES, ThinnedReader, open_video
+    from virst_jax.io.video import FRAME_SUFFIXES, StridedReader, open_video
 
     reader: Any = open_video(video)
     if every != 1 or max_frames is not None:
-        reader = ThinnedReader(reader, every, max_frames)
+        reader = StridedReader(reader, every, max_frames)
     with Progress(quiet=quiet) as progress:
         progress("load the model", 0, 0)
         segment_to_folder(
@@ -161,7 +161,7 @@ def segment_to_folder(
     Raises:
       UserError: bad input, or with `resume` a folder of another run.
     """
-    from virst_jax.streaming import check_expressions
+    from virst_jax.inference.stream import check_expressions
 
     expressions = check_expressions(model.tokenizer, expressions)
     settings = {
@@ -363,8 +363,8 @@ def _write_pictures(
     """overlay.mp4 and preview.png from the masks on disk; areas, boxes and run-length codes of every expression."""
     from pycocotools import mask as coco
 
-    from virst_jax import visualize
-    from virst_jax.video_io import VideoWriter, prefetch
+    from virst_jax.io import visualize
+    from virst_jax.io.video import VideoWriter, prefetch
 
     strip = visualize.legend(expressions, reader.size[1])
     size = (reader.size[0] + len(strip), reader.size[1])

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
       UserError: bad input, or what is wrong with the masks or the zip.
     """
     from virst_jax.data.datasets.registry import open_dataset
-    from virst_jax.evaluation.existing import open_predictions
+    from virst_jax.evaluation.offline_scoring import open_predictions
     from virst_jax.evaluation.submission import archive_root, check_submission, write_submission
 
     if (args.check is None) == (args.pred_dir is None):

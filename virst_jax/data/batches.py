@@ -14,12 +14,12 @@ import numpy as np
 from virst_jax.config import IGNORE, IMAGE_TOKEN, VirstConfig
 from virst_jax.data.datasets.mixtures import EXPLANATORY
 from virst_jax.data.frames import flex_frames, segmentation_frames, training_anchors, training_frames
-from virst_jax.data.patches import PATCH_WORDS, objects_of_patches, paths_in_words
 from virst_jax.data.prompts import Prompt, Tokenizer, build_prompt
 from virst_jax.data.samples import Question, Video
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import masks_to_size, resize_frames
 from virst_jax.errors import UserError
+from virst_jax.pretraining.patches import PATCH_WORDS, objects_of_patches, paths_in_words
 
 Arrays = dict[str, np.ndarray]
 
@@ -136,7 +136,7 @@ class ExampleMaker:
         return build_prompt(self.tokenizer, question, text_only=True, explanation=answer)
 
     def __call__(self, sample: Video | Question, rng: np.random.Generator) -> Arrays:
-        """A sample with its draws -> the arrays of its kind of batch (see virst_jax.losses).
+        """A sample with its draws -> the arrays of its kind of batch (see virst_jax.training.losses).
 
         Raises:
           UserError: the sample is of the other kind, or no expression of it fits.

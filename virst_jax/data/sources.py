@@ -19,7 +19,7 @@ def make_source(name: str, batch_kind: str, **arguments: Any) -> Source:
     """
     try:
         if name == "synthetic":
-            from virst_jax.data.synthetic import SyntheticQuestions, SyntheticVideos
+            from virst_jax.data.synthetic.videos import SyntheticQuestions, SyntheticVideos
 
             kind = SyntheticQuestions if batch_kind.endswith("_text") else SyntheticVideos
             return kind(is_image=batch_kind.startswith("image"), **arguments)

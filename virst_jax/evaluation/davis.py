@@ -20,7 +20,7 @@ from virst_jax.data.datasets.davis import NUM_ANNOTATORS, expression_parts
 from virst_jax.data.datasets.readers import LabelMasks
 from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.predictions import MaskReader, frame_names, read_index
 from virst_jax.evaluation.scoring import pieces, ratio
 
@@ -93,7 +93,7 @@ def score_indexed(video: Video, folder: Path) -> list[ObjectRow]:
                 f"{folder / f'anno_{annotator}' / video.name}: has object {int(labels.max())}, DAVIS allows "
                 f"{MAX_RESULTS}; the pictures must be palette PNGs whose values are the objects"
             )
-        results = [packed.pack(labels == number) for number in range(1, int(labels.max()) + 1)]
+        results = [bitmask.pack(labels == number) for number in range(1, int(labels.max()) + 1)]
         rows += match_objects(video, annotator, results, gt, void)
     return rows
 
@@ -111,14 +111,14 @@ def annotated_objects(video: Video) -> tuple[list[np.ndarray], np.ndarray | None
         # as DAVIS counts them: the objects of the first frame
         count = int(np.max(reader.labels(0), where=reader.labels(0) != VOID, initial=0))
         parts = [np.stack([reader.labels(i) for i in piece]) for piece in pieces(video.num_frames)]
-        gt = [np.concatenate([packed.pack(p == n) for p in parts]) for n in range(1, count + 1)]
-        void = np.concatenate([packed.pack(p == VOID) for p in parts])
+        gt = [np.concatenate([bitmask.pack(p == n) for p in parts]) for n in range(1, count + 1)]
+        void = np.concatenate([bitmask.pack(p == VOID) for p in parts])
         return gt, void if void.any() else None
     first: dict[int, int] = {}
     for position, expression in enumerate(video.expressions):
         first.setdefault(expression_parts(expression.id)[0], position)
     return [
-        np.concatenate([packed.pack(reader(first[n], piece)) for piece in pieces(video.num_frames)])
+        np.concatenate([bitmask.pack(reader(first[n], piece)) for piece in pieces(video.num_frames)])
         for n in sorted(first)
     ], None
 
@@ -136,13 +136,13 @@ def match_objects(
     results = list(results[:used])
     results += [np.zeros_like(gt[0])] * (len(gt) - len(results))
     height, width = video.size
-    radius = packed.boundary_radius(height, width)
+    radius = bitmask.boundary_radius(height, width)
     if void is not None:
         results, gt = [r & ~void for r in results], [g & ~void for g in gt]
     j, f = np.zeros((2, len(results), len(gt)))
     for n, result in enumerate(results):
         for k, annotated in enumerate(gt):
-            counts = packed.count_frames(result, annotated, width, radius)
+            counts = bitmask.count_frames(result, annotated, width, radius)
             j[n, k] = ratio(counts.intersection, counts.union).mean()
             f[n, k] = counts.boundary.mean()
     chosen = {int(k): int(n) for n, k in zip(*linear_sum_assignment(-(j + f)), strict=True)}

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed
-from virst_jax.evaluation.packed import BOUNDARY_TOLERANCE
+from virst_jax.evaluation import bitmask
+from virst_jax.evaluation.bitmask import BOUNDARY_TOLERANCE
 
 
 def region_similarity(pred: ArrayLike, gt: ArrayLike) -> np.ndarray:
@@ -27,8 +27,8 @@ def region_similarity(pred: ArrayLike, gt: ArrayLike) -> np.ndarray:
       UserError: the shapes differ or have fewer than two axes.
     """
     pred, gt = _masks(pred=pred, gt=gt)
-    pred_bits, gt_bits = packed.pack(pred), packed.pack(gt)
-    intersection, union = packed.count(pred_bits & gt_bits), packed.count(pred_bits | gt_bits)
+    pred_bits, gt_bits = bitmask.pack(pred), bitmask.pack(gt)
+    intersection, union = bitmask.count(pred_bits & gt_bits), bitmask.count(pred_bits | gt_bits)
     return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))[()]
 
 
@@ -49,9 +49,11 @@ def boundary_f(pred: ArrayLike, gt: ArrayLike, tolerance: float = BOUNDARY_TOLER
     """
     pred, gt = _masks(pred=pred, gt=gt)
     height, width = pred.shape[-2:]
-    radius = packed.boundary_radius(height, width, tolerance)
+    radius = bitmask.boundary_radius(height, width, tolerance)
     frames = zip(pred.reshape(-1, height, width), gt.reshape(-1, height, width), strict=True)
-    scores = np.array([packed.boundary_f(packed.pack(p), packed.pack(g), width, radius) for p, g in frames], np.float64)
+    scores = np.array(
+        [bitmask.boundary_f(bitmask.pack(p), bitmask.pack(g), width, radius) for p, g in frames], np.float64
+    )
     return scores.reshape(pred.shape[:-2])[()]
 
 

@@ -1,6 +1,6 @@
 """Predicted masks on disk: one JSON file an expression with COCO run-length codes, or folders of PNGs.
 
-Axes: T frames of a video, n frames asked for, H height, W width, D words of packed bits (see packed.py).
+Axes: T frames of a video, n frames asked for, H height, W width, D words of packed bits (see bitmask.py).
 
 A stored file is FOLDER/VIDEO/EXPRESSION.json, `{"video", "expression", "text", "fingerprint", "size": [H, W], "scores":
 [T floats], "counts": [T strings], "crc32"}`, with the characters of a name that a file system may dislike as %XX. It
@@ -22,7 +22,7 @@ from PIL import Image
 
 from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.rle import pack_codes
 
 # an expression's position and frame numbers of a video -> packed masks uint64[n, H, D]
@@ -151,7 +151,7 @@ class PngReader:
     def __call__(self, video: Video, position: int, indices: Sequence[int]) -> np.ndarray:
         folder = self.find(video, position)
         names = frame_names(video)
-        return np.stack([packed.pack(read_png(folder / f"{names[i]}.png", video.size)) for i in indices])
+        return np.stack([bitmask.pack(read_png(folder / f"{names[i]}.png", video.size)) for i in indices])
 
     def find(self, video: Video, position: int) -> Path:
         """The folder of an expression.

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.benchmarks import MAX_CATEGORIES, Opened, Summary, VideoScores
 from virst_jax.evaluation.predictions import MaskReader, frame_names, write_whole
 from virst_jax.evaluation.scoring import Row, ratio
@@ -186,13 +186,13 @@ def _pictures(video: Video, position: int, read_pred: MaskReader) -> list[tuple[
     shown = []
     for third in np.array_split(np.arange(video.num_frames), min(PICTURES, video.num_frames)):
         some = third[np.linspace(0, len(third) - 1, min(len(third), 8)).astype(int)].tolist()
-        gt = packed.pack(video.read_masks(position, some))
+        gt = bitmask.pack(video.read_masks(position, some))
         pred = read_pred(video, position, some)
-        j = ratio(packed.count(pred & gt), packed.count(pred | gt))
+        j = ratio(bitmask.count(pred & gt), bitmask.count(pred | gt))
         worst = int(np.argmin(j))
         width = video.size[1]
         picture = overlay(
-            video.read_frames([some[worst]])[0], packed.unpack(pred[worst], width), packed.unpack(gt[worst], width)
+            video.read_frames([some[worst]])[0], bitmask.unpack(pred[worst], width), bitmask.unpack(gt[worst], width)
         )
         shown.append((_data_uri(picture), f"frame {names[some[worst]]}: J {100 * j[worst]:.0f}"))
     return shown

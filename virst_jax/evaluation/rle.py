@@ -3,7 +3,7 @@
 A code runs down the columns, so the pixels where a run ends are few. Set as bits, a running exclusive-or down the rows,
 64 columns at a time, makes them the mask.
 
-Axes: n frames, H height, W width, D words of packed bits (see packed.py).
+Axes: n frames, H height, W width, D words of packed bits (see bitmask.py).
 """
 
 import sys
@@ -13,7 +13,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 from virst_jax.errors import UserError
-from virst_jax.evaluation.packed import WORD
+from virst_jax.evaluation.bitmask import WORD
 
 
 def encode_mask(mask: np.ndarray) -> str:

@@ -1,6 +1,6 @@
 """Scores of one video's expressions, frame by frame in packed bits; memory does not grow with the video's length.
 
-Axes: T frames of a video, n frames of a piece, H height, W width, D words of packed bits (see packed.py).
+Axes: T frames of a video, n frames of a piece, H height, W width, D words of packed bits (see bitmask.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 from virst_jax.data.datasets.readers import RleMasks
 from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.predictions import MaskReader
 from virst_jax.evaluation.rle import pack_codes
 
@@ -71,10 +71,10 @@ def score_expressions(
     """
     if video.read_masks is None:
         raise UserError(f"video {video.name}: its masks are not public, so nothing can be scored")
-    skipped = None if ignored is None else packed.pack(ignored)
+    skipped = None if ignored is None else bitmask.pack(ignored)
     every = None
     if foreground is not None:  # pixels of every frame
-        every = np.concatenate([packed.count(pack_frames(video, foreground(p))) for p in pieces(video.num_frames)])
+        every = np.concatenate([bitmask.count(pack_frames(video, foreground(p))) for p in pieces(video.num_frames)])
     return [_score(video, i, read_pred, every, skipped, boundaries) for i in range(len(video.expressions))]
 
 
@@ -93,7 +93,7 @@ def pack_frames(video: Video, masks: np.ndarray) -> np.ndarray:
         raise UserError(
             f"video {video.name}: its masks are {list(masks.shape[1:])} pixels, its frames {list(video.size)}"
         )
-    return packed.pack(masks)
+    return bitmask.pack(masks)
 
 
 def pack_annotations(video: Video, position: int, indices: Sequence[int]) -> np.ndarray:
@@ -108,7 +108,7 @@ def pack_annotations(video: Video, position: int, indices: Sequence[int]) -> np.
         every = [reader.masks[anno_id] for anno_id in reader.ids[position]]
         chosen = [[codes[i] for i in indices] for codes in every if len(codes) == reader.num_frames]
         if len(chosen) == len(every) and all(_is_compressed(c, video.size) for codes in chosen for c in codes):
-            words = np.zeros((len(indices), *packed.pack(np.zeros(video.size, bool)).shape), np.uint64)
+            words = np.zeros((len(indices), *bitmask.pack(np.zeros(video.size, bool)).shape), np.uint64)
             for codes in chosen:
                 present = [n for n, code in enumerate(codes) if code]
                 try:
@@ -157,7 +157,7 @@ def _score(
 ) -> Row:
     assert video.read_masks is not None
     height, width = video.size
-    radius = packed.boundary_radius(height, width)
+    radius = bitmask.boundary_radius(height, width)
     counts: dict[str, list[np.ndarray]] = {}
 
     def add(**values: np.ndarray) -> None:
@@ -168,17 +168,17 @@ def _score(
         gt = pack_annotations(video, position, piece)
         pred = read_pred(video, position, piece)
         if skipped is not None:
-            add(all_inter=packed.count(pred & gt), all_union=packed.count(pred | gt))
+            add(all_inter=bitmask.count(pred & gt), all_union=bitmask.count(pred | gt))
             gt, pred = gt & ~skipped, pred & ~skipped
-        add(inter=packed.count(pred & gt), union=packed.count(pred | gt))
-        add(pred=packed.count(pred), gt=packed.count(gt))
+        add(inter=bitmask.count(pred & gt), union=bitmask.count(pred | gt))
+        add(pred=bitmask.count(pred), gt=bitmask.count(gt))
         if boundaries:
-            add(f=np.array([packed.boundary_f(p, g, width, radius) for p, g in zip(pred, gt, strict=True)]))
+            add(f=np.array([bitmask.boundary_f(p, g, width, radius) for p, g in zip(pred, gt, strict=True)]))
         if foreground is not None:
             surplus = overlap_surplus(video, position, piece)
             falsely = np.zeros(len(piece), np.int64)
             if surplus is not None:
-                falsely = np.where(packed.unpack(pred, width), surplus, 0).sum(axis=(1, 2), dtype=np.int64)
+                falsely = np.where(bitmask.unpack(pred, width), surplus, 0).sum(axis=(1, 2), dtype=np.int64)
             add(surplus=falsely)
 
     values = {name: np.concatenate(parts) for name, parts in counts.items()}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
-from virst_jax.evaluation import packed
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.benchmarks import Opened
 from virst_jax.evaluation.predictions import MaskReader, folder_of, frame_names, write_whole
 from virst_jax.evaluation.scoring import pieces
@@ -45,7 +45,7 @@ def mask_pngs(video: Video, read_pred: MaskReader) -> Iterator[tuple[str, bytes]
     names = frame_names(video)
     for position, expression in enumerate(video.expressions):
         for piece in pieces(video.num_frames):
-            masks = packed.unpack(read_pred(video, position, piece), video.size[1])
+            masks = bitmask.unpack(read_pred(video, position, piece), video.size[1])
             for index, mask in zip(piece, masks, strict=True):
                 yield f"{video.name}/{expression.id}/{names[index]}.png", encode_png(mask)
 

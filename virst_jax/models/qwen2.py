@@ -91,7 +91,7 @@ class Attention(nn.Module):
         mask: jax.Array | None,
         rotary: tuple[jax.Array, jax.Array],
         slots: jax.Array | None,
-        alone: bool,
+        is_prefill: bool,
         deterministic: bool,
         shared: int,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
@@ -112,12 +112,12 @@ class Attention(nn.Module):
                 cache[0].at[rows, slots].set(k.astype(cache[0].dtype), mode="drop"),
                 cache[1].at[rows, slots].set(v.astype(cache[1].dtype), mode="drop"),
             )
-            if not alone:
+            if not is_prefill:
                 k, v = cache
         if shared and mask is not None:
             out = _attend_behind(q, k, v, mask, shared, self.compute.attention)
         else:
-            positions = None if alone else slots
+            positions = None if is_prefill else slots
             out = attention(q, k, v, key_mask=mask, causal=True, q_positions=positions, impl=self.compute.attention)
         out = rearrange(out, "b s h w -> b s (h w)")
         out = project(cfg.hidden_size, ("heads", "embed"), use_bias=False, name="o_proj")(out, deterministic)
@@ -151,7 +151,7 @@ class Block(nn.Module):
         mask: jax.Array | None,
         rotary: tuple[jax.Array, jax.Array],
         slots: jax.Array | None,
-        alone: bool,
+        is_prefill: bool,
         deterministic: bool,
         return_input: bool,
         shared: int,
@@ -161,10 +161,10 @@ class Block(nn.Module):
         Args:
           x: dtype[B, S, D].
           cache: this layer's keys and values, dtype[B, M, G, W] each; None: without.
-          mask: bool[B, keys], the valid keys: of x itself when `alone`, else of the cache.
+          mask: bool[B, keys], the valid keys: of x itself when `is_prefill`, else of the cache.
           rotary: tables of x's positions.
           slots: int[B, S], where x goes in the cache.
-          alone: x attends to itself, not to the cache (there is none, or it is empty).
+          is_prefill: x attends to itself, not to the cache (there is none, or it is empty).
           shared: 0, or as in Qwen2.after_prefix, where x and mask are described.
 
         Returns:
@@ -174,7 +174,7 @@ class Block(nn.Module):
         norms = (RmsNorm(self.compute, self.cfg.rms_norm_eps, name=n) for n in ("input_norm", "post_norm"))
         input_norm, post_norm = norms
         attended, cache = Attention(self.cfg, self.compute, name="attn")(
-            input_norm(x), cache, mask, rotary, slots, alone, deterministic, shared
+            input_norm(x), cache, mask, rotary, slots, is_prefill, deterministic, shared
         )
         y = x + attended
         y = y + Mlp(self.cfg, self.compute, name="mlp")(post_norm(y), deterministic)
@@ -273,9 +273,9 @@ class Qwen2(nn.Module):
         if positions is None:
             positions = jnp.arange(num_tokens)[None] if slots is None else slots
         rotary = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
-        alone = cache is None or cache.empty
+        is_prefill = cache is None or cache.empty
         x = embeds.astype(jnp.dtype(self.compute.dtype))
-        x, (kv, inputs) = self.layers(x, kv, valid, rotary, slots, alone, deterministic, return_layers, 0)
+        x, (kv, inputs) = self.layers(x, kv, valid, rotary, slots, is_prefill, deterministic, return_layers, 0)
         hidden = self.norm(constrain(x, None, None, "width"))
         if self.is_initializing():  # `init` through this method makes all parameters
             self.logits(self.embed(jnp.zeros((1, 1), jnp.int32)))

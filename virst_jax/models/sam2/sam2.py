@@ -192,7 +192,7 @@ class Sam2(nn.Module):
         """Mask logits float32[B, L, L] at the model's image size."""
         return resize_maps(low_res, (self.cfg.image_size, self.cfg.image_size))
 
-    def remember(self, frame: Features, prediction: Prediction) -> jax.Array:
+    def encode_memory(self, frame: Features, prediction: Prediction) -> jax.Array:
         """Encodes a prediction into a memory dtype[B, S, D]."""
         cfg = self.cfg
         mask = nn.sigmoid(self.high_res(prediction.low_res)) * cfg.mem_sigmoid_scale + cfg.mem_sigmoid_bias
@@ -241,7 +241,7 @@ class Sam2(nn.Module):
         prediction = self.use_mask(frame, mask)
         image = self.with_memory(
             frame,
-            self.remember(frame, prediction)[:, None],
+            self.encode_memory(frame, prediction)[:, None],
             jnp.zeros(1, int),
             jnp.ones(1, bool),
             prediction.pointer[:, None],

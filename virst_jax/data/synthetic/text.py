@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from virst_jax.data.synthetic_scenes import COLORS, DIRECTIONS, MOTIONS, OPPOSITE, SHAPES, Scene, SceneObject
+from virst_jax.data.synthetic.scenes import COLORS, DIRECTIONS, MOTIONS, OPPOSITE, SHAPES, Scene, SceneObject
 
 CATEGORIES = ("appearance", "motion", "relation", "time", "reasoning", "several", "none")
 IMAGE_CATEGORIES = ("appearance", "relation", "several", "none")

@@ -1,6 +1,6 @@
 """Synthetic referring video segmentation: as many videos and questions as wanted, with exact masks.
 
-`SyntheticVideos` gives videos of moving shapes with expressions (synthetic_scenes.py, synthetic_text.py),
+`SyntheticVideos` gives videos of moving shapes with expressions (scenes.py, text.py),
 `SyntheticQuestions` the same videos with questions (synthetic_questions.py). A sample depends on the seed, its index
 and the settings only; pixels are drawn when they are read. On one core a video of 128 x 128 pixels takes a few
 milliseconds with eight frames and the masks of four expressions.
@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from virst_jax.data.samples import Expression, Question, Video
-from virst_jax.data.synthetic_questions import choose_turns, describe_targets, object_words
-from virst_jax.data.synthetic_scenes import Scene, make_scene
-from virst_jax.data.synthetic_text import CATEGORIES, IMAGE_CATEGORIES, Facts, Referral, candidates, find_facts
+from virst_jax.data.synthetic.questions import choose_turns, describe_targets, object_words
+from virst_jax.data.synthetic.scenes import Scene, make_scene
+from virst_jax.data.synthetic.text import CATEGORIES, IMAGE_CATEGORIES, Facts, Referral, candidates, find_facts
 from virst_jax.errors import UserError
 
 WEIGHTS: dict[str, float] = {
@@ -59,7 +59,7 @@ class _Synthetic:
           size: height and width, pixels; everything scales with the shorter side.
           num_frames: of a video; an image has one.
           expressions: of a sample, or questions.
-          categories: names of synthetic_text.CATEGORIES, or their weights; None: WEIGHTS, as far as possible.
+          categories: names of text.CATEGORIES, or their weights; None: WEIGHTS, as far as possible.
           is_image: still images; without the categories that need time.
 
         Raises:

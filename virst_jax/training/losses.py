@@ -16,8 +16,8 @@ import optax
 
 from virst_jax.config import FRAME_BY_FRAME, IGNORE, VirstConfig
 from virst_jax.models.sam2.sam2 import PYRAMID, Sam2
+from virst_jax.models.sam2.tracker import Tracker
 from virst_jax.models.virst import Virst
-from virst_jax.tracking.tracker import Tracker
 
 CE_BUDGET = 2**26  # logits that the cross-entropy holds at a time: 256 MiB in float32
 LENGTH_WEIGHT = 0.1  # of the squared logarithm of the cells' squared length

@@ -25,9 +25,9 @@ from virst_jax.config import VirstConfig
 from virst_jax.errors import UserError
 from virst_jax.models.qwen2 import Cache, init_cache
 from virst_jax.models.sam2.sam2 import Features, Sam2
+from virst_jax.models.sam2.tracker import Anchors, MemoryBank, Tracked, Tracker
 from virst_jax.models.virst import Virst
 from virst_jax.ops.resize import resize_matrix
-from virst_jax.tracking.tracker import Anchors, Recent, Tracked, Tracker
 
 TILE = 256  # rows and columns of a piece of mask at the video's size
 
@@ -45,11 +45,11 @@ class Understanding:
 
 
 @dataclass
-class Group:
+class ExpressionBatch:
     """Expressions that are tracked together: their anchors, and the memories of the frames so far."""
 
     anchors: Anchors
-    recent: Recent
+    bank: MemoryBank
     count: int  # the rows that count; the others are padding
 
 
@@ -60,7 +60,7 @@ class Chunk:
     start: int  # number of the first frame
     masks: np.ndarray  # bool[O, T, H, W]
     scores: np.ndarray  # float32[O, T], logits of the object's presence
-    recents: tuple[Recent, ...]  # of every group behind this chunk: to go on from here
+    banks: tuple[MemoryBank, ...]  # of every group behind this chunk: to go on from here
 
 
 class Network:
@@ -204,25 +204,25 @@ class Network:
         return prompts[:, :, anchors].swapaxes(1, 2), scores
 
     def _step_anchor(
-        self, params: Any, features: Sequence[Features], frames: jax.Array, live: jax.Array, prompts: jax.Array
+        self, params: Any, features: Sequence[Features], frames: jax.Array, valid: jax.Array, prompts: jax.Array
     ) -> Anchors:
-        return self.tracker.prompt_anchors(params, _stack(features), frames, live, prompts)
+        return self.tracker.prompt_anchors(params, _stack(features), frames, valid, prompts)
 
-    def _step_start(self, params: Any, anchors: Anchors) -> Recent:
+    def _step_start(self, params: Any, anchors: Anchors) -> MemoryBank:
         return self.tracker.start(anchors.memory.shape[1])
 
     def _step_track(
         self,
         params: Any,
         anchors: Anchors,
-        recent: Recent,
+        bank: MemoryBank,
         features: Sequence[Features],
         frames: jax.Array,
-        live: jax.Array,
+        valid: jax.Array,
         num_frames: jax.Array,
         keep_memory: bool,
-    ) -> tuple[Recent, Tracked]:
-        return self.tracker.track(params, anchors, recent, _stack(features), frames, live, num_frames, keep_memory)
+    ) -> tuple[MemoryBank, Tracked]:
+        return self.tracker.track(params, anchors, bank, _stack(features), frames, valid, num_frames, keep_memory)
 
     def _step_masks(self, params: None, low_res: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
         # as ops.resize.resize_maps, and at the same precision
@@ -318,7 +318,9 @@ class Network:
         """
         return self._run(self._step_fuse, self.params, seg_hidden, tuple(tops), anchors)
 
-    def start(self, features: Sequence[Features], frames: Sequence[int], prompts: jax.Array, slots: int) -> Group:
+    def start(
+        self, features: Sequence[Features], frames: Sequence[int], prompts: jax.Array, slots: int
+    ) -> ExpressionBatch:
         """Segments the anchors of a group of expressions: ready to be tracked.
 
         Args:
@@ -329,9 +331,9 @@ class Network:
         count = len(frames)
         padded = (*features, *[features[-1]] * (slots - count))
         numbers = np.pad(np.asarray(frames, np.int32), (0, slots - count))
-        live = np.arange(slots) < count
-        anchors = self._run(self._step_anchor, self.params["sam2"], padded, numbers, live, prompts)
-        return Group(anchors, self._run(self._step_start, None, anchors), prompts.shape[0])
+        valid = np.arange(slots) < count
+        anchors = self._run(self._step_anchor, self.params["sam2"], padded, numbers, valid, prompts)
+        return ExpressionBatch(anchors, self._run(self._step_start, None, anchors), prompts.shape[0])
 
     def prompt_anchors(self, features: Features, frames: np.ndarray, prompts: jax.Array, slots: int) -> Anchors:
         """Segments the anchors: features [A, ...], frames int[A], prompts dtype[O, N, A, C]; padded to `slots`."""
@@ -357,32 +359,32 @@ class Network:
           chunk: frames a compiled call takes; the results do not depend on it.
           keep_memory: also give every frame's memory.
         """
-        recent = self._run(self._step_start, None, anchors)
+        bank = self._run(self._step_start, None, anchors)
         source = iter(frames)
         for start in range(0, num_frames, chunk):
             count = min(chunk, num_frames - start)
             features = self.encode_frames(islice(source, count))
             each = [jax.tree.map(lambda x, i=i: x[i], features) for i in range(count)]
-            recent, out = self._advance(anchors, recent, each, start, num_frames, chunk, keep_memory)
+            bank, out = self._advance(anchors, bank, each, start, num_frames, chunk, keep_memory)
             for i in range(count):
                 yield jax.tree.map(lambda x, i=i: x[i], out)
 
     def _advance(
         self,
         anchors: Anchors,
-        recent: Recent,
+        bank: MemoryBank,
         features: Sequence[Features],
         start: int,
         num_frames: int,
         chunk: int,
         keep_memory: bool = False,
-    ) -> tuple[Recent, Tracked]:
+    ) -> tuple[MemoryBank, Tracked]:
         count = len(features)
         return self._run(
             self._step_track,
             self.params["sam2"],
             anchors,
-            recent,
+            bank,
             (*features, *[features[-1]] * (chunk - count)),
             np.arange(start, start + chunk, dtype=np.int32),
             np.arange(chunk) < count,
@@ -420,7 +422,7 @@ class Network:
 
     def propagate(
         self,
-        groups: Sequence[Group],
+        groups: Sequence[ExpressionBatch],
         features: Iterable[Features],
         num_frames: int,
         size: tuple[int, int],
@@ -449,7 +451,7 @@ class Network:
                 raise UserError(f"the video ended after {first + len(taken)} of {num_frames} frames; was it changed?")
             outcomes = []
             for group in groups:
-                group.recent, out = self._advance(group.anchors, group.recent, taken, first, num_frames, chunk)
+                group.bank, out = self._advance(group.anchors, group.bank, taken, first, num_frames, chunk)
                 tiles = [
                     [self._run(self._step_masks, None, out.prediction.low_res, *pair) for pair in row]
                     for row in resize.tiles
@@ -460,7 +462,7 @@ class Network:
                     array.copy_to_host_async()
             if waiting is not None:
                 yield _fetch(resize, *waiting)
-            waiting = (first, count, outcomes, tuple(group.recent for group in groups))
+            waiting = (first, count, outcomes, tuple(group.bank for group in groups))
         if waiting is not None:
             yield _fetch(resize, *waiting)
 
@@ -484,10 +486,10 @@ class _Resize:
         return np.unpackbits(packed[..., : self.size[0], :], axis=-1, count=self.size[1]).view(bool)
 
 
-def _fetch(resize: _Resize, first: int, count: int, outcomes: Any, recents: tuple[Recent, ...]) -> Chunk:
+def _fetch(resize: _Resize, first: int, count: int, outcomes: Any, banks: tuple[MemoryBank, ...]) -> Chunk:
     masks = [resize.join(tiles)[:count, :rows].swapaxes(0, 1) for rows, tiles, _ in outcomes]
     scores = [np.asarray(score)[:count, :rows].T for rows, _, score in outcomes]
-    return Chunk(first, np.concatenate(masks), np.concatenate(scores), recents)
+    return Chunk(first, np.concatenate(masks), np.concatenate(scores), banks)
 
 
 def _stack(features: Sequence[Features]) -> Features:

@@ -35,7 +35,7 @@ MOTIONS = ("still", *DIRECTIONS, "circle")
 TRAVEL = 0.36  # of the frame's side: what every moving shape covers at least
 CANDIDATES = 12  # paths drawn for an object before the least crowded is taken
 
-# What a scene can be made to contain; the words of synthetic_text.py need them.
+# What a scene can be made to contain; the words of text.py need them.
 PLOTS = ("late", "early", "return", "first", "against", "rest", "like", "odd", "extreme", "hidden")
 
 

@@ -184,7 +184,7 @@ class StepShape:
 
     @classmethod
     def of(cls, batch: Any) -> "StepShape":
-        """Of a batch of virst_jax.losses: arrays or shapes with a leading axis of videos."""
+        """Of a batch of virst_jax.training.losses: arrays or shapes with a leading axis of videos."""
         # what is read in words is not encoded
         videos, clips, clip_frames = batch.clips.shape[:3] if hasattr(batch, "clips") else (batch.words.shape[0], 0, 1)
         if hasattr(batch, "targets") and not hasattr(batch, "token_ids"):

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from virst_jax.config import Sam2Config
+from virst_jax.models.sam2.anchors import select_anchors
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
-from virst_jax.tracking.anchors import select_anchors
 
 PROMPT_LOGIT_LIMIT = 32.0  # a mask prompt from an earlier anchor on the same frame is clamped so
 NO_FRAME = -(10**6)  # far from every frame
@@ -37,7 +37,7 @@ class Anchors:
 
 
 @flax.struct.dataclass
-class Recent:
+class MemoryBank:
     """Ring buffers of the last frames; frame t lies in slot t modulo the size."""
 
     memory_frames: jax.Array  # int32[R]
@@ -83,12 +83,12 @@ class Tracker:
         # the videos of a batch differ, so both are computed anyway; vmap of a branch would copy the parameters for each
         return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes(), no())
 
-    def _remember(self, params: Any, frame: Features, prediction: Prediction) -> Tracked:
-        memory = self._apply(params, Sam2.remember, frame, prediction)
+    def _encode_memory(self, params: Any, frame: Features, prediction: Prediction) -> Tracked:
+        memory = self._apply(params, Sam2.encode_memory, frame, prediction)
         return Tracked(prediction, memory.astype(self.memory_dtype))
 
     def prompt_anchors(
-        self, params: Any, features: Features, frames: jax.Array, live: jax.Array, prompts: jax.Array
+        self, params: Any, features: Features, frames: jax.Array, valid: jax.Array, prompts: jax.Array
     ) -> Anchors:
         """Segments the anchor frames from their prompts, without memory.
 
@@ -96,7 +96,7 @@ class Tracker:
           params: of the Sam2 module.
           features: of the anchor frames, leading axis A.
           frames: int32[A], their numbers in the video.
-          live: bool[A]; slots that are not cost nothing, unless in training.
+          valid: bool[A]; slots that are not cost nothing, unless in training.
           prompts: dtype[O, A, N, C], STF prompt tokens.
         """
         empty = self._empty(prompts.shape[0])
@@ -107,30 +107,30 @@ class Tracker:
 
             def segment() -> Tracked:
                 # an earlier anchor on this frame hands on its logits as a mask prompt
-                earlier = (frames == number) & live & (jnp.arange(frames.shape[0]) < index)
+                earlier = (frames == number) & valid & (jnp.arange(frames.shape[0]) < index)
                 last = jnp.where(earlier, jnp.arange(frames.shape[0]), -1).max()
                 mask_prompt = jnp.clip(low_res[last], -PROMPT_LOGIT_LIMIT, PROMPT_LOGIT_LIMIT)
                 image = self._apply(params, Sam2.without_memory, frame, tokens.shape[0])
                 prediction = self._apply(
                     params, Sam2.predict, image, frame, tokens, mask_prompt, last >= 0, mode=self.mode
                 )
-                return self._remember(params, frame, prediction)
+                return self._encode_memory(params, frame, prediction)
 
             out = self._choose(alive, segment, lambda: empty)
             return low_res.at[index].set(out.prediction.low_res), out
 
         if self.training:
             step = jax.checkpoint(step, prevent_cse=False)
-        slots = (jnp.arange(frames.shape[0]), features, frames, live, prompts.swapaxes(0, 1))
+        slots = (jnp.arange(frames.shape[0]), features, frames, valid, prompts.swapaxes(0, 1))
         _, out = jax.lax.scan(step, jnp.zeros(logits_shape), slots)
-        later = (frames[None] == frames[:, None]) & live[None] & jnp.triu(jnp.ones((len(frames),) * 2, bool), 1)
-        return Anchors(frames, live & ~later.any(1), out.prediction, out.memory)
+        later = (frames[None] == frames[:, None]) & valid[None] & jnp.triu(jnp.ones((len(frames),) * 2, bool), 1)
+        return Anchors(frames, valid & ~later.any(1), out.prediction, out.memory)
 
-    def start(self, num_objects: int) -> Recent:
+    def start(self, num_objects: int) -> MemoryBank:
         """The state before the first frame."""
         cfg, empty = self.cfg, self._empty(num_objects)
         memories, pointers = cfg.num_maskmem - 1, cfg.max_pointers - 1
-        return Recent(
+        return MemoryBank(
             memory_frames=jnp.full(memories, NO_FRAME, jnp.int32),
             memory=jnp.zeros((memories, *empty.memory.shape), empty.memory.dtype),
             pointer_frames=jnp.full(pointers, NO_FRAME, jnp.int32),
@@ -141,22 +141,22 @@ class Tracker:
         self,
         params: Any,
         anchors: Anchors,
-        recent: Recent,
+        bank: MemoryBank,
         features: Features,
         frames: jax.Array,
-        live: jax.Array,
+        valid: jax.Array,
         num_frames: jax.Array,
         keep_memory: bool = False,
-    ) -> tuple[Recent, Tracked]:
+    ) -> tuple[MemoryBank, Tracked]:
         """Tracks a chunk of consecutive frames.
 
         Args:
           params: of the Sam2 module.
           anchors: from `prompt_anchors`.
-          recent: from `start` or the chunk before.
+          bank: from `start` or the chunk before.
           features: of the chunk's frames, leading axis T.
           frames: int32[T], their numbers in the video, rising.
-          live: bool[T]; the others (padding of the last chunk) are passed over.
+          valid: bool[T]; the others (padding of the last chunk) are passed over.
           num_frames: int[], length of the whole video: up to 16 it bounds the pointers.
           keep_memory: also return every frame's memory (for comparisons; it is large).
 
@@ -166,7 +166,7 @@ class Tracker:
         empty = self._empty(anchors.memory.shape[1])
         slots = jnp.arange(anchors.frames.shape[0])
 
-        def step(recent: Recent, slot: tuple[Any, ...]) -> tuple[Recent, Tracked]:
+        def step(bank: MemoryBank, slot: tuple[Any, ...]) -> tuple[MemoryBank, Tracked]:
             frame, number, alive = slot
             here = anchors.valid & (anchors.frames == number)
 
@@ -177,34 +177,34 @@ class Tracker:
 
             def from_memory() -> Tracked:
                 there = anchors.valid & ((anchors.frames < number) | (slots == 0) | (not self.training))
-                image = self._condition(params, anchors, there, recent, frame, number, num_frames)
+                image = self._condition(params, anchors, there, bank, frame, number, num_frames)
                 sparse = self._apply(params, Sam2.no_prompt, image.shape[0])
                 prediction = self._apply(params, Sam2.predict, image, frame, sparse, mode=self.mode)
-                return self._remember(params, frame, prediction)
+                return self._encode_memory(params, frame, prediction)
 
-            def advance() -> tuple[Recent, Tracked]:
+            def advance() -> tuple[MemoryBank, Tracked]:
                 out = self._choose(here.any(), from_anchor, from_memory)
-                m, p = number % recent.memory_frames.shape[0], number % recent.pointer_frames.shape[0]
-                return Recent(
-                    recent.memory_frames.at[m].set(number),
-                    recent.memory.at[m].set(out.memory),
-                    recent.pointer_frames.at[p].set(number),
-                    recent.pointers.at[p].set(out.prediction.pointer),
+                m, p = number % bank.memory_frames.shape[0], number % bank.pointer_frames.shape[0]
+                return MemoryBank(
+                    bank.memory_frames.at[m].set(number),
+                    bank.memory.at[m].set(out.memory),
+                    bank.pointer_frames.at[p].set(number),
+                    bank.pointers.at[p].set(out.prediction.pointer),
                 ), out
 
-            recent, out = self._choose(alive, advance, lambda: (recent, empty))
-            return recent, out if keep_memory else dataclasses.replace(out, memory=jnp.zeros(()))
+            bank, out = self._choose(alive, advance, lambda: (bank, empty))
+            return bank, out if keep_memory else dataclasses.replace(out, memory=jnp.zeros(()))
 
         if self.training:
             step = jax.checkpoint(step, prevent_cse=False)
-        return jax.lax.scan(step, recent, (features, frames, live))
+        return jax.lax.scan(step, bank, (features, frames, valid))
 
     def _condition(
         self,
         params: Any,
         anchors: Anchors,
         available: jax.Array,
-        recent: Recent,
+        bank: MemoryBank,
         frame: Features,
         number: jax.Array,
         num_frames: jax.Array,
@@ -218,17 +218,17 @@ class Tracker:
         def fresh(ring_frames: jax.Array) -> jax.Array:
             return (ring_frames != NO_FRAME) & ~(ring_frames[:, None] == chosen_frames[None]).any(1)
 
-        age = number - recent.memory_frames
-        memory_mask = fresh(recent.memory_frames) & (age < cfg.num_maskmem)
+        age = number - bank.memory_frames
+        memory_mask = fresh(bank.memory_frames) & (age < cfg.num_maskmem)
         max_pointers = jnp.minimum(num_frames, cfg.max_pointers)
-        distance = number - recent.pointer_frames
-        pointer_mask = fresh(recent.pointer_frames) & (distance < max_pointers)
+        distance = number - bank.pointer_frames
+        pointer_mask = fresh(bank.pointer_frames) & (distance < max_pointers)
         anchor_distance = number - anchors.frames[slots]
         anchor_pointer_mask = chosen & ((anchor_distance >= 0) | self.training)
         time = jnp.concatenate([anchor_distance, distance]) / jnp.maximum(max_pointers - 1, 1)
         mask = jnp.concatenate([anchor_pointer_mask, pointer_mask])
-        memory = jnp.concatenate([anchors.memory[slots], recent.memory])
-        pointers = jnp.concatenate([anchors.prediction.pointer[slots], recent.pointers])
+        memory = jnp.concatenate([anchors.memory[slots], bank.memory])
+        pointers = jnp.concatenate([anchors.prediction.pointer[slots], bank.pointers])
         key = self.dropout_rng
         return self._apply(
             params,

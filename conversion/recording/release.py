@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.record_standins import NEEDED, first_line, require, standing_in
-from conversion.record_state import Files, Rule, fill_by_rule, fill_from_files, manifest_of, table_rows
+from conversion.recording.state import Files, Rule, fill_by_rule, fill_from_files, manifest_of, table_rows
+from conversion.recording.stubs import NEEDED, first_line, require, standing_in
 from virst_jax.errors import UserError
 
 COMMIT = "954276f"

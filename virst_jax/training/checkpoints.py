@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from virst_jax.errors import UserError
-from virst_jax.training import TrainState
+from virst_jax.training.step import TrainState
 
 METRIC = "j_and_f"  # what "best" means
 

@@ -278,7 +278,7 @@ def _word(key: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def gather(params: Mapping[str, Any], parts: Sequence[str] = GATHERED) -> dict[str, Any]:
+def replicate(params: Mapping[str, Any], parts: Sequence[str] = GATHERED) -> dict[str, Any]:
     """The same parameters with those of `parts` whole on every device; to be called within a jitted step.
 
     Cast to the compute dtype first: half of the bytes travel. Does nothing without a mesh.
@@ -352,7 +352,7 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, local)
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def put_global(tree: Any, shardings: Any) -> Any:
     """Host arrays, the same on every process, onto the devices: every device gets its share.
 
     Args:

@@ -16,7 +16,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -71,7 +70,7 @@ def open_video(video: Any) -> Reader:
         if path.suffix.lower() in FRAME_SUFFIXES:
             return FolderReader(path.parent, [path])
         return FileReader(path)
-    if isinstance(video, Video):
+    if hasattr(video, "read_frames") and hasattr(video, "frame_names"):
         return SampleReader(video)
     if hasattr(video, "frame_names") and hasattr(video, "num_frames"):
         return video
@@ -251,10 +250,29 @@ class ArrayReader:
         return _read(self, indices)
 
 
+class Sample(Protocol):
+    """What is read of a data set's video (see virst_jax.data.samples.Video)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_frames(self) -> int: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    @property
+    def frame_names(self) -> Sequence[str]: ...
+
+    @property
+    def read_frames(self) -> Callable[[Sequence[int]], np.ndarray]: ...
+
+
 class SampleReader:
     """A video of a data set."""
 
-    def __init__(self, video: Video):
+    def __init__(self, video: Sample):
         self.video, self.name, self.fps = video, video.name, 0.0
         self.size = (video.size[0], video.size[1])
         if video.num_frames < 1:
@@ -279,7 +297,7 @@ class SampleReader:
         return _read(self, indices)
 
 
-class ThinnedReader:
+class StridedReader:
     """Every k-th frame of a video, and no more than so many."""
 
     def __init__(self, reader: Reader, every: int = 1, max_frames: int | None = None):

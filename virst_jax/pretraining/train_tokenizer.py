@@ -1,7 +1,7 @@
 """Trains the small tokenizer of the tiny model: byte-level BPE of Qwen2's kind, on the synthetic data's words.
 
-`python -m virst_jax.data.train_tokenizer OUT` writes the one that the package ships, always the same. Text of any kind
-can be encoded; what the corpus does not hold falls into bytes.
+`python -m virst_jax.pretraining.train_tokenizer OUT` writes the one that the package ships, always the same. Text of
+any kind can be encoded; what the corpus does not hold falls into bytes.
 """
 
 import argparse
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from virst_jax.data import prompts
-from virst_jax.data.synthetic import SyntheticVideos
-from virst_jax.data.synthetic_questions import KINDS, ask_who, questions
-from virst_jax.data.synthetic_text import CATEGORIES, candidates, find_facts
+from virst_jax.data.synthetic.questions import KINDS, ask_who, questions
+from virst_jax.data.synthetic.text import CATEGORIES, candidates, find_facts
+from virst_jax.data.synthetic.videos import SyntheticVideos
 from virst_jax.errors import UserError
 
 SPECIAL = (prompts.PAD, prompts.START, prompts.END)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.record_standins import first_line, require
+from conversion.recording.stubs import first_line, require
 from conversion.weights_rule import make_tensor
 from virst_jax.errors import UserError
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from virst_jax.data import synthetic_text as text
-from virst_jax.data.synthetic_scenes import COLORS, DIRECTIONS, SHAPES, SceneObject
+from virst_jax.data.synthetic import text
+from virst_jax.data.synthetic.scenes import COLORS, DIRECTIONS, SHAPES, SceneObject
 
 Turn = tuple[str, str]
 KINDS = ("color", "shape", "motion", "count", "exists", "order", "describe")  # besides "who"

@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.table import Table
 
-from virst_jax.collectives import Traffic, collective_traffic
 from virst_jax.errors import UserError
-from virst_jax.flops import PEAKS, Device
+from virst_jax.profiling.collectives import Traffic, collective_traffic
+from virst_jax.profiling.flops import PEAKS, Device
 
 GIB = 2**30
 # Spellings that libtpu accepts; the shape behind the colon counts chips, such as 4x4 or 2x2x2.

@@ -31,10 +31,10 @@ from virst_jax.data.prompts import (
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import MEAN, STD, resize_frames
 from virst_jax.errors import UserError
-from virst_jax.inference import Group, Network
+from virst_jax.inference.steps import ExpressionBatch, Network
+from virst_jax.io.video import Reader, prefetch
 from virst_jax.models.sam2.sam2 import Features, Prediction
-from virst_jax.tracking.tracker import Anchors, Recent
-from virst_jax.video_io import Reader, prefetch
+from virst_jax.models.sam2.tracker import Anchors, MemoryBank
 
 MAX_EXPRESSION_TOKENS = 512
 TEXT_BUCKET = 64  # texts are padded to multiples of so many tokens
@@ -256,7 +256,7 @@ class SegmentationStream:
         self._known: dict[int, Features] = {}
         self.first = 0
         self._groups = self._prompt(tokenizer) if state is None else self._restore(state)
-        self._reached = (self.first, tuple(group.recent for group in self._groups))
+        self._reached = (self.first, tuple(group.bank for group in self._groups))
         self._frames = self._track()
 
     def __iter__(self) -> Iterator[FrameMasks]:
@@ -330,7 +330,7 @@ class SegmentationStream:
             features["tracker"],
         )
 
-    def _prompt(self, tokenizer: Tokenizer) -> list[Group]:
+    def _prompt(self, tokenizer: Tokenizer) -> list[ExpressionBatch]:
         """Everything before tracking: reads frames and expressions, segments the anchors."""
         network, cfg, plan, options = self.network, self.network.cfg, self.plan, self.options
         with self._timed("sample"):
@@ -395,33 +395,33 @@ class SegmentationStream:
                 for i in range(count):
                     self._progress("track", chunk.start + i + 1, self.num_frames)
                     yield FrameMasks(chunk.start + i, chunk.masks[:, i], chunk.scores[:, i])
-                self._reached = (chunk.start + count, chunk.recents)
+                self._reached = (chunk.start + count, chunk.banks)
 
     def state(self) -> dict[str, np.ndarray]:
         """What another stream needs to go on behind the last finished chunk of frames; to be kept with np.savez."""
-        after, recents = self._reached
+        after, banks = self._reached
         kept = {"next": np.array(after)}
-        for i, (group, recent) in enumerate(zip(self._groups, recents)):
+        for i, (group, bank) in enumerate(zip(self._groups, banks)):
             kept[f"{i}.count"] = np.array(group.count)
-            for name, tree in (("anchors", group.anchors), ("recent", recent)):
+            for name, tree in (("anchors", group.anchors), ("recent", bank)):
                 for j, leaf in enumerate(jax.tree.leaves(jax.device_get(tree))):
                     low = leaf.dtype.name == "bfloat16"  # which .npy files cannot name
                     kept[f"{i}.{name}.{j}" + (".bfloat16" if low else "")] = leaf.view(np.uint16) if low else leaf
         return kept
 
-    def _restore(self, state: Mapping[str, np.ndarray]) -> list[Group]:
-        groups: list[Group] = []
+    def _restore(self, state: Mapping[str, np.ndarray]) -> list[ExpressionBatch]:
+        groups: list[ExpressionBatch] = []
         self.first = int(state["next"])
         while f"{len(groups)}.count" in state:
             i = len(groups)
             trees = []
-            for name, kind in (("anchors", _ANCHORS), ("recent", _RECENT)):
+            for name, kind in (("anchors", _ANCHORS), ("recent", _BANK)):
                 leaves = []
                 for j in range(kind.num_leaves):
                     key = f"{i}.{name}.{j}"
                     leaves.append(state[key] if key in state else state[f"{key}.bfloat16"].view("bfloat16"))
                 trees.append(jax.tree.unflatten(kind, leaves))
-            groups.append(Group(trees[0], trees[1], int(state[f"{i}.count"])))
+            groups.append(ExpressionBatch(trees[0], trees[1], int(state[f"{i}.count"])))
         return groups
 
 
@@ -430,4 +430,4 @@ def _structure(cls: Any, *leaves: Any) -> Any:
 
 
 _ANCHORS = _structure(Anchors, 0, 0, Prediction(*[np.zeros(())] * 4), 0)  # type: ignore[arg-type]
-_RECENT = _structure(Recent, 0, 0, 0, 0)
+_BANK = _structure(MemoryBank, 0, 0, 0, 0)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from virst_jax.config import VirstConfig
-from virst_jax.losses import (
+from virst_jax.parallel.sharding import replicate
+from virst_jax.training.losses import (
     CellBatch,
     NamedBatch,
     PatchBatch,
@@ -25,8 +26,7 @@ from virst_jax.losses import (
     text_loss,
     video_losses,
 )
-from virst_jax.optim import Groups, OptimConfig, join, make_optimizer, split, update_ema
-from virst_jax.sharding import gather
+from virst_jax.training.optim import Groups, OptimConfig, join, make_optimizer, split, update_ema
 
 Batch = PatchBatch | CellBatch | NamedBatch | ReadBatch | TextBatch
 Metrics = dict[str, jax.Array]
@@ -111,7 +111,7 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
 
         def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:
-            return batch_loss(cfg, gather(join(trained, state.frozen)), batch, rng, mesh_axes)
+            return batch_loss(cfg, replicate(join(trained, state.frozen)), batch, rng, mesh_axes)
 
         (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         norm = optax.tree.norm(gradients)

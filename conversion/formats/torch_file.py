@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from conversion.formats.torch_pickle import DTYPES, Tensor, dump_pickle, load_pickle
 from conversion.source import (
     TensorSpec,
     element_count,
@@ -27,7 +28,6 @@ from conversion.source import (
     tensor_bytes,
     written_whole,
 )
-from conversion.torch_pickle import DTYPES, Tensor, dump_pickle, load_pickle
 from virst_jax.errors import UserError
 
 _MAX_REPEATED_BYTES = 1 << 30  # of a tensor that shows its storage more than once, as torch.expand does

@@ -22,7 +22,7 @@ from typing import Any
 from virst_jax.config import VirstConfig, override
 from virst_jax.data.batches import BatchConfig
 from virst_jax.errors import UserError
-from virst_jax.optim import Groups, OptimConfig
+from virst_jax.training.optim import Groups, OptimConfig
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def stages(config: Mapping[str, Any]) -> list[Stage]:
     """
     names = tuple(config.get("stages", ()))
     if not names:
-        raise UserError("the recipe names no stages; see virst_jax/recipe.py for its form")
+        raise UserError("the recipe names no stages; see virst_jax/training/recipe.py for its form")
     return [_stage(str(name), config) for name in names]
 
 
