@@ -6,6 +6,7 @@ that hardware, without it, and prints what a device needs.
 """
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -397,7 +398,8 @@ def main(arguments: list[str]) -> None:
     if not WORKDIR.value:
         raise UserError("--workdir is missing: name a folder for checkpoints and logs")
     workdir = Path(WORKDIR.value)
-    jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     if config.get("distributed", False):
         jax.distributed.initialize()
     return train(config, workdir)

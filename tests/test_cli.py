@@ -241,7 +241,8 @@ def test_compiled_programs_are_kept(tmp_path):
         "virst_jax.load = lambda *a, **k: None; segment.load_model('tiny'); print(jax.config.jax_compilation_cache_dir)"
     )
     for added, where in (({}, "virst_jax"), ({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}, "own")):
-        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **added}
+        kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        environment = {**kept, "XDG_CACHE_HOME": str(tmp_path), **added}
         run = subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
         )
