@@ -29,7 +29,7 @@ from virst_jax.data.prompts import Tokenizer, load_tokenizer
 from virst_jax.data.sources import make_source
 from virst_jax.errors import UserError
 from virst_jax.evaluation.held_out import Score, score_videos, summarize
-from virst_jax.io import model_folder
+from virst_jax.io import atomic, model_folder
 from virst_jax.io.visualize import overlay
 from virst_jax.models.lora import add_lora
 from virst_jax.models.virst import Virst
@@ -295,7 +295,7 @@ class Meter:
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         if not values.pop("finite"):
             path = self.run.folder / f"nan_batch_{step}_{jax.process_index()}.npz"
-            np.savez(path, **arrays)
+            atomic.write_npz(path, arrays)
             raise UserError(
                 f"step {step} ({name}): the loss or its gradient is not finite (loss {values['loss']}, gradient norm "
                 f"{values['grad_norm']}); the batch is in {path} and changed nothing: lower learning_rate or "

@@ -19,7 +19,6 @@ Exit status: 0; 1 if two sides do not agree; 2 with one line if an argument is w
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import sys
@@ -46,6 +45,7 @@ from benchmarks.segment_stages import measure_stages, take_turns
 from virst_jax.config import VirstConfig, get_preset
 from virst_jax.errors import UserError
 from virst_jax.inference.steps import Network
+from virst_jax.io import atomic
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
 from virst_jax.models.sam2.tracker import Tracked
 from virst_jax.profiling.flops import device_peak
@@ -389,9 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 130
     show(result, console)
     if options.json:
-        beside = options.json.with_name(f".{options.json.name}.{os.getpid()}")
-        beside.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(beside, options.json)
+        atomic.write_json(options.json, result)
     compared = [*result["compared"], *([result["many"]] if result["many"] else [])]
     apart = [row.get("stage", "many") for row in compared if not row["difference"] <= TOLERANCE]
     if apart:

@@ -25,7 +25,7 @@ from conversion.release import Release
 from conversion.rules import rule_table
 from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset, to_json
 from virst_jax.errors import UserError
-from virst_jax.io import model_folder
+from virst_jax.io import atomic, model_folder
 from virst_jax.models.virst import Virst
 
 DTYPES = ("bfloat16", "float32", "source")
@@ -86,7 +86,7 @@ def convert(
         cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, lora=adapters))
         shapes = {path: tuple(leaf.shape) for path, leaf in flatten(model_folder.parameter_shapes(cfg)).items()}
         names = release.names()
-        with model_folder.whole_folder(out) as part, tqdm(total=len(names), unit="tensor", disable=not progress) as bar:
+        with atomic.new_folder(out) as part, tqdm(total=len(names), unit="tensor", disable=not progress) as bar:
             bar.set_description("reading")
             scratch = part / SCRATCH
             scratch.mkdir()
@@ -124,7 +124,7 @@ def convert(
             bar.set_description("writing")
             bar.refresh()
             model_folder.write_parameters(part / model_folder.PARAMS, params)
-            (part / model_folder.CONFIG).write_text(to_json(cfg))
+            atomic.write_text(part / model_folder.CONFIG, to_json(cfg))
             del params
             for file in scratch.iterdir():
                 file.unlink()

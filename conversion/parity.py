@@ -7,7 +7,6 @@ Exit status: 0 all outputs pass; 1 an output fails, a case is unknown or a file 
 
 import argparse
 import dataclasses
-import json
 import re
 import sys
 import time
@@ -21,6 +20,7 @@ from rich.table import Table
 from conversion.cases import modules, network, tables, training
 from conversion.cases.case import Case, Check, Runner, case_names, load_case
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 RUNNERS: list[tuple[str, Runner]] = [
     (r"qwen2.*", modules.run_qwen2),
@@ -129,18 +129,12 @@ def main(argv: list[str] | None = None) -> int:
                 table.add_row(*_row(name if k == 0 else "", check, seconds if k == 0 else None))
             results.append({"case": name, "seconds": seconds, "checks": [dataclasses.asdict(c) for c in checks]})
             if options.json:
-                _write_whole(options.json, json.dumps(results, indent=1) + "\n")
+                atomic.write_json(options.json, results)
     failed = sum(not check["passed"] for result in results for check in result["checks"])
     total = sum(len(result["checks"]) for result in results)
     console.print(table)
     console.print(f"{len(results)} cases, {total} outputs, {failed} failed")
     return 1 if failed else 0
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 if __name__ == "__main__":

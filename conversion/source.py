@@ -1,12 +1,11 @@
 """What the converter asks of a checkpoint, whatever its format, and what the formats share."""
 
-import contextlib
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -95,28 +94,6 @@ def map_file(path: Path) -> mmap.mmap:
     if mapped[:24] == b"version https://git-lfs.":
         raise UserError(f"{path}: a Git LFS pointer, not the file itself; fetch it with git lfs pull")
     return mapped
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` once it is complete; after any error nothing of it is left.
-
-    Raises:
-      UserError: the system refuses to write (disk full, no such folder, no permission).
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path}: cannot be written ({reason}); free disk space or choose another folder") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def tensor_bytes(spec: TensorSpec) -> memoryview:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import types
@@ -133,7 +134,7 @@ def test_description_of_a_file(tmp_path):
 
 
 def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
-    arrays, rename = {"a": np.arange(3.0)}, record_case.os.replace
+    arrays, rename = {"a": np.arange(3.0)}, os.replace
     calls = []
 
     def second_fails(source, target):
@@ -142,7 +143,7 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
             raise OSError("disk full")
         rename(source, target)
 
-    monkeypatch.setattr(record_case.os, "replace", second_fails)
+    monkeypatch.setattr(os, "replace", second_fails)
     with pytest.raises(UserError, match="cannot be written"):
         record_case.write(tmp_path / "out", "e2e_x", {"case": "e2e_x"}, arrays)
     assert [c.name for c in calls] == ["e2e_x.npz", "e2e_x.json"]

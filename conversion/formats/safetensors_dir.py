@@ -24,9 +24,9 @@ from conversion.source import (
     no_such_name,
     some,
     tensor_bytes,
-    written_whole,
 )
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype] = {
@@ -263,8 +263,7 @@ def write_safetensors_dir(
         for file, shard in zip(files, shards):
             _write_shard(file, shard, on_tensor)
         if not single:
-            with written_whole(path / INDEX) as out:
-                out.write((json.dumps(index, indent=1) + "\n").encode())
+            atomic.write_json(path / INDEX, index)
     except BaseException:
         for file in files:
             file.unlink(missing_ok=True)
@@ -304,7 +303,7 @@ def _write_shard(path: Path, shard: list[TensorSpec], on_tensor: Callable[[str],
         header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [first, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with written_whole(path) as file:
+    with atomic.new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for spec in shard:
             file.write(tensor_bytes(spec))

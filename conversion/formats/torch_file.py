@@ -26,9 +26,9 @@ from conversion.source import (
     no_such_name,
     some,
     tensor_bytes,
-    written_whole,
 )
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 _MAX_REPEATED_BYTES = 1 << 30  # of a tensor that shows its storage more than once, as torch.expand does
 _ALIGNMENT = 64  # as torch.save
@@ -263,7 +263,7 @@ def write_torch_file(
     """
     path = Path(path)
     written: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with atomic.new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
 
         def add(entry: str, data: memoryview | bytes) -> None:
             info = zipfile.ZipInfo(f"archive/{entry}")

@@ -1,7 +1,5 @@
 """Writes a parity case, NAME.json and NAME.npz, whole or not at all; and compares two cases' arrays."""
 
-import contextlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 PREFIX = "e2e_"  # a kind of case is known by its name
 
@@ -34,30 +33,22 @@ def check_place(folder: Path, name: str) -> None:
 
 
 def write(folder: Path, name: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[Path, Path]:
-    """Writes both files beside their places and renames them, the JSON last: a case with a JSON is complete.
+    """Writes both files whole, the JSON last: a case with a JSON is complete.
 
     Raises:
       UserError: the case is there already, or the folder cannot be written.
     """
     check_place(folder, name)
-    text = json.dumps(facts, indent=1) + "\n"
     as_json, as_npz = _paths(folder, name)
-    beside = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in (as_npz, as_json)}
-    done: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with beside[as_npz].open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        beside[as_json].write_text(text)
-        for path, temporary in beside.items():
-            os.replace(temporary, path)
-            done.append(path)
-    except BaseException as error:
-        for path in (*done, *beside.values()):
-            with contextlib.suppress(OSError):
-                path.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"{folder}: the case cannot be written ({error})") from error
+    except OSError as error:
+        raise atomic.cannot_write(folder, error) from error
+    atomic.write_npz(as_npz, arrays, compressed=True)
+    try:
+        atomic.write_json(as_json, facts)
+    except BaseException:
+        as_npz.unlink(missing_ok=True)
         raise
     return as_json, as_npz
 

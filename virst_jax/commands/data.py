@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 HELP = "check a data set, show some of it, build it for training"
 
@@ -121,14 +122,8 @@ def _show(args: argparse.Namespace) -> int:
     if not samples:
         raise UserError(f"{source.root}: no sample can be shown; run virst data check")
     sheet = contact_sheet(samples, SheetConfig(args.frames, args.expressions))
-    beside = args.out.with_name(f".{os.getpid()}.{args.out.name}")
-    try:
-        sheet.save(beside)
-        os.replace(beside, args.out)
-    except OSError as error:
-        raise UserError(f"{args.out}: cannot be written ({error.strerror or error}); choose another --out") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic.new_file(args.out) as file:
+        sheet.save(file, "PNG" if args.out.suffix.lower() == ".png" else "JPEG")
     print(f"{args.out}: {len(samples)} of {len(source)} samples")
     return 0
 
@@ -170,14 +165,6 @@ def _sources(args: argparse.Namespace) -> list:
 
 
 def _write_reports(path: Path, reports: list) -> None:
-    import json
     from dataclasses import asdict
 
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        beside.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another --report") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    atomic.write_json(path, [asdict(report) for report in reports])

@@ -29,6 +29,7 @@ from PIL import Image
 from virst_jax.commands import interrupt
 from virst_jax.commands.progress import Progress
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 if TYPE_CHECKING:
     from virst_jax.api import Model
@@ -293,8 +294,7 @@ def _write_masks(
         kept = stream.state()
         if int(kept["next"]):
             kept["scores"] = np.stack(scores[: int(kept["next"])], axis=1)
-            with _whole(file) as part:
-                np.savez(part, **kept)
+            atomic.write_npz(file, kept)
 
     with ThreadPoolExecutor(max_workers=4, thread_name_prefix="png") as pool:
         try:
@@ -318,27 +318,12 @@ def _write_masks(
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
     """Writes bool[H, W] as a PNG of 0 and 255, which appears whole."""
-    with _whole(path) as file:
+    with atomic.new_file(path) as file:
         Image.fromarray(mask.astype(np.uint8) * 255).save(file, format="PNG", compress_level=3)
 
 
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Any]:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        os.replace(part, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, data: Any) -> None:
-    with _whole(path) as file:
-        file.write((_json(data) + "\n").encode())
+    atomic.write_text(path, _json(data) + "\n")
 
 
 def _json(data: Any, depth: int = 0) -> str:
@@ -393,7 +378,7 @@ def _write_pictures(
                 record["rle"].append({"size": list(code["size"]), "counts": code["counts"].decode()})
             progress("overlay", i + 1, len(names))
     labels = [f"frame {names[i]}" for i in sorted(shown)]
-    with _whole(out / "preview.png") as file:
+    with atomic.new_file(out / "preview.png") as file:
         Image.fromarray(visualize.contact_sheet(sheet, labels, expressions)).save(file, format="PNG")
     return objects
 

@@ -8,7 +8,6 @@ appears whole, and says itself whether it is: the checksum covers all codes.
 """
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.rle import pack_codes
+from virst_jax.io import atomic
 
 # an expression's position and frame numbers of a video -> packed masks uint64[n, H, D]
 MaskReader = Callable[[Video, int, Sequence[int]], np.ndarray]
@@ -76,7 +76,7 @@ def write_masks(folder: Path, masks: StoredMasks) -> Path:
         "counts": list(masks.counts),
         "crc32": masks.checksum,
     }
-    write_whole(path, json.dumps(content, ensure_ascii=False).encode())
+    atomic.write_bytes(path, json.dumps(content, ensure_ascii=False).encode(), parents=True)
     return path
 
 
@@ -218,22 +218,6 @@ def read_index(path: Path, size: tuple[int, int] | None) -> np.ndarray:
             f"{path}: a mask of {_by(values.shape)} pixels, the video has {_by(size)}; write masks of the video's size"
         )
     return values.astype(np.uint8, copy=False)
-
-
-def write_whole(path: Path, content: bytes, *, shared: bool = False) -> None:
-    """Writes a file so that it is there entirely or not at all.
-
-    Args:
-      shared: several processes may write it at the same time.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # one name for the unfinished file: what a killed process left is overwritten by the next
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

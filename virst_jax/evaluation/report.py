@@ -27,8 +27,9 @@ from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.benchmarks import MAX_CATEGORIES, Opened, Summary, VideoScores
-from virst_jax.evaluation.predictions import MaskReader, frame_names, write_whole
+from virst_jax.evaluation.predictions import MaskReader, frame_names
 from virst_jax.evaluation.scoring import Row, ratio
+from virst_jax.io import atomic
 
 PICTURES = 3  # frames shown of a bad case
 PICTURE_WIDTH = 320  # pixels
@@ -59,7 +60,7 @@ def write_report(
     table = format_table(summary, errors)
 
     def write(name: str, content: bytes) -> None:
-        write_whole(folder / name, content, shared=True)
+        atomic.write_bytes(folder / name, content, parents=True)
 
     write("summary.json", (json.dumps(as_json(summary, errors), ensure_ascii=False, indent=1) + "\n").encode())
     write("table.txt", table.encode())

@@ -36,9 +36,9 @@ from virst_jax.evaluation.predictions import (
     mask_file,
     read_masks,
     write_masks,
-    write_whole,
 )
 from virst_jax.evaluation.rle import encode_mask
+from virst_jax.io import atomic
 
 Frame = tuple[int, np.ndarray, np.ndarray]  # number, masks bool[N, H, W], scores float[N]
 # video, positions of its expressions -> all frames in order
@@ -286,7 +286,11 @@ class _Scorer:
             "public": scores is not None,
             **(scores or VideoScores(())).as_dict(),
         }
-        write_whole(_file(self.out, "scores", video.name), json.dumps(content, ensure_ascii=False, indent=1).encode())
+        atomic.write_bytes(
+            _file(self.out, "scores", video.name),
+            json.dumps(content, ensure_ascii=False, indent=1).encode(),
+            parents=True,
+        )
 
 
 def _conclude(source: Opened, out: Path, fingerprint: str, names: list[str], computed: tuple[str, ...]) -> Outcome:
@@ -323,7 +327,7 @@ def _claim(out: Path, settings: dict[str, Any], fingerprint: str, overwrite: boo
             what = ", ".join(f"{k} {old.get(k)!r} then, {settings.get(k)!r} now" for k in differ[:3])
             raise UserError(f"{out}: holds results of other settings ({what}); choose another workdir, or overwrite")
     content = {"fingerprint": fingerprint, "settings": settings}
-    write_whole(path, json.dumps(content, sort_keys=True, indent=1).encode(), shared=True)
+    atomic.write_bytes(path, json.dumps(content, sort_keys=True, indent=1).encode(), parents=True)
 
 
 def _sorted_names(source: Opened) -> list[tuple[str, int]]:
@@ -335,11 +339,13 @@ def _sorted_names(source: Opened) -> list[tuple[str, int]]:
 
 
 def _record(out: Path, name: str, error: Exception) -> None:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, atomic.WriteError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         raise error
     text = " ".join(str(error).split())
     tqdm.write(f"video {name}: {text}")
-    write_whole(_file(out, "errors", name), json.dumps({"video": name, "error": text}, indent=1).encode())
+    atomic.write_bytes(
+        _file(out, "errors", name), json.dumps({"video": name, "error": text}, indent=1).encode(), parents=True
+    )
 
 
 def _file(out: Path, kind: str, name: str) -> Path:

@@ -8,7 +8,6 @@ A server takes one grey PNG of 0 and 255 a frame, of the frame's size, for every
 
 import io
 import itertools
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +21,9 @@ from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.benchmarks import Opened
-from virst_jax.evaluation.predictions import MaskReader, folder_of, frame_names, write_whole
+from virst_jax.evaluation.predictions import MaskReader, folder_of, frame_names
 from virst_jax.evaluation.scoring import pieces
+from virst_jax.io import atomic
 
 ROOTS = {"mevis": "", "mevis_v2": "", "ref_youtube_vos": "Annotations/"}  # within the zip, by data set
 _DATE = (1980, 1, 1, 0, 0, 0)  # the same masks give the same zip
@@ -56,7 +56,7 @@ def write_pngs(video: Video, read_pred: MaskReader, folder: Path) -> None:
     for name, content in mask_pngs(video, read_pred):
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:
-            write_whole(path, content)
+            atomic.write_bytes(path, content, durable=False, parents=True)
 
 
 def archive_root(dataset: str) -> str:
@@ -81,17 +81,12 @@ def write_submission(source: Opened, read_pred: MaskReader, path: Path, *, progr
     """
     root = archive_root(source.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic.new_path(path) as beside:
         with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed
             for video in _videos(source, "writing", progress):
                 for name, content in mask_pngs(video, read_pred):
                     archive.writestr(zipfile.ZipInfo(root + name, _DATE), content)
-        count = check_submission(source, beside, progress=progress)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return count
+        return check_submission(source, beside, progress=progress)
 
 
 def check_submission(source: Opened, path: Path, *, progress: bool = True) -> int:

@@ -5,7 +5,6 @@ MODEL/config.json   the VirstConfig
 MODEL/tokenizer/    the Qwen2 tokenizer's files, if the model has one
 """
 
-import contextlib
 import errno
 import functools
 import math
@@ -24,6 +23,7 @@ from orbax.checkpoint import type_handlers
 
 from virst_jax.config import VirstConfig, from_json, to_json
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 from virst_jax.models.virst import Virst
 
 PARAMS, CONFIG, TOKENIZER = "params", "config.json", "tokenizer"
@@ -45,35 +45,6 @@ def parameter_shapes(cfg: VirstConfig) -> Any:
     return nn.meta.unbox(boxed)
 
 
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under `path` once the block ends; after any error nothing of it is left.
-
-    Raises:
-      UserError: `path` exists, or the system refuses to write.
-    """
-    if path.exists():
-        raise UserError(f"{path}: exists already; choose another folder or remove it first")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        part.rename(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {_remedy(error)}") from error
-    except ValueError as error:
-        # tensorstore reports a full disk so
-        if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(f"{path}: cannot be written (no space left on the disk); free some") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _remedy(error: OSError) -> str:
-    return "free disk space" if error.errno == errno.ENOSPC else "check the folder and its permissions"
-
-
 class _OneByOne(type_handlers.NumpyHandler):
     """Writes numpy arrays one after another and without copies: together they may be larger than memory."""
 
@@ -92,7 +63,13 @@ def write_parameters(path: Path, params: Mapping[str, Any]) -> None:
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=arguments))
+        try:
+            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=arguments))
+        except ValueError as error:
+            # tensorstore reports a full disk so
+            if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def save_model(path: Path, cfg: VirstConfig, params: Mapping[str, Any], tokenizer: Path | None) -> None:
@@ -110,7 +87,7 @@ def save_model(path: Path, cfg: VirstConfig, params: Mapping[str, Any], tokenize
         if jax.process_index() == 0:
             _describe(path, cfg, tokenizer)
         return
-    with whole_folder(path) as part:
+    with atomic.new_folder(path) as part:
         write_parameters(part / PARAMS, params)
         _describe(part, cfg, tokenizer)
 
@@ -118,7 +95,7 @@ def save_model(path: Path, cfg: VirstConfig, params: Mapping[str, Any], tokenize
 def _describe(folder: Path, cfg: VirstConfig, tokenizer: Path | None) -> None:
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder / TOKENIZER)
-    (folder / CONFIG).write_text(to_json(cfg))
+    atomic.write_text(folder / CONFIG, to_json(cfg))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 T = TypeVar("T")
@@ -351,7 +352,8 @@ class VideoWriter:
         import av
 
         self.path = path
-        self._part = path.with_name(f".{path.name}.part")
+        self._place = atomic.new_path(path)
+        self._part = self._place.__enter__()
         self._av = av
         self._container = av.open(str(self._part), "w", format="mp4", options={"movflags": "+faststart"})
         rate = Fraction(fps if fps > 0 else 10.0).limit_denominator(1001)
@@ -368,7 +370,7 @@ class VideoWriter:
     def close(self) -> None:
         self._container.mux(self._stream.encode())
         self._container.close()
-        os.replace(self._part, self.path)
+        self._place.__exit__(None, None, None)
 
     def __enter__(self) -> "VideoWriter":
         return self

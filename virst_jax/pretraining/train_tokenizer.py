@@ -5,7 +5,6 @@ any kind can be encoded; what the corpus does not hold falls into bytes.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from virst_jax.data.synthetic.questions import KINDS, ask_who, questions
 from virst_jax.data.synthetic.text import CATEGORIES, candidates, find_facts
 from virst_jax.data.synthetic.videos import SyntheticVideos
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 SPECIAL = (prompts.PAD, prompts.START, prompts.END)
 # how Qwen2 cuts text into words before merging (the tokenizer.json of its checkpoints)
@@ -80,7 +80,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
         tokenizer.save_pretrained(beside)
         backend.save(str(Path(beside) / "tokenizer.json"))
         for name in FILES:
-            os.replace(Path(beside) / name, folder / name)
+            atomic.write_bytes(folder / name, (Path(beside) / name).read_bytes())
     return int(backend.get_vocab_size())
 
 

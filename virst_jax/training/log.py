@@ -1,12 +1,15 @@
 """What a training run tells: a CSV file, TensorBoard curves and a progress line."""
 
 import csv
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
+
+from virst_jax.io import atomic
 
 
 class TrainLog:
@@ -53,9 +56,8 @@ class TrainLog:
         self.board.close()
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        part = self.file.with_name(self.file.name + ".part")
-        with part.open("w", newline="") as f:
-            writer = csv.DictWriter(f, self.columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        part.replace(self.file)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic.write_text(self.file, table.getvalue())

@@ -4,7 +4,6 @@
 index made by a reader has problems of its own (empty expressions, unknown ids and keys), which the report repeats.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from virst_jax.data.datasets.registry import DATASETS
 from virst_jax.data.datasets.source import IndexedSource, Problem
 from virst_jax.data.samples import Question, Video
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 _CHUNK = 16  # frames whose masks are held at once
 
@@ -43,9 +43,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Writes the report as JSON; the file appears whole."""
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(beside, path)
+        atomic.write_json(path, asdict(self))
 
 
 @dataclass(frozen=True)
