@@ -15,8 +15,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 CACHE_LIMIT = 2**30
 
-# Groups that take minutes begin first, so that no worker is left with one at the end.
-LONGEST = ("train", "api", "eval", "losses", "tracking", "conversion_convert", "embedded", "inference")
+# Files that take minutes begin first, so that no worker is left with one at the end.
+LONGEST = ("train", "losses", "tracking", "api", "eval", "conversion_convert", "embedded", "inference", "cli")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -29,16 +29,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             entry.unlink(missing_ok=True)
 
 
-def group_of(item: pytest.Item) -> str:
-    marker = item.get_closest_marker("xdist_group")
-    return marker.args[0] if marker else item.path.stem.removeprefix("test_")
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay on one worker, which makes its fixtures once, unless they name a group of their own."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    rank = {group: place for place, group in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(group_of(item), len(rank)))
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

@@ -28,8 +28,6 @@ from virst_jax.inference.stream import Options, build_texts, plan_frames
 from virst_jax.io import model_folder
 from virst_jax.ops.resize import resize_maps
 
-pytestmark = pytest.mark.xdist_group("api")  # compiled once
-
 TOKENIZER = Path(__file__).parent / "data" / "tokenizer"
 CFG = dataclasses.replace(
     SMALL,
@@ -378,7 +376,6 @@ np.savez(out, split=len(split), masks=result.masks, scores=result.scores)
 """
 
 
-@pytest.mark.xdist_group("mesh")
 def test_four_devices_give_what_one_gives(tmp_path):
     folder, clip, out = tmp_path / "model", tmp_path / "clip.npy", tmp_path / "out.npz"
     model_folder.save_model(folder, CFG, params(), TOKENIZER)

@@ -25,8 +25,6 @@ from virst_jax.commands.progress import Progress
 from virst_jax.errors import UserError
 from virst_jax.io.video import open_video
 
-pytestmark = pytest.mark.xdist_group("api")
-
 FRAMES = 7
 
 

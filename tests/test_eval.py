@@ -167,7 +167,6 @@ def load_once():
     patch.undo()
 
 
-@pytest.mark.xdist_group("eval")  # compiled once
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_network_on_every_benchmark(name, small_model, load_once, tmp_path, capsys):
     import eval as program

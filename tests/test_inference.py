@@ -10,8 +10,6 @@ from virst_jax.data.sequence import splice
 from virst_jax.errors import UserError
 from virst_jax.inference.steps import Network
 
-pytestmark = pytest.mark.xdist_group("inference")  # compiled once
-
 
 @pytest.fixture(scope="module")
 def network() -> Network:

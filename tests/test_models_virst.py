@@ -32,8 +32,6 @@ from virst_jax.models.sam2.memory import MemoryAttention
 from virst_jax.models.umt import VideoEncoder
 from virst_jax.models.virst import Virst
 
-pytestmark = pytest.mark.xdist_group("network")
-
 SMALL = VirstConfig(
     llm=QwenConfig(30, 16, 24, num_layers=2, num_heads=4, num_kv_heads=2, lora=LoraConfig(rank=2)),
     vision=VisionConfig(hidden_size=8, depth=3, num_heads=2, image_size=64),
