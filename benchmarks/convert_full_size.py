@@ -19,11 +19,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from conversion.checkpoint import SEG_MODEL, canonical
 from conversion.formats.safetensors_dir import write_safetensors_dir
+from conversion.formats.source import TensorSpec
 from conversion.formats.torch_file import write_torch_file
-from conversion.release import SEG_MODEL, canonical
 from conversion.rules import TRANSFORMS, rule_table
-from conversion.source import TensorSpec
 from virst_jax.config import virst_7b
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -17,10 +17,11 @@ import transformers
 from transformers.models.sam2_video import configuration_sam2_video as parts
 
 from benchmarks.random_network import Past
-from conversion.assemble import flatten, take_apart
+from conversion.assemble import take_apart
 from conversion.rules import sam2_rules
 from virst_jax.config import Sam2Config
 from virst_jax.errors import UserError
+from virst_jax.models.tree import flatten
 
 MEMORY_DIM = 64  # transformers' memory attention knows no other
 PREFIX = "model.seg_model."  # of the tracker's names in the release

@@ -8,29 +8,9 @@ import numpy as np
 
 from conversion.rules import TRANSFORMS, Target
 from virst_jax.errors import UserError
+from virst_jax.models.tree import unflatten
 
 Allocate = Callable[[str, tuple[int, ...], np.dtype], np.ndarray]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} -> {"a/b": x}"""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat.update(flatten(value, path + "/") if isinstance(value, Mapping) else {path: value})
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}"""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
 
 
 def listing(names: Iterable[str], limit: int = 12) -> str:

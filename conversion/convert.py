@@ -19,13 +19,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from conversion.assemble import assemble, flatten, take_apart, unflatten
+from conversion.assemble import assemble, take_apart
+from conversion.checkpoint import Release
 from conversion.formats.torch_file import write_torch_file
-from conversion.release import Release
 from conversion.rules import rule_table
 from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset, to_json
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, model_folder
+from virst_jax.models.tree import flatten, unflatten
 from virst_jax.models.virst import Virst
 
 DTYPES = ("bfloat16", "float32", "source")

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion.recording import case as record_case
-from conversion.recording import inputs as record_inputs
-from conversion.recording import release as record_release
-from conversion.recording import run as record_run
+from conversion.recording.case import PREFIX, check_place, differences, write_case
+from conversion.recording.checkout import TINY, Network, Release, build_network, load_tokenizer, open_checkout
+from conversion.recording.inputs import Inputs, Like, from_like, from_video, read_frames, read_like
+from conversion.recording.run import Record, prepare, run_release
 from conversion.recording.state import Files, Rule
 from conversion.recording.stubs import require
 from virst_jax.errors import UserError
@@ -108,29 +108,25 @@ def record(args: argparse.Namespace) -> tuple[Path, Path]:
     """
     origin = sources(args)
     _check(args)
-    like = record_inputs.read_like(args.like) if args.like else None
-    tiny = _small(args, like)
+    like = read_like(args.like) if args.like else None
+    tiny = _small_sizes(args, like)
     if isinstance(origin, Rule) and tiny is None:
         raise UserError("--rule-weights fills a small network: add --tiny, or --like a small case")
     name = args.name or _name(args, like)
-    record_case.check_place(args.out, name)
-    require("torch")
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; give --device cpu")
-    frames = record_inputs.read_frames(args.video, args.max_frames) if like is None else None
+    check_place(args.out, name)
+    _check_device(args.device)
+    frames = read_frames(args.video, args.max_frames) if like is None else None
     attention = args.attention or ("eager" if args.dtype == "float32" else "sdpa")
     with contextlib.ExitStack() as stack:
         root = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="record-")))
         quiet = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(quiet))  # the release prints much
-        release = stack.enter_context(record_release.opened(args.release.resolve(), warn=_say))
+        release = stack.enter_context(open_checkout(args.release.resolve(), warn=_warn))
         if args.dtype == "float32" or args.device == "cpu":
             vision = release.module("model.videochat.vision_tower_builder")
             vision.use_flash_attn = False  # it knows half precision on GPUs only
-        tokenizer = record_release.load_tokenizer(release) if like is None else None
-        network = record_release.build(
+        tokenizer = load_tokenizer(release) if like is None else None
+        network = build_network(
             release,
             origin,
             tiny=tiny,
@@ -141,28 +137,40 @@ def record(args: argparse.Namespace) -> tuple[Path, Path]:
         processor = network.virst.get_vision_tower().image_processor
         if frames is not None:
             with release.blaming("its data set fails"):
-                inputs = record_inputs.from_video(
-                    release, tokenizer, processor, frames, args.expression, args.seed, root
-                )
+                inputs = from_video(release, tokenizer, processor, frames, args.expression, args.seed, root)
         else:
             assert like is not None
-            inputs = record_inputs.from_like(release, processor, like, root)
-        record_run.prepare(network.virst, args.device, args.dtype)
+            inputs = from_like(release, processor, like, root)
+        prepare(network.virst, args.device, args.dtype)
         with release.blaming("its forward pass fails"):
-            done = record_run.run(
+            done = run_release(
                 network.virst, inputs, device=args.device, dtype=args.dtype, encode_batch=args.encode_batch
             )
         facts = _facts(args, name, release, network, inputs, done)
         arrays = dict(done.arrays)
         if inputs.video["from"] == "npz":
             arrays["frames"] = inputs.frames
-        paths = record_case.write(args.out, name, facts, arrays)
-    same = like is not None and isinstance(origin, Rule) and like.facts.get("salt") == origin.salt
-    if like is not None and same and like.arrays.is_file():
-        theirs = record_case.differences(done.arrays, done.strides, like.arrays, like.facts.get("strides") or {})
-        for key, value in theirs.items():
-            print(f"{key:24s} {value:.2e}  against {like.path.stem}")
+        paths = write_case(args.out, name, facts, arrays)
+    if like is not None and isinstance(origin, Rule) and like.facts.get("salt") == origin.salt:
+        _print_differences(like, done)
     return paths
+
+
+def _print_differences(like: Like, done: Record) -> None:
+    """How far a recording is from the case whose inputs and parameters it repeats."""
+    if not like.arrays.is_file():
+        return
+    theirs = differences(done.arrays, done.strides, like.arrays, like.facts.get("strides") or {})
+    for key, value in theirs.items():
+        print(f"{key:24s} {value:.2e}  against {like.path.stem}")
+
+
+def _check_device(device: str) -> None:
+    require("torch")
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; give --device cpu")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -178,12 +186,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--encode-batch {args.encode_batch}: give 1 or more, or 0 for all at once")
 
 
-def _small(args: argparse.Namespace, like: record_inputs.Like | None) -> dict[str, Any] | None:
+def _small_sizes(args: argparse.Namespace, like: Like | None) -> dict[str, Any] | None:
     tiny = like.facts["config"].get("tiny") if like else None
-    return {k: v for k, v in tiny.items() if k != "vocab_size"} if tiny else record_release.TINY if args.tiny else None
+    return {k: v for k, v in tiny.items() if k != "vocab_size"} if tiny else TINY if args.tiny else None
 
 
-def _vocabulary(tokenizer: Any, like: record_inputs.Like | None) -> dict[str, int]:
+def _vocabulary(tokenizer: Any, like: Like | None) -> dict[str, int]:
     if tokenizer is not None:
         return {"vocab_size": len(tokenizer), "seg_token_id": tokenizer.convert_tokens_to_ids("[SEG]")}
     assert like is not None
@@ -192,20 +200,20 @@ def _vocabulary(tokenizer: Any, like: record_inputs.Like | None) -> dict[str, in
     return {"vocab_size": int(rows), "seg_token_id": int(config["seg_token_id"])}
 
 
-def _name(args: argparse.Namespace, like: record_inputs.Like | None) -> str:
+def _name(args: argparse.Namespace, like: Like | None) -> str:
     if like is not None:
         return str(like.facts["case"])
     stem = "".join(c if c.isascii() and c.isalnum() else "_" for c in args.video.resolve().stem)
-    return f"{record_case.PREFIX}{stem}"
+    return f"{PREFIX}{stem}"
 
 
 def _facts(
     args: argparse.Namespace,
     name: str,
-    release: record_release.Release,
-    network: record_release.Network,
-    inputs: record_inputs.Inputs,
-    done: record_run.Record,
+    release: Release,
+    network: Network,
+    inputs: Inputs,
+    done: Record,
 ) -> dict[str, Any]:
     import numpy
     import PIL
@@ -238,7 +246,7 @@ def _facts(
         "attention": network.attention,
         "seed": args.seed if args.like is None else None,
         "like": args.like.stem if args.like else None,
-        "release": {"commit": release.commit, "stand_ins": release.stand_ins},
+        "release": {"commit": release.commit, "stubs": release.stubs},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -252,7 +260,7 @@ def _facts(
     return facts
 
 
-def _say(line: str) -> None:
+def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
@@ -262,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in record(parser().parse_args(argv)):
             print(path)
     except UserError as error:
-        _say(f"error: {error}")
+        _warn(f"error: {error}")
         return 2
     return 0
 

@@ -12,8 +12,6 @@ import numpy as np
 from virst_jax.config import HieraConfig, QwenConfig, Sam2Config, VirstConfig, VisionConfig
 from virst_jax.models.sam2.hiera import block_runs, block_specs
 
-Shape = tuple[int, ...]
-
 
 @dataclass(frozen=True)
 class Transform:

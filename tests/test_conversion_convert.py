@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from conversion import convert
-from conversion.assemble import assemble, flatten, take_apart
+from conversion.assemble import assemble, take_apart
+from conversion.checkpoint import SEG_MODEL, canonical
 from conversion.formats.safetensors_dir import write_safetensors_dir
 from conversion.formats.torch_file import TorchFile, write_torch_file
-from conversion.release import SEG_MODEL, canonical
 from conversion.rules import LLM_PROJECTIONS, rule_table
 from virst_jax.config import (
     HieraConfig,
@@ -29,6 +29,7 @@ from virst_jax.config import (
 )
 from virst_jax.io.model_folder import load_model, parameter_shapes
 from virst_jax.models.lora import merge_lora
+from virst_jax.models.tree import flatten
 
 DATA = Path(__file__).parent / "data"
 BASE_ROWS = 48  # of the base model's vocabulary, more than the tokenizer needs

@@ -10,7 +10,7 @@ from fake_release import SIDE, write_release
 from PIL import Image
 
 from conversion import record
-from conversion.recording import release as record_release
+from conversion.recording.checkout import TINY
 from conversion.weights_rule import make_input, make_tensor, make_video
 
 torch = pytest.importorskip("torch")
@@ -80,7 +80,7 @@ def test_case_has_the_keys_of_an_end_to_end_case(recorded, frames):
     assert set(facts) == E2E_KEYS | MORE_KEYS
     assert facts["case"] == "e2e_a_dog"
     assert facts["state"] == {"from": "rule", "salt": 2}
-    assert facts["config"]["tiny"] == {**record_release.TINY, "vocab_size": 31}
+    assert facts["config"]["tiny"] == {**TINY, "vocab_size": 31}
     assert facts["config"]["seg_token_id"] == 30
     assert facts["expression"] == "the dog"
     assert "find the the dog" in facts["prompt"]
@@ -353,7 +353,7 @@ def test_what_the_release_raises_becomes_one_line(fake, video, tmp_path, monkeyp
     def fails(*args, **kwargs):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(record.record_run, "run", fails)
+    monkeypatch.setattr(record, "run_release", fails)
     assert record.main(small(fake, video, tmp_path)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "its forward pass fails (RuntimeError: two lines); the release was written for transformers 4.40.1" in line

@@ -1,4 +1,4 @@
-"""What the recorder is made of: the checkout, stand-ins for packages, the files that it reads and writes."""
+"""What the recorder is made of: the checkout, stubs for packages, the files that it reads and writes."""
 
 import contextlib
 import hashlib
@@ -13,11 +13,7 @@ import pytest
 from fake_release import write_release
 from PIL import Image
 
-from conversion.recording import case as record_case
-from conversion.recording import inputs as record_inputs
-from conversion.recording import release as record_release
-from conversion.recording import state as record_state
-from conversion.recording import stubs as record_standins
+from conversion.recording import case, checkout, inputs, state, stubs
 from conversion.weights_rule import make_video
 from virst_jax.errors import UserError
 
@@ -48,7 +44,7 @@ def test_another_commit_is_warned_of(tmp_path):
     git(root, "add", ".")
     git(root, "commit", "-q", "-m", "x")
     warnings = []
-    with record_release.opened(root, warnings.append) as release:
+    with checkout.open_checkout(root, warnings.append) as release:
         pass
     (line,) = warnings
     assert line.startswith("warning: ")
@@ -59,7 +55,7 @@ def test_checkout_leaves_no_trace(fake, monkeypatch):
     ours = types.ModuleType("model")
     monkeypatch.setitem(sys.modules, "model", ours)
     path = list(sys.path)
-    with contextlib.suppress(KeyError), record_release.opened(fake) as release:
+    with contextlib.suppress(KeyError), checkout.open_checkout(fake) as release:
         assert release.module("model.VIRST").__file__.startswith(str(fake))
         raise KeyError
     assert sys.modules["model"] is ours
@@ -68,10 +64,10 @@ def test_checkout_leaves_no_trace(fake, monkeypatch):
     assert not list(fake.rglob("__pycache__"))
 
 
-# stand-ins
+# stubs
 
 
-def test_stand_ins_only_for_what_is_missing(tmp_path, monkeypatch):
+def test_stubs_only_for_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_package").mkdir()
     (tmp_path / "broken_package" / "__init__.py").write_text("from . import part\nimport not_there_at_all\n")
@@ -82,7 +78,7 @@ def test_stand_ins_only_for_what_is_missing(tmp_path, monkeypatch):
         "missing_package": ("missing_package.a.b",),
     }
     table["missing_package"] = ("missing_package.a", "missing_package.a.b")
-    with record_standins.standing_in(table) as names:
+    with stubs.stubbed(table) as names:
         assert names == ["broken_package", "missing_package"]
         import json as again
 
@@ -99,10 +95,10 @@ def test_stand_ins_only_for_what_is_missing(tmp_path, monkeypatch):
     assert not [name for name in sys.modules if name.startswith(("broken_package", "missing_package"))]
 
 
-def test_functions_that_stand_in_for_torchvision(monkeypatch):
+def test_stub_functions_of_torchvision(monkeypatch):
     image = Image.fromarray(make_video(1, 24, 32)[0])
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with record_standins.standing_in({"torchvision": record_standins.OPTIONAL["torchvision"]}):
+    with stubs.stubbed({"torchvision": stubs.OPTIONAL["torchvision"]}):
         import torchvision.transforms.functional as F
 
         resized = F.resize(image, (8, 20))
@@ -121,7 +117,7 @@ def test_description_of_a_file(tmp_path):
     data = bytes(range(256)) * 4
     (tmp_path / "a.pt").write_bytes(data)
     told = {"name": "a.pt", "bytes": 1024, "sha256_sample": hashlib.sha256(data).hexdigest()}
-    assert record_state.describe(tmp_path / "a.pt") == told
+    assert state.describe(tmp_path / "a.pt") == told
     mib = 1 << 20
     large = np.zeros(5 * mib, np.uint8)
     for at, changes in ((0, True), (mib + 5, False), (2 * mib + mib // 2, True), (5 * mib - 1, True)):
@@ -129,7 +125,7 @@ def test_description_of_a_file(tmp_path):
         two[at] = 1
         for name, content in (("one", one), ("two", two)):
             content.tofile(tmp_path / name)
-        digests = {record_state.describe(tmp_path / name)["sha256_sample"] for name in ("one", "two")}
+        digests = {state.describe(tmp_path / name)["sha256_sample"] for name in ("one", "two")}
         assert len(digests) == (2 if changes else 1), at
 
 
@@ -145,11 +141,11 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", second_fails)
     with pytest.raises(UserError, match="cannot be written"):
-        record_case.write(tmp_path / "out", "e2e_x", {"case": "e2e_x"}, arrays)
+        case.write_case(tmp_path / "out", "e2e_x", {"case": "e2e_x"}, arrays)
     assert [c.name for c in calls] == ["e2e_x.npz", "e2e_x.json"]
     assert list((tmp_path / "out").iterdir()) == []
     monkeypatch.undo()
-    as_json, as_npz = record_case.write(tmp_path / "out", "e2e_x", {"case": "e2e_x"}, arrays)
+    as_json, as_npz = case.write_case(tmp_path / "out", "e2e_x", {"case": "e2e_x"}, arrays)
     assert json.loads(as_json.read_text()) == {"case": "e2e_x"}
     assert np.load(as_npz)["a"].tolist() == [0, 1, 2]
 
@@ -164,9 +160,9 @@ def test_differences(tmp_path):
     }
     np.savez(tmp_path / "x.npz", **theirs)
     mine = {"a": np.array([1.0, -3.0]), "b": np.zeros(2), "c": np.ones(4), "m_bits": np.uint8([254, 0])}
-    found = record_case.differences(mine, {}, tmp_path / "x.npz", {})
+    found = case.differences(mine, {}, tmp_path / "x.npz", {})
     assert found == {"a": 0.25, "b": 0.0, "c": float("inf"), "m_bits": 1 / 16}
-    found = record_case.differences(mine, {"a": [2]}, tmp_path / "x.npz", {"a": [4]})
+    found = case.differences(mine, {"a": [2]}, tmp_path / "x.npz", {"a": [4]})
     assert "a" not in found
 
 
@@ -177,26 +173,26 @@ def test_frames_of_a_folder(tmp_path):
         Image.fromarray(frame).save(video / f"img_{t + 5}.png")  # in the order of the numbers, not of the names
     tmp_path = tmp_path / "bad"
     tmp_path.mkdir()
-    np.testing.assert_array_equal(record_inputs.read_frames(video), frames)
-    np.testing.assert_array_equal(record_inputs.read_frames(video, 4), frames[:4])
+    np.testing.assert_array_equal(inputs.read_frames(video), frames)
+    np.testing.assert_array_equal(inputs.read_frames(video, 4), frames[:4])
     with pytest.raises(UserError, match="holds no frame"):
-        record_inputs.read_frames(tmp_path)
+        inputs.read_frames(tmp_path)
     Image.fromarray(frames[0]).save(tmp_path / "0.png")
     Image.fromarray(frames[0][:5]).save(tmp_path / "1.png")
     with pytest.raises(UserError, match="differ in size"):
-        record_inputs.read_frames(tmp_path)
+        inputs.read_frames(tmp_path)
     (tmp_path / "1.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"1\.png: does not decode"):
-        record_inputs.read_frames(tmp_path)
+        inputs.read_frames(tmp_path)
     (tmp_path / "1.png").rename(tmp_path / "one.png")
     with pytest.raises(UserError, match=r"one\.png has no frame number"):
-        record_inputs.read_frames(tmp_path)
+        inputs.read_frames(tmp_path)
 
 
 def test_frames_of_a_file(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     with pytest.raises(UserError, match=r"bad\.mp4: (does not decode|a video file needs PyAV)"):
-        record_inputs.read_frames(tmp_path / "bad.mp4")
+        inputs.read_frames(tmp_path / "bad.mp4")
     av = pytest.importorskip("av")
     video = make_video(5, 32, 48)
     with av.open(str(tmp_path / "v.mkv"), "w") as container:
@@ -205,5 +201,5 @@ def test_frames_of_a_file(tmp_path):
         for frame in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="bgr0")))
         container.mux(stream.encode())
-    np.testing.assert_array_equal(record_inputs.read_frames(tmp_path / "v.mkv"), video)
-    np.testing.assert_array_equal(record_inputs.read_frames(tmp_path / "v.mkv", 2), video[:2])
+    np.testing.assert_array_equal(inputs.read_frames(tmp_path / "v.mkv"), video)
+    np.testing.assert_array_equal(inputs.read_frames(tmp_path / "v.mkv", 2), video[:2])

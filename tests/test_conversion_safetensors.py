@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from conversion.formats.safetensors_dir import DTYPES, INDEX, SafetensorsDir, write_safetensors_dir
-from conversion.source import TensorSource
+from conversion.formats.source import TensorSource
 from virst_jax.errors import UserError
 
 

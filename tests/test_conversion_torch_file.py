@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from conversion.formats.source import TensorSource
 from conversion.formats.torch_file import TorchFile, write_torch_file
-from conversion.source import TensorSource
 from virst_jax.errors import UserError
 
 # A pickle assembler: plain values, and the three things of a checkpoint's pickle that plain values cannot say.

@@ -6,9 +6,9 @@ import numpy as np
 
 from virst_jax.config import tiny
 from virst_jax.models.sam2.memory import MemoryAttention
+from virst_jax.models.tree import flatten
 from virst_jax.models.virst import Virst
 from virst_jax.pretraining.mimetic import mimic_attention
-from virst_jax.training.optim import flatten
 
 
 def test_like_attends_to_like_and_passes_on_what_it_is():

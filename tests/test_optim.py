@@ -5,15 +5,14 @@ import optax
 import pytest
 
 from virst_jax.errors import UserError
+from virst_jax.models.tree import flatten, unflatten
 from virst_jax.training.optim import (
     OptimConfig,
-    flatten,
     join,
     learning_rate,
     make_optimizer,
     rate_factors,
     split,
-    unflatten,
     update_ema,
 )
 

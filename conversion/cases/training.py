@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conversion.assemble import flatten, take_apart
+from conversion.assemble import take_apart
 from conversion.cases.case import Case, Check, close, within
 from conversion.cases.network import network_config, rule_clips, rule_params
 from conversion.rules import rule_table
@@ -19,6 +19,7 @@ from conversion.weights_rule import make_video
 from virst_jax.config import VirstConfig
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import sam_pixels
+from virst_jax.models.tree import flatten
 from virst_jax.training.losses import VideoBatch, video_losses
 
 ELLIPSE = re.compile(r"\(\(y-(\d+)-(\d+)t\)/(\d+)\)\^2\+\(\(x-(\d+)-(\d+)t\)/(\d+)\)\^2")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 import ml_dtypes
 import numpy as np
 
-from conversion.source import (
+from conversion.formats.source import (
     TensorSpec,
     element_count,
     map_file,

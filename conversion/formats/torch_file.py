@@ -18,8 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from conversion.formats.torch_pickle import DTYPES, Tensor, dump_pickle, load_pickle
-from conversion.source import (
+from conversion.formats.source import (
     TensorSpec,
     element_count,
     map_file,
@@ -27,6 +26,7 @@ from conversion.source import (
     some,
     tensor_bytes,
 )
+from conversion.formats.torch_pickle import DTYPES, Tensor, dump_pickle, load_pickle
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 

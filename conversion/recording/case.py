@@ -32,7 +32,9 @@ def check_place(folder: Path, name: str) -> None:
             raise UserError(f"{path}: the case is there already; choose another --name, or remove it")
 
 
-def write(folder: Path, name: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[Path, Path]:
+def write_case(
+    folder: Path, name: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> tuple[Path, Path]:
     """Writes both files whole, the JSON last: a case with a JSON is complete.
 
     Raises:

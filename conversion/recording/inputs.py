@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion.recording.release import IMAGE_TOKEN, Release
+from conversion.recording.checkout import IMAGE_TOKEN, Release
 from conversion.weights_rule import make_input, make_video
 from virst_jax.errors import UserError
 

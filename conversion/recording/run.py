@@ -67,7 +67,7 @@ def prepare(virst: Any, device: str, dtype: str) -> None:
     virst.to(device)
 
 
-def run(virst: Any, inputs: Inputs, *, device: str, dtype: str, encode_batch: int) -> Record:
+def run_release(virst: Any, inputs: Inputs, *, device: str, dtype: str, encode_batch: int) -> Record:
     """One forward pass of the release's evaluation.
 
     Args:

@@ -1,6 +1,6 @@
-"""Stand-ins for packages that the release imports, that this machine lacks, and that a recording does not need.
+"""Stubs for packages that the release imports, that this machine lacks, and that a recording does not need.
 
-A stand-in is put into sys.modules only when the real package cannot be imported, and taken out again afterwards.
+A stub is put into sys.modules only when the real package cannot be imported, and taken out again afterwards.
 Most hold nothing: whoever calls one is told which package to install. torchvision and timm hold the few functions
 that the release does call on the way of a recording.
 """
@@ -54,11 +54,11 @@ class Absent:
         )
 
 
-class StandIn(types.ModuleType):
+class Stub(types.ModuleType):
     """A module whose every name is Absent, except those that are set on it."""
 
     def __init__(self, name: str, why: str):
-        super().__init__(name, "stand-in")
+        super().__init__(name, "stub")
         self.__spec__ = ModuleSpec(name, None)
         self.__path__: list[str] = []
         self._why = why
@@ -70,7 +70,7 @@ class StandIn(types.ModuleType):
 
 
 def require(*names: str) -> None:
-    """Imports packages that nothing can stand in for.
+    """Imports packages that have no stub.
 
     Raises:
       UserError: one of them cannot be imported; says how to install it.
@@ -86,8 +86,8 @@ def require(*names: str) -> None:
 
 
 @contextlib.contextmanager
-def standing_in(packages: dict[str, tuple[str, ...]] | None = None) -> Iterator[list[str]]:
-    """Within the block, every package of the table can be imported; yields the names of those stood in for."""
+def stubbed(packages: dict[str, tuple[str, ...]] | None = None) -> Iterator[list[str]]:
+    """Within the block, every package of the table can be imported; yields the names of those that are stubs."""
     packages = OPTIONAL if packages is None else packages
     missing: dict[str, str] = {}
     for package, submodules in packages.items():
@@ -105,7 +105,7 @@ def standing_in(packages: dict[str, tuple[str, ...]] | None = None) -> Iterator[
         for name in (package, *packages[package]):
             if name in sys.modules:
                 hidden[name] = sys.modules[name]
-            module = StandIn(name, why)
+            module = Stub(name, why)
             for key, function in _FUNCTIONS.get(name, {}).items():
                 setattr(module, key, function)
             sys.modules[name] = module

@@ -115,7 +115,11 @@ def _merge(node: Mapping[str, Any], scale: float, path: tuple[str, ...]) -> dict
         if key not in adapter
     }
     if adapter:
-        kernel, a, b = (jnp.asarray(node[key], jnp.float32) for key in ("kernel", "lora_a", "lora_b"))
-        delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        merged["kernel"] = (kernel + scale * delta).astype(node["kernel"].dtype)
+        merged["kernel"] = add_adapter(node["kernel"], node["lora_a"], node["lora_b"], scale)
     return merged
+
+
+def add_adapter(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """kernel + scale * a b, computed in float32 and cast to the kernel's dtype; any leading axes."""
+    product = jnp.matmul(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return (jnp.asarray(kernel, jnp.float32) + scale * product).astype(kernel.dtype)

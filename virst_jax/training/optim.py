@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 
 from virst_jax.errors import UserError
+from virst_jax.models.tree import flatten, unflatten
 
 # one row an iteration: then optax loops over them, which compiles in a fifth of the time
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
@@ -38,15 +38,6 @@ class OptimConfig:
     accumulate: int = 1  # batches an optimizer step
     muon_rms: float = 0.2  # root mean square of muon's updates, before the learning rate
     ema: float = 0.0  # decay of the averaged parameters, per optimizer step; 0: none
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested parameters as {path: leaf}."""
-    return flax.traverse_util.flatten_dict(tree, sep="/")
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return flax.traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def rate_factors(paths: Sequence[str], groups: Groups) -> dict[str, float]:

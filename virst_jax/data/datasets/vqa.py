@@ -26,7 +26,6 @@ from virst_jax.data.samples import Question
 from virst_jax.errors import UserError
 
 SPLITS = ("train",)
-RELEASE_FILE = "0_30_s_academic_v0_1_cap_processed.json"
 _KEYS = frozenset({"id", "conversations", "data_source", "video", "image", "duration"})
 
 

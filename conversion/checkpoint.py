@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from conversion.assemble import listing
 from conversion.formats.safetensors_dir import SafetensorsDir
+from conversion.formats.source import TensorSource
 from conversion.formats.torch_file import TorchFile
 from conversion.rules import LLM_PROJECTIONS
-from conversion.source import TensorSource
 from virst_jax.errors import UserError
+from virst_jax.models.lora import add_adapter
 
 SEG_MODEL = "model.seg_model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -130,15 +130,12 @@ class Release:
                     f"{self.where}: the adapter of {adapter} has shapes {list(down.shape)} and {list(up.shape)}, which "
                     f"do not fit its weight {list(value.shape)}"
                 )
-            return np.asarray(_merged(value, down, up, self.lora_alpha / self.rank))
+            # the transpose of models.lora's layout: the factors change places
+            return np.asarray(_add_adapter(value, up, down, self.lora_alpha / self.rank))
         return value
 
 
-@jax.jit
-def _merged(weight: jax.Array, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
-    """The weight [out, in] with its adapter added in float32."""
-    product = jnp.matmul(up.astype(jnp.float32), down.astype(jnp.float32), precision="highest")
-    return (weight.astype(jnp.float32) + scale * product).astype(weight.dtype)
+_add_adapter = jax.jit(add_adapter)
 
 
 def _named(source: TensorSource, prefix: str) -> dict[str, Entry]:

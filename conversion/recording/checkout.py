@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.recording.state import Files, Rule, fill_by_rule, fill_from_files, manifest_of, table_rows
-from conversion.recording.stubs import NEEDED, first_line, require, standing_in
+from conversion.recording.stubs import NEEDED, first_line, require, stubbed
 from virst_jax.errors import UserError
 
 COMMIT = "954276f"
@@ -49,7 +49,7 @@ class Release:
 
     path: Path
     commit: str
-    stand_ins: list[str]
+    stubs: list[str]
 
     def module(self, name: str) -> Any:
         """One of the checkout's modules, say `model.VIRST`.
@@ -100,7 +100,7 @@ def commit_of(checkout: Path) -> str:
 
 
 @contextlib.contextmanager
-def opened(checkout: Path, warn: Callable[[str], None] = lambda line: None) -> Iterator[Release]:
+def open_checkout(checkout: Path, warn: Callable[[str], None] = lambda line: None) -> Iterator[Release]:
     """The release, importable within the block; afterwards sys.path and sys.modules are as they were.
 
     Raises:
@@ -124,8 +124,8 @@ def opened(checkout: Path, warn: Callable[[str], None] = lambda line: None) -> I
     sys.path.insert(0, str(checkout))
     importlib.invalidate_caches()
     try:
-        with standing_in() as stand_ins:
-            yield Release(checkout, commit, stand_ins)
+        with stubbed() as stubs:
+            yield Release(checkout, commit, stubs)
     finally:
         sys.path.remove(str(checkout))
         sys.dont_write_bytecode = bytecode
@@ -147,7 +147,7 @@ def load_tokenizer(release: Release) -> Any:
     return tokenizer
 
 
-def build(
+def build_network(
     release: Release,
     origin: Rule | Files,
     *,
