@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from virst_jax.evaluation import bitmask
-from virst_jax.evaluation.rle import encode_mask, pack_codes
+from virst_jax.evaluation.rle import pack_codes
+from virst_jax.io.masks import encode_mask
 
 SIZES = ((480, 854), (720, 1280), (1080, 1920))
 SHARES = {"small": 0.06, "medium": 0.2, "large": 0.4, "whole frame": 0.7}  # radius of the object, of the height

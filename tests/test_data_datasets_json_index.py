@@ -24,7 +24,7 @@ def test_members_of_any_style(tmp_path, style):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(TRICKY, **style))
     members = pickle.loads(pickle.dumps(index_members(path)))
-    assert {key: members[key] for key in members.spans} == TRICKY
+    assert {key: members[key].value for key in members.spans} == TRICKY
     assert "0" in members
     assert "1" not in members
 
@@ -36,7 +36,7 @@ def test_members_of_random_strings(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(value))
     members = index_members(path)
-    assert {key: members[key] for key in members.spans} == value
+    assert {key: members[key].value for key in members.spans} == value
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -46,8 +46,8 @@ def test_elements_of_a_member(tmp_path, indent):
     path.write_text(json.dumps({"first": [], "annotations": elements}, indent=indent))
     members = index_members(path)
     found = list(iterate_elements(path, members.spans["annotations"]))
-    assert [value for _, value in found] == elements
-    assert [read_span(str(path), span) for span, _ in found] == elements
+    assert [value.value for _, value in found] == elements
+    assert [read_span(str(path), span).value for span, _ in found] == elements
     assert list(iterate_elements(path, members.spans["first"])) == []
 
 

@@ -212,28 +212,22 @@ def test_ignored_pixels_and_explanations_of_reasonseg(roots):
     assert open_dataset("reasonseg", root, "val")[0].expressions[0].explanation == ""
 
 
-def test_the_order_in_the_files_does_not_matter_where_names_count(tmp_path):
+def test_videos_are_in_the_order_of_their_names_where_the_benchmark_has_them_so(tmp_path):
     write_layout("ref_youtube_vos", tmp_path, num_videos=3, seed=0)
-    write_layout("mevis", tmp_path, num_videos=1, seed=0)
-    files = tmp_path / "Ref-Youtube-VOS/meta_expressions/train/meta_expressions.json", tmp_path / "mevis/train"
+    path = tmp_path / "Ref-Youtube-VOS/meta_expressions/train/meta_expressions.json"
     names = open_dataset("ref_youtube_vos", tmp_path, "train").names
-    frames = open_dataset("mevis", tmp_path, "train")[0].frame_names
-    for path in (files[0], files[1] / "meta_expressions.json"):
-        videos = json.loads(path.read_text())["videos"]
-        for entry in videos.values():
-            entry["frames"].reverse()
-        path.write_text(json.dumps({"videos": dict(reversed(videos.items()))}))
+    videos = json.loads(path.read_text())["videos"]
+    path.write_text(json.dumps({"videos": dict(reversed(videos.items()))}))
     assert open_dataset("ref_youtube_vos", tmp_path, "train").names == names
-    assert open_dataset("mevis", tmp_path, "train")[0].frame_names == frames
 
 
 def test_frames_of_questions_are_in_order(roots, monkeypatch):
-    from virst_jax.data.datasets import vqa
+    from virst_jax.io import names
 
     source = open_dataset("llava_video", roots("llava_video"))
     frames = source[0].read_frames(range(6))
-    listed = vqa.os.listdir
-    monkeypatch.setattr(vqa.os, "listdir", lambda folder: sorted(listed(folder), reverse=True))
+    listed = names.os.listdir
+    monkeypatch.setattr(names.os, "listdir", lambda folder: sorted(listed(folder), reverse=True))
     np.testing.assert_array_equal(source[0].read_frames(range(6)), frames)
 
 

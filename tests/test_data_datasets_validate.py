@@ -96,7 +96,7 @@ def test_a_frame_of_another_size(mevis):
 def test_a_picture_that_is_none(mevis):
     (mevis / "JPEGImages" / "train_00" / "00005.jpg").write_text("<html>404</html>")
     (problem,) = own(report_of("mevis", mevis.parent))
-    assert "not a readable picture" in problem.what
+    assert "cannot be read as a picture" in problem.what
 
 
 def test_empty_expressions_unknown_ids_and_keys(mevis):

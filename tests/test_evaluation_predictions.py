@@ -11,7 +11,7 @@ from virst_jax.data.samples import Expression, Video
 from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask, predictions
 from virst_jax.evaluation.predictions import PngReader, StoredMasks, StoredReader
-from virst_jax.evaluation.rle import encode_mask
+from virst_jax.io.masks import encode_mask
 
 SIZE = (30, 70)
 

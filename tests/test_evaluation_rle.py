@@ -6,7 +6,8 @@ from pycocotools import mask as coco
 
 from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask
-from virst_jax.evaluation.rle import encode_mask, pack_codes, read_runs
+from virst_jax.evaluation.rle import pack_codes
+from virst_jax.io.masks import encode_mask, read_runs
 
 SIZES = [(1, 1), (1, 70), (70, 1), (5, 64), (40, 65), (33, 130), (64, 64), (300, 200)]
 

@@ -143,5 +143,5 @@ def test_codes_are_scored_as_the_masks_they_mean(tmp_path):
     codes["2"][7] = {"size": list(SIZE), "counts": "zzzz"}
     path.write_text(json.dumps(codes))
     broken = dataclasses.replace(video, read_masks=RleMasks(index_members(path), ids, LENGTH, SIZE))
-    with pytest.raises(UserError, match=r"mask_dict\.json: v: damaged"):
+    with pytest.raises(UserError, match=r"mask_dict\.json: annotation 2, video v: damaged"):
         pack_annotations(broken, 1, [7])

@@ -1,8 +1,22 @@
 """The one exception that a user is meant to read."""
 
+import re
+
+# what a terminal or a file in UTF-8 cannot take: control characters and halves of surrogate pairs
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text from a file with what cannot be printed as escapes, such as \\x1b and \\ud800."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 class UserError(Exception):
-    """Bad input. Its message is one line that says what is wrong, where, and how to mend it.
+    """Bad input. Its message is one line that says what is wrong, where, and how to fix it.
 
-    Command lines print it to stderr and exit with status 2.
+    Command lines print it to stderr and exit with status 2. Names from files are part of messages, so the message
+    holds nothing that cannot be printed.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))

@@ -37,8 +37,8 @@ from virst_jax.evaluation.predictions import (
     read_masks,
     write_masks,
 )
-from virst_jax.evaluation.rle import encode_mask
 from virst_jax.io import atomic
+from virst_jax.io.masks import encode_mask
 
 Frame = tuple[int, np.ndarray, np.ndarray]  # number, masks bool[N, H, W], scores float[N]
 # video, positions of its expressions -> all frames in order

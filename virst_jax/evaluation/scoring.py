@@ -105,16 +105,16 @@ def pack_annotations(video: Video, position: int, indices: Sequence[int]) -> np.
     reader = video.read_masks
     assert reader is not None
     if isinstance(reader, RleMasks):
-        every = [reader.masks[anno_id] for anno_id in reader.ids[position]]
-        chosen = [[codes[i] for i in indices] for codes in every if len(codes) == reader.num_frames]
-        if len(chosen) == len(every) and all(_is_compressed(c, video.size) for codes in chosen for c in codes):
+        every = [(anno_id, reader.codes(anno_id)) for anno_id in reader.ids[position]]
+        chosen = [(anno_id, [codes[i] for i in indices]) for anno_id, codes in every]
+        if all(_is_compressed(c, video.size) for _, codes in chosen for c in codes):
             words = np.zeros((len(indices), *bitmask.pack(np.zeros(video.size, bool)).shape), np.uint64)
-            for codes in chosen:
+            for anno_id, codes in chosen:
                 present = [n for n, code in enumerate(codes) if code]
                 try:
                     words[present] |= pack_codes([codes[n]["counts"] for n in present], video.size)
                 except UserError as error:
-                    raise UserError(f"{reader.masks.path}: {video.name}: {error}") from error
+                    raise UserError(f"{reader.where(anno_id)}, video {video.name}: {error}") from error
             return words
     return pack_frames(video, reader(position, indices))  # names what is unusual
 

@@ -21,7 +21,7 @@ from virst_jax.data.builders.features import (
 )
 from virst_jax.data.datasets.registry import DATASETS, open_dataset, resolve
 from virst_jax.data.datasets.source import IndexedSource, Problem
-from virst_jax.data.datasets.validate import Report, against_official, inspect, problem_of
+from virst_jax.data.datasets.validate import Report, against_official, inspect
 from virst_jax.data.samples import Question, Source, Video
 from virst_jax.errors import UserError
 
@@ -63,7 +63,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
                 stated += _count(whole)
                 sample, found = inspect(whole)
             except UserError as error:
-                sample, found = None, [problem_of(error, f"sample {record.name}")]
+                sample, found = None, [Problem.of(error, f"sample {record.name}")]
             problems += found
             if sample is not None:
                 kept_samples += 1

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from pycocotools import mask as coco
 
-from virst_jax.data.datasets.readers import decode_mask
 from virst_jax.data.samples import Expression, Question, Video
 from virst_jax.errors import UserError
+from virst_jax.io import images
+from virst_jax.io.json_files import parse_json
+from virst_jax.io.masks import decode_mask, encode_mask
 
 _QUALITY = 95  # of frames that are not JPEG files already
 _CHUNK = 16  # frames whose masks are held at once
@@ -113,8 +114,8 @@ class JpegFrames:
         for index in indices:
             if not 0 <= index < len(self.data):
                 raise UserError(f"{self.name}: frame {index} was asked for, it has {len(self.data)}")
-            with Image.open(io.BytesIO(self.data[index])) as image:
-                frames.append(np.asarray(image.convert("RGB")))
+            called = f"{self.name}: frame {index}"
+            frames.append(images.read_image(self.data[index], name=called, upright=False, remedy="build it again"))
         return np.stack(frames) if frames else np.zeros((0, 0, 0, 3), np.uint8)
 
 
@@ -128,18 +129,19 @@ class CodeMasks:
     ignored_code: bytes = b""
 
     def __call__(self, position: int, indices: Sequence[int]) -> np.ndarray:
-        codes = json.loads(self.codes[position])
+        codes = parse_json(self.codes[position], self.name)
         out = np.zeros((len(indices), *self.size), bool)
         for row, index in zip(out, indices, strict=True):
-            if codes[index]:
-                row |= decode_mask(codes[index], self.size, self.name)
+            code = codes[index]
+            if code.value is not None:
+                row |= decode_mask(code.value, self.size, f"{self.name}: frame {index}")
         return out
 
     def ignored(self) -> np.ndarray:
         """Pixels that scoring leaves out: bool[H, W]."""
         if not self.ignored_code:
             return np.zeros(self.size, bool)
-        return decode_mask(json.loads(self.ignored_code), self.size, self.name)
+        return decode_mask(parse_json(self.ignored_code, self.name).value, self.size, self.name)
 
 
 class RawFrames(tfds.decode.Decoder):
@@ -176,5 +178,4 @@ def _codes(video: Video, position: int) -> str:
 
 
 def _code(mask: np.ndarray) -> dict[str, Any]:
-    code = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(n) for n in code["size"]], "counts": code["counts"].decode()}
+    return {"size": list(mask.shape), "counts": encode_mask(mask)}

@@ -11,11 +11,12 @@ against a mask_dict.pkl made of the same pictures.
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from virst_jax.data.datasets.files import find_folder, read_videos
+from virst_jax.data.datasets.files import find_folder
+from virst_jax.data.datasets.layout import Entry, index_videos, read_videos
 from virst_jax.data.datasets.source import IndexedSource, Problem
-from virst_jax.data.datasets.ytvos import index_videos, make_video, meta_file, parse_object, read_objects
+from virst_jax.data.datasets.ytvos import layout_of, make_video, meta_file, parse_object, read_objects
+from virst_jax.errors import UserError
 
 SPLITS = ("train", "valid")
 FOLDERS = ("davis17", "ref-davis", "Ref-DAVIS17", "ref_davis17")
@@ -32,7 +33,7 @@ def open_davis(root: Path, split: str) -> IndexedSource:
     problems: list[Problem] = []
     meta = meta_file(folder, split)
     objects = read_objects(folder / split / "meta.json")
-    records = index_videos(meta, read_videos(meta), problems, partial(_object, split == "valid", objects))
+    records = index_videos(read_videos(meta), layout_of(partial(_object, split == "valid", objects)), problems)
     labelled = (folder / split / "Annotations").is_dir()
     if not labelled:
         problems.append(Problem(str(folder / split / "Annotations"), "no such folder; the masks cannot be read"))
@@ -45,17 +46,15 @@ def expression_parts(exp_id: str) -> tuple[int, int]:
     return int(exp_id) // NUM_ANNOTATORS + 1, int(exp_id) % NUM_ANNOTATORS
 
 
-def _object(
-    by_id: bool, objects: dict[str, set[str]] | None, video: str, exp_id: str, fields: dict[str, Any]
-) -> int | str:
-    if not exp_id.isdigit():
-        return f"the id {exp_id!r} is no number"
-    expected = expression_parts(exp_id)[0]
-    if "obj_id" not in fields:
+def _object(by_id: bool, objects: dict[str, set[str]] | None, entry: Entry) -> int:
+    if not (entry.id.isascii() and entry.id.isdigit() and len(entry.id) < 10):
+        raise UserError(f"the id {entry.id[:20]!r} is no number")
+    expected = expression_parts(entry.id)[0]
+    if "obj_id" not in entry.fields:
         return expected
-    number = parse_object(fields)
-    if by_id and isinstance(number, int) and number != expected:  # the official protocol goes by the id
-        return f"obj_id {number} contradicts the id {exp_id}, which belongs to object {expected}"
-    if objects is not None and isinstance(number, int) and str(number) not in objects.get(video, {str(number)}):
-        return f"object {number} of {video} is not in meta.json"
+    number = parse_object(entry.fields)
+    if by_id and number != expected:  # the official protocol goes by the id
+        raise UserError(f"obj_id {number} contradicts the id {entry.id}, which belongs to object {expected}")
+    if objects is not None and str(number) not in objects.get(entry.video, {str(number)}):
+        raise UserError(f"object {number} of {entry.video} is not in meta.json")
     return number

@@ -1,46 +1,19 @@
-"""Files of data sets: JSON, pictures, label maps. Whatever is wrong with one is said in one line with its path.
+"""Files of data sets: folders, images, label maps. Whatever is wrong with one is said in one line with its path.
 
 Axes: H height, W width.
 """
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from virst_jax.errors import UserError
+from virst_jax.io import images, mask_images
+from virst_jax.io.names import find_entry, listed, same_name
 
-
-def read_json(path: Path, encoding: str = "utf-8") -> Any:
-    """The contents of a JSON file.
-
-    Raises:
-      UserError: it is missing, unreadable or no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the data set's folder") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable ({error}); get the file again") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); get the file again") from error
-
-
-def read_videos(path: Path) -> dict[str, Any]:
-    """The object under "videos" of a meta_expressions.json.
-
-    Raises:
-      UserError: the file is missing, or has no such object.
-    """
-    top = read_json(path)
-    videos = top.get("videos") if isinstance(top, dict) else None
-    if not isinstance(videos, dict):
-        raise UserError(f'{path}: expected an object with "videos" at its top; check that it is the right file')
-    return videos
+AGAIN = "copy it from the data set again"
 
 
 def find_folder(root: Path, names: Sequence[str], markers: Sequence[str]) -> Path:
@@ -71,63 +44,85 @@ def first_file(folder: Path, names: Sequence[str]) -> Path:
     raise UserError(f"{folder}: holds no {' or '.join(names)}; check the data set's folder")
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """A picture, uint8[H, W, 3] (RGB).
+def image_files(folder: str | Path) -> dict[str, list[str]]:
+    """Names of the image files in a folder, by name without suffix. Accents are the same however they are stored."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(listed(folder)):
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in images.SUFFIXES and not file.startswith("._"):  # macOS leaves such files on other disks
+            found.setdefault(same_name(stem), []).append(file)
+    return found
+
+
+def find_image(folder: str | Path, files: dict[str, list[str]], name: str, default: str) -> tuple[str, str]:
+    """The file of an image by its name as a list has it, without suffix or with it.
+
+    Args:
+      files: of the folder, see `image_files`.
+      default: suffix of the file where there is none.
+
+    Returns:
+      The file's name, and the image's name without suffix.
 
     Raises:
-      UserError: it is missing, truncated or no picture.
+      UserError: there are several.
     """
-    with _opened(path) as image:
-        return np.asarray(_decoded(path, image, "RGB"))
+    found = files.get(same_name(name), [])
+    if not found:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in images.SUFFIXES:
+            found = [file for file in files.get(same_name(stem), []) if same_name(file) == same_name(name)]
+            if found:
+                name = stem
+    if len(found) > 1:
+        raise UserError(f"{folder}: holds {found[0]} and {found[1]}, two images of one name; remove one of them")
+    return (found[0] if found else name + default), name
+
+
+def find_mask(folder: str, name: str) -> str:
+    """The path of the mask of a frame: FOLDER/NAME.png, or the same with another suffix or other accents.
+
+    Raises:
+      UserError: there are several.
+    """
+    plain = os.path.join(folder, f"{name}.png")
+    if name.isascii() and os.path.isfile(plain):
+        return plain
+    folder = find_entry(*os.path.split(folder))
+    return os.path.join(folder, find_image(folder, image_files(folder), name, ".png")[0])
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image as it is stored, uint8[H, W, 3] (RGB).
+
+    Raises:
+      UserError: it is missing, truncated, too large or no image.
+    """
+    return images.read_image(path, upright=False, remedy=AGAIN)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of a picture, from its header.
+    """Height and width of an image as it is stored, from its header.
 
     Raises:
-      UserError: it is missing or no picture.
+      UserError: it is missing, too large or no image.
     """
-    with _opened(path) as image:
-        return image.height, image.width
+    return images.read_size(path, upright=False, remedy=AGAIN)
 
 
 def read_labels(path: str | Path) -> np.ndarray:
-    """A picture of labels (palette or grey PNG): int32[H, W], the palette's numbers and not its colours.
+    """A label map (palette or grey image): int32[H, W], a palette's indices and not its colours.
 
     Raises:
       UserError: it is missing, truncated, or in colour.
     """
-    with _opened(path) as image:
-        if image.mode not in ("P", "L", "I", "I;16", "1"):
-            raise UserError(f"{path}: a picture of mode {image.mode}; labels need a palette or grey picture")
-        return np.asarray(_decoded(path, image, None)).astype(np.int32)
+    return mask_images.read_labels(path, remedy=AGAIN)
 
 
 def read_binary(path: str | Path) -> np.ndarray:
-    """A mask stored as a picture, of 0 and 255 or of 0 and 1: bool[H, W].
+    """A mask stored as an image: bool[H, W].
 
     Raises:
-      UserError: it is missing or truncated.
+      UserError: it is missing or truncated, or its values are not those of a mask.
     """
-    with _opened(path) as image:
-        if image.mode == "P":
-            return np.asarray(_decoded(path, image, None)) != 0
-        values = np.asarray(_decoded(path, image, "L"))
-    return values > 127 if values.max(initial=0) > 1 else values > 0  # JPEG masks are not exactly 0 and 255
-
-
-def _opened(path: str | Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; copy it from the data set again") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable picture; copy it from the data set again") from error
-
-
-def _decoded(path: str | Path, image: Image.Image, mode: str | None) -> Image.Image:
-    try:
-        image.load()
-        return image.convert(mode) if mode and image.mode != mode else image
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: truncated or damaged; copy it from the data set again") from error
+    return mask_images.read_binary(path, remedy=AGAIN)

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from virst_jax.errors import UserError
+from virst_jax.io.json_files import Json
+from virst_jax.io.regular import ADVICE, require_file
 
+_BOM = b"\xef\xbb\xbf"
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _DEPTH = 9  # nesting of one member that is understood; the benchmarks need 5
 
@@ -47,14 +49,14 @@ class JsonMembers:
     def __contains__(self, key: str) -> bool:
         return key in self.spans
 
-    def __getitem__(self, key: str) -> Any:
-        """The member's value. The last few are kept; do not change them.
+    def __getitem__(self, key: str) -> Json:
+        """The member's value and place. The last few are kept; do not change them.
 
         Raises:
           KeyError: no such member.
           UserError: the file is gone, or its text there is not JSON.
         """
-        return read_span(self.path, self.spans[key])
+        return Json(read_span(self.path, self.spans[key]).value, self.path, Json(None, self.path), key)
 
 
 def index_members(path: Path, span: Span | None = None) -> JsonMembers:
@@ -75,7 +77,8 @@ def index_members(path: Path, span: Span | None = None) -> JsonMembers:
             value = _VALUE.match(data, key.end(), end)
             if value is None:
                 raise _malformed(path, key.end())
-            spans[json.loads(key[1])] = value.span(1)
+            name = _parse(str(path), key[1], key.start(1)).value
+            spans[name] = value.span(1)
             at = value.end()
             if _closes(data, at, end, b"}"):
                 break
@@ -83,8 +86,11 @@ def index_members(path: Path, span: Span | None = None) -> JsonMembers:
     return JsonMembers(str(path), spans)
 
 
-def iterate_elements(path: Path, span: Span | None = None) -> Iterator[tuple[Span, Any]]:
-    """Place and value of every element of the list at `span` (the whole file), one at a time.
+def iterate_elements(path: Path, span: Span | None = None, name: str = "") -> Iterator[tuple[Span, Json]]:
+    """Bytes and value of every element of the list at `span` (the whole file), one at a time.
+
+    Args:
+      name: of the list, for messages.
 
     Raises:
       UserError: the file is missing, or not a list of well-formed elements.
@@ -93,18 +99,21 @@ def iterate_elements(path: Path, span: Span | None = None) -> Iterator[tuple[Spa
         at, end = _enter(path, data, span, b"[")
         if _closes(data, at, end, b"]"):
             return
+        file, number = str(path), 0
+        place = Json(None, file, Json(None, file), name) if name else Json(None, file)
         while True:
             value = _VALUE.match(data, at, end)
             if value is None:
                 raise _malformed(path, at)
-            yield value.span(1), _parse(str(path), value[1], value.start(1))
+            yield value.span(1), Json(_parse(file, value[1], value.start(1)).value, file, place, number)
+            number += 1
             at = value.end()
             if _closes(data, at, end, b"]"):
                 return
             at = _comma(path, data, at, end)
 
 
-def read_span(path: str, span: Span) -> Any:
+def read_span(path: str, span: Span) -> Json:
     """The value at a place of a file. The last few are kept; do not change them.
 
     Raises:
@@ -117,31 +126,33 @@ def read_span(path: str, span: Span) -> Any:
 
 
 @lru_cache(maxsize=256)  # all annotations of a long video with many expressions
-def _read_span(path: str, span: Span, changed: int) -> Any:
+def _read_span(path: str, span: Span, changed: int) -> Json:
     with open(path, "rb") as file:
         file.seek(span[0])
         return _parse(path, file.read(span[1] - span[0]), span[0])
 
 
-def _parse(path: str, text: bytes, at: int) -> Any:
+def _parse(path: str, text: bytes, at: int) -> Json:
     try:
-        return json.loads(text)
+        # values within a file are in UTF-8 whatever they begin with
+        return Json(json.loads(text.decode("utf-8")), path)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON near byte {at} ({error}); get the file again") from error
+        reason = "too deep" if isinstance(error, RecursionError) else str(error)[:120]
+        raise UserError(f"{path}: not valid JSON near byte {at} ({reason}); {ADVICE}") from error
 
 
 def _mapped(path: Path) -> mmap.mmap:
+    if not require_file(path):
+        raise UserError(f"{path}: empty; {ADVICE}")
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the data set's folder") from None
-    except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise UserError(f"{path}: empty or not readable; get the file again") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}); {ADVICE}") from error
 
 
 def _enter(path: Path, data: mmap.mmap, span: Span | None, bracket: bytes) -> Span:
-    start, end = span or (0, len(data))
+    start, end = span or (len(_BOM) if data[: len(_BOM)] == _BOM else 0, len(data))
     space = _SPACE.match(data, start, end)
     at = space.end() if space else start
     if data[at : at + 1] != bracket:

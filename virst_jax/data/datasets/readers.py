@@ -6,30 +6,41 @@ Axes: n frames asked for, H height, W width. A position counts the expressions o
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco
 
-from virst_jax.data.datasets.files import image_size, read_binary, read_image, read_labels
+from virst_jax.data.datasets.files import (
+    find_image,
+    find_mask,
+    image_files,
+    image_size,
+    read_binary,
+    read_image,
+    read_labels,
+)
 from virst_jax.data.datasets.json_index import JsonMembers, Span, read_span
 from virst_jax.errors import UserError
+from virst_jax.io.json_files import Json
+from virst_jax.io.masks import Size, decode_mask
+from virst_jax.io.names import find_entry
 
-Size = tuple[int, int]  # height, width
+VOID = 255  # pixels of a label map of objects that are left out
 
 
 @dataclass(frozen=True)
 class FrameFiles:
-    """Frames of a video: FOLDER/NAME.jpg. `folder` may hold slashes of a video's key."""
+    """Frames of a video, each in a file of FOLDER; `names` are the files' names without suffix."""
 
     folder: str
     names: tuple[str, ...]
-    suffix: str = ".jpg"  # ".jpeg" or ".png" where somebody's own frames are such
+    files: tuple[str, ...]
 
     def path(self, index: int) -> str:
-        if not 0 <= index < len(self.names):
-            raise UserError(f"{self.folder}: frame {index} was asked for, the video has {len(self.names)}")
-        return os.path.join(self.folder, self.names[index] + self.suffix)
+        if not 0 <= index < len(self.files):
+            raise UserError(f"{self.folder}: frame {index} was asked for, the video has {len(self.files)}")
+        return os.path.join(self.folder, self.files[index])
 
     def size(self) -> Size:
         """Height and width of the first frame, from its header."""
@@ -37,6 +48,20 @@ class FrameFiles:
 
     def __call__(self, indices: Sequence[int]) -> np.ndarray:
         return stack_frames([self.path(i) for i in indices])
+
+
+def find_frames(images: str | Path, video: str, names: Sequence[str]) -> FrameFiles:
+    """The files of a video's frames, FOLDER/VIDEO/NAME.jpg, or with another suffix in small or large letters.
+
+    Raises:
+      UserError: there are two files of one frame, or two names lead to one file.
+    """
+    folder = find_entry(images, video)
+    files = image_files(folder)
+    found = [find_image(folder, files, name, ".jpg") for name in names]
+    if len({stem for _, stem in found}) != len(found):
+        raise UserError(f"{folder}: two names in the list of frames lead to one file; mend the list")
+    return FrameFiles(folder, tuple(stem for _, stem in found), tuple(file for file, _ in found))
 
 
 def stack_frames(paths: Sequence[str]) -> np.ndarray:
@@ -81,15 +106,23 @@ class RleMasks:
     def __call__(self, position: int, indices: Sequence[int]) -> np.ndarray:
         out = np.zeros((len(indices), *self.size), bool)
         for anno_id in self.ids[position]:
-            codes = self.masks[anno_id]
-            where = f"{self.masks.path}: annotation {anno_id}"
-            if not isinstance(codes, list) or len(codes) != self.num_frames:
-                count = len(codes) if isinstance(codes, list) else "no list"
-                raise UserError(f"{where}: {count} masks for {self.num_frames} frames; get the file again")
+            codes = self.codes(anno_id)
             for row, index in zip(out, indices, strict=True):
                 if codes[index]:
-                    row |= decode_mask(codes[index], self.size, f"{where}, frame {index}")
+                    row |= decode_mask(codes[index], self.size, f"{self.where(anno_id)}, frame {index}")
         return out
+
+    def codes(self, anno_id: str) -> list[Any]:
+        """The codes of an annotation, one or null a frame, as they are in the file.
+
+        Raises:
+          UserError: there is no list of as many.
+        """
+        return _codes(self.masks[anno_id], self.num_frames, self.where(anno_id))
+
+    def where(self, anno_id: str) -> str:
+        """The place of an annotation, for messages."""
+        return f"{self.masks.path}: annotation {anno_id}"
 
 
 @dataclass(frozen=True)
@@ -99,21 +132,27 @@ class SpanMasks:
     path: str
     span: Span
     key: str  # of the list within the value there
+    num_frames: int
     size: Size
 
     def __call__(self, position: int, indices: Sequence[int]) -> np.ndarray:
-        codes = read_span(self.path, self.span)[self.key]
-        return np.stack([decode_mask(codes[i], self.size, f"{self.path}: frame {i}") for i in indices])
+        codes = _codes(read_span(self.path, self.span)[self.key], self.num_frames, f"{self.path}: {self.key}")
+        out = np.zeros((len(indices), *self.size), bool)
+        for row, index in zip(out, indices, strict=True):
+            if codes[index]:
+                row |= decode_mask(codes[index], self.size, f"{self.path}: {self.key}, frame {index}")
+        return out
 
 
 @dataclass(frozen=True)
 class LabelMasks:
-    """Masks of label pictures FOLDER/NAME.png, in which an expression means some of the values."""
+    """Masks of label maps FOLDER/NAME.png, in which an expression means some of the values."""
 
     folder: str
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]  # per expression
     size: Size
+    of_objects: bool = False  # values are objects, counted from 1, and not classes
 
     def __call__(self, position: int, indices: Sequence[int]) -> np.ndarray:
         out = np.zeros((len(indices), *self.size), bool)
@@ -125,13 +164,22 @@ class LabelMasks:
 
     def labels(self, index: int) -> np.ndarray:
         """All objects of a frame: int32[H, W], 0 is background."""
-        path = os.path.join(self.folder, f"{self.names[index]}.png")
-        return _sized(read_labels(path), self.size, path)
+        path = find_mask(self.folder, self.names[index])
+        labels = _sized(read_labels(path), self.size, path)
+        if self.of_objects:
+            high = int(labels.max())
+            if high > VOID:
+                raise UserError(f"{path}: holds the value {high}; objects are numbered from 1 to {VOID - 1}")
+            if high == VOID and not ((labels > 0) & (labels < VOID)).any() and (labels == VOID).mean() > 0.001:
+                raise UserError(
+                    f"{path}: holds 0 and {VOID} as the mask of one object does; objects are numbered from 1"
+                )
+        return labels
 
 
 @dataclass(frozen=True)
 class BinaryMasks:
-    """Masks of pictures of 0 and 255 in a folder per expression: FOLDER/NAME.png (or .jpg, .jpeg)."""
+    """Masks as images in a folder per expression: FOLDER/NAME.png, or with another suffix."""
 
     folders: tuple[str, ...]  # per expression
     names: tuple[str, ...]
@@ -140,8 +188,7 @@ class BinaryMasks:
     def __call__(self, position: int, indices: Sequence[int]) -> np.ndarray:
         out = np.zeros((len(indices), *self.size), bool)
         for row, index in zip(out, indices, strict=True):
-            stem = os.path.join(self.folders[position], self.names[index])
-            path = next((stem + s for s in (".png", ".jpg", ".jpeg") if os.path.isfile(stem + s)), stem + ".png")
+            path = find_mask(self.folders[position], self.names[index])
             row |= _sized(read_binary(path), self.size, path)
         return out
 
@@ -158,40 +205,18 @@ class CocoMasks:
         _only_frame(self.path, indices)
         mask = np.zeros(self.size, bool)
         for span in self.spans[position]:
-            annotation = read_span(self.path, span)
-            segmentation = annotation.get("segmentation")
-            if segmentation:  # the release takes an empty one for an empty mask
-                mask |= decode_mask(segmentation, self.size, f"{self.path}: annotation {annotation.get('id')}")
+            segmentation = read_span(self.path, span)["segmentation"]
+            if segmentation.value:  # the release takes an empty one for an empty mask
+                mask |= decode_mask(segmentation.value, self.size, f"{self.path}: annotation at byte {span[0]}")
         return np.repeat(mask[None], len(indices), axis=0)
 
 
-def decode_mask(code: Any, size: Size, where: str) -> np.ndarray:
-    """A mask in one of COCO's forms: run lengths (compressed or not), polygons, or a list of run lengths.
-
-    Raises:
-      UserError: it is none of these, or of another size.
-    """
-    height, width = size
-    try:
-        if isinstance(code, dict):
-            code = [code]
-        if code and isinstance(code[0], dict):
-            for one in code:
-                if tuple(one["size"]) != size:
-                    raise UserError(f"{where}: a mask of {_by(one['size'])} pixels for frames of {_by(size)}")
-            packed = [coco.frPyObjects(c, height, width) if isinstance(c["counts"], list) else c for c in code]
-        else:
-            # three points at least, as pycocotools cannot draw less
-            packed = coco.frPyObjects([p for p in code if len(p) >= 6], height, width)
-        mask = np.zeros(size, bool)
-        for one in packed:
-            mask |= coco.decode(one).astype(bool)
-    except UserError:
-        raise
-    except Exception as error:  # pycocotools raises all sorts
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{where}: not a mask in COCO's form ({type(error).__name__}: {reason})") from error
-    return mask
+def _codes(stated: Json, num_frames: int, where: str) -> list[Any]:
+    codes = stated.value
+    if not isinstance(codes, list) or len(codes) != num_frames:
+        count = len(codes) if isinstance(codes, list) else "no list of"
+        raise UserError(f"{where}: {count} masks for {num_frames} frames; get the file again")
+    return codes
 
 
 def _sized(mask: np.ndarray, size: Size, path: str) -> np.ndarray:

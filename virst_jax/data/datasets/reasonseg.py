@@ -13,16 +13,18 @@ data/data_processing.py of the release.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from virst_jax.data.datasets.files import find_folder, image_size, read_json
-from virst_jax.data.datasets.mevis import parse_text
-from virst_jax.data.datasets.readers import ImageFile, Size, decode_mask
+from virst_jax.data.datasets.files import find_folder, image_files, image_size
+from virst_jax.data.datasets.layout import parse_text
+from virst_jax.data.datasets.readers import ImageFile
 from virst_jax.data.datasets.source import IndexedSource, Problem, unknown_keys
 from virst_jax.data.samples import Expression, Video
 from virst_jax.errors import UserError
+from virst_jax.io.json_files import Json, read_json
+from virst_jax.io.masks import Size, draw_polygons
+from virst_jax.io.names import check_name
 
 SPLITS = ("train", "val", "test")
 _KEYS = frozenset(
@@ -64,11 +66,11 @@ class ShapeMasks:
 
     def _shapes(self) -> list[tuple[str, np.ndarray]]:
         drawn = []
-        for shape in read_annotation(self.path)["shapes"]:
-            label = str(shape.get("label", "")).lower()
+        for shape in read_annotation(self.path)["shapes"].elements():
+            label = shape["label"].text().lower() if "label" in shape else ""
             if label != "flag":  # deprecated by the data set
-                points = np.asarray(shape["points"], np.float64).reshape(-1).tolist()
-                drawn.append((label, decode_mask([points], self.size, self.path)))
+                points = [value for point in shape["points"].elements() for value in _point(point)]
+                drawn.append((label, draw_polygons([points], self.size, shape.where)))
         return sorted(drawn, key=lambda item: -int(item[1].sum()))
 
 
@@ -83,25 +85,31 @@ def open_reasonseg(root: Path, split: str) -> IndexedSource:
     problems: list[Problem] = []
     records = []
     explanations = read_explanations(root) if split == "train" else {}
-    for image in sorted(folder.glob("*.jpg")):
-        annotation = image.with_suffix(".json")
+    for stem, files in sorted(image_files(folder).items()):
+        annotation = folder / f"{stem}.json"
+        label = f"image {stem}"
         try:
+            check_name(stem, f"{annotation}: the name")
+            if len(files) > 1:
+                raise UserError(f"{annotation}: belongs to both {files[0]} and {files[1]}; remove one of them")
             fields = read_annotation(str(annotation))
+            is_sentence = fields["is_sentence"].value is not None and fields["is_sentence"].boolean()
+            texts = list(fields["text"].elements())
         except UserError as error:
-            problems.append(Problem(str(annotation), str(error).removeprefix(f"{annotation}: "), f"image {image.stem}"))
+            problems.append(Problem.of(error, label, str(annotation)))
             continue
         problems += unknown_keys(fields, _KEYS, str(annotation))
-        explanation = explanations.get(image.stem, "")
-        category = "sentence" if fields.get("is_sentence") else "phrase"
+        explanation = explanations.get(stem, "")
+        category = "sentence" if is_sentence else "phrase"
         expressions = []
-        for i, text in enumerate(fields["text"]):
-            words = parse_text(str(annotation), text, f"text {i} of {image.stem}", problems)
+        for i, text in enumerate(texts):
+            words = parse_text(str(annotation), text, f"text {i} of {stem}", problems)
             if words is not None:
                 expressions.append(Expression(words, str(i), category, explanation=explanation))
         if expressions:
-            records.append(_Record(image.stem, str(image), str(annotation), tuple(expressions)))
+            records.append(_Record(stem, str(folder / files[0]), str(annotation), tuple(expressions)))
         else:
-            problems.append(Problem(str(annotation), "no text is left", f"image {image.stem}"))
+            problems.append(Problem(str(annotation), "no text is left", label))
     if not records:
         raise UserError(f"{folder}: no pairs of NAME.jpg and NAME.json; check the data set's folder")
     return IndexedSource("reasonseg", split, str(folder), tuple(records), _image, tuple(problems))
@@ -116,13 +124,10 @@ def read_explanations(root: Path) -> dict[str, str]:
     path = next((p for p in (folder / "explanatory/train.json", folder / "train.json") if p.is_file()), None)
     if path is None:
         return {}
-    items = read_json(path)
-    if not isinstance(items, list) or not all({"image", "outputs"} <= item.keys() for item in items):
-        raise UserError(f'{path}: expected a list of "image" and "outputs"; get the file again')
-    return {Path(item["image"]).stem: item["outputs"] for item in items}
+    return {Path(item["image"].text()).stem: item["outputs"].text() for item in read_json(path).elements()}
 
 
-def read_annotation(path: str) -> Any:
+def read_annotation(path: str) -> Json:
     """A ReasonSeg file, in UTF-8 or, as some are, in Windows' Latin letters.
 
     Raises UserError: it is missing or not in its form.
@@ -133,9 +138,15 @@ def read_annotation(path: str) -> Any:
         if not isinstance(error.__cause__, UnicodeDecodeError):
             raise
         fields = read_json(Path(path), "cp1252")
-    if not isinstance(fields, dict) or not {"text", "shapes"} <= fields.keys() or not isinstance(fields["text"], list):
+    if not isinstance(fields.value, dict) or not {"text", "shapes"} <= fields.value.keys():
         raise UserError(f'{path}: expected "text" (a list) and "shapes"; get the file again')
     return fields
+
+
+def _point(place: Json) -> tuple[float, float]:
+    if len(place) != 2:
+        raise place.error("expected a point of two numbers")
+    return place[0].number(), place[1].number()
 
 
 def _image(record: _Record) -> Video:

@@ -7,63 +7,50 @@ ReasonVOS/
   Annotations/{source}_{VIDEO}_{obj_id}/FRAME.png   not 0: the object
 """
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from virst_jax.data.datasets.files import find_folder, first_file, read_videos
-from virst_jax.data.datasets.mevis import parse_frames, parse_text
-from virst_jax.data.datasets.readers import BinaryMasks, FrameFiles
-from virst_jax.data.datasets.source import IndexedSource, Problem, unknown_keys
-from virst_jax.data.samples import Expression, Video
+from virst_jax.data.datasets.files import find_folder, first_file
+from virst_jax.data.datasets.layout import Entry, Layout, VideoRecord, index_videos, read_videos
+from virst_jax.data.datasets.readers import BinaryMasks, find_frames
+from virst_jax.data.datasets.source import IndexedSource, Problem
+from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
+from virst_jax.io.names import check_name
 
 SPLITS = ("test",)
 _VIDEO_KEYS = frozenset({"source", "frames", "expressions", "is_sent", "height", "width"})
 _EXPRESSION_KEYS = frozenset({"exp_id", "obj_id", "exp_text", "is_sent"})
 
 
-@dataclass(frozen=True)
-class _Record:
-    name: str
-    frames: tuple[str, ...]
-    expressions: tuple[Expression, ...]
-    folders: tuple[str, ...]  # of masks, per expression
-
-
 def open_reasonvos(root: Path, split: str) -> IndexedSource:
     """ReasonVOS; an expression's category is "sentence" or "phrase". Raises UserError: not in this layout."""
     folder = find_folder(root, ("ReasonVOS", "reasonvos"), ("meta_expressions.json",))
     meta = first_file(folder, ("meta_expressions.json",))
+    layout = Layout(
+        _mask_folder, _VIDEO_KEYS, _EXPRESSION_KEYS, text="exp_text", listed="exp_id", category=_sentence_or_phrase
+    )
     problems: list[Problem] = []
-    records = []
-    for video, entry in read_videos(meta).items():
-        frames = parse_frames(meta, video, entry, problems)
-        if frames is None:
-            continue
-        problems += unknown_keys(entry, _VIDEO_KEYS, f"{meta}: {video}")
-        if not isinstance(entry.get("expressions"), list) or "source" not in entry:
-            raise UserError(f'{meta}: video {video} lacks "source" or a list of "expressions"; not ReasonVOS layout')
-        expressions: list[Expression] = []
-        folders: list[str] = []
-        for fields in entry["expressions"]:
-            exp_id = str(fields.get("exp_id", len(expressions)))
-            where = f"{meta}: {video}, expression {exp_id}"
-            problems += unknown_keys(fields, _EXPRESSION_KEYS, where)
-            text = parse_text(where, fields.get("exp_text"), f"expression {exp_id} of {video}", problems)
-            if text is not None:
-                is_sentence = fields.get("is_sent", entry.get("is_sent"))
-                expressions.append(Expression(text, exp_id, "sentence" if is_sentence else "phrase"))
-                folders.append(f"{entry['source']}_{video}_{fields.get('obj_id')}")
-        if expressions:
-            records.append(_Record(video, frames, tuple(expressions), tuple(folders)))
-        else:
-            problems.append(Problem(f"{meta}: {video}", "no expression is left", f"video {video}"))
-    return IndexedSource("reasonvos", split, str(folder), tuple(records), partial(_video, folder), tuple(problems))
+    records = index_videos(read_videos(meta), layout, problems)
+    return IndexedSource("reasonvos", split, str(folder), records, partial(_video, folder), tuple(problems))
 
 
-def _video(folder: Path, record: _Record) -> Video:
-    frames = FrameFiles(str(folder / "JPEGImages" / record.name), record.frames)
+def _mask_folder(entry: Entry) -> str:
+    """The folder of an expression's masks below Annotations."""
+    if "source" not in entry.video_fields:
+        raise UserError(f'{entry.video_fields.where}: has no "source"; not in ReasonVOS layout')
+    source = entry.video_fields["source"].text()
+    name = f"{source}_{entry.video}_{entry.fields['obj_id'].identifier()}"
+    return check_name(name, f"{entry.fields.where}: the folder of its masks,", nested=True)
+
+
+def _sentence_or_phrase(entry: Entry) -> str:
+    stated = entry.fields["is_sent"] if "is_sent" in entry.fields else entry.video_fields["is_sent"]
+    return "sentence" if stated.value is not None and stated.boolean() else "phrase"
+
+
+def _video(folder: Path, record: VideoRecord) -> Video:
+    frames = find_frames(folder / "JPEGImages", record.name, record.frames)
     size = frames.size()
-    masks = BinaryMasks(tuple(str(folder / "Annotations" / f) for f in record.folders), record.frames, size)
-    return Video(record.name, len(record.frames), size, record.expressions, frames, masks, record.frames)
+    masks = BinaryMasks(tuple(str(folder / "Annotations" / f) for f in record.targets), frames.names, size)
+    return Video(record.name, len(record.frames), size, record.expressions, frames, masks, frames.names)

@@ -13,12 +13,12 @@ utils/evaluation/eval_revos.py of the release.
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from virst_jax.data.datasets.files import find_folder
 from virst_jax.data.datasets.json_index import JsonMembers, index_members
+from virst_jax.data.datasets.layout import Entry
 from virst_jax.data.datasets.mevis import open_layout
 from virst_jax.data.datasets.readers import SpanMasks
 from virst_jax.data.datasets.source import IndexedSource
@@ -35,7 +35,7 @@ def open_revos(root: Path, split: str) -> IndexedSource:
 
     Raises UserError: a file is missing or not in this layout.
     """
-    return open_layout("revos", _folder(root), split, (f"meta_expressions_{split}_.json",), categorize=_category)
+    return open_layout("revos", _folder(root), split, (f"meta_expressions_{split}_.json",), category=_category)
 
 
 def foreground_reader(root: Path | None, video: Video) -> Callable[[Sequence[int]], np.ndarray]:
@@ -52,7 +52,7 @@ def foreground_reader(root: Path | None, video: Video) -> Callable[[Sequence[int
         known = _foreground_index(path, path.stat().st_mtime_ns)
         if video.name not in known:
             raise UserError(f"{path}: does not know the video {video.name}; get the file again, or remove it")
-        reader = SpanMasks(str(path), known.spans[video.name], "masks_rle", video.size)
+        reader = SpanMasks(str(path), known.spans[video.name], "masks_rle", video.num_frames, video.size)
         return lambda indices: reader(0, indices)
     read_masks = video.read_masks
     if read_masks is None:
@@ -76,6 +76,6 @@ def _foreground_index(path: Path, changed: int) -> JsonMembers:
     return index_members(path)
 
 
-def _category(fields: dict[str, Any]) -> str:
-    kind = fields.get("type_id")
-    return CATEGORIES.get(kind, "") if isinstance(kind, int) else ""
+def _category(entry: Entry) -> str:
+    kind = entry.fields["type_id"]
+    return "" if kind.value is None else CATEGORIES.get(kind.integer(), "")

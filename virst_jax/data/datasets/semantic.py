@@ -17,17 +17,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from virst_jax.data.datasets.classes import ADE20K, COCO_STUFF
-from virst_jax.data.datasets.files import find_folder, image_size, read_json, read_labels
+from virst_jax.data.datasets.files import find_folder, find_image, image_files, image_size, read_labels
 from virst_jax.data.datasets.json_index import Span, index_members, iterate_elements
 from virst_jax.data.datasets.readers import CocoMasks, ImageFile, LabelMasks
+from virst_jax.data.datasets.refer import file_of, id_of, size_of
 from virst_jax.data.datasets.source import IndexedSource, Problem
 from virst_jax.data.samples import Expression, Video
 from virst_jax.errors import UserError
+from virst_jax.io.json_files import read_json
+from virst_jax.io.names import check_name
 
 SPLITS = ("train", "val")
 _IGNORE = 255
@@ -39,6 +42,13 @@ class _LabelRecord:
     name: str
     image: str
     labels: str
+
+
+class _Info(NamedTuple):
+    """An image of an annotations' file."""
+
+    file: str
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,8 @@ def open_mapillary(root: Path, split: str) -> IndexedSource:
     """Mapillary Vistas 2.0. Raises UserError: a file or folder is missing or not in this layout."""
     folder = find_folder(root, _FOLDERS, ("mapillary",)) / "mapillary"
     config = folder / "config_v2.0.json"
-    labels = read_json(config).get("labels")
-    if not isinstance(labels, list) or not all("readable" in label for label in labels):
-        raise UserError(f'{config}: expected "labels" with "readable" names; get the file again')
-    names = {i: label["readable"].lower() for i, label in enumerate(labels) if i != _IGNORE}
+    labels = [label["readable"].text() for label in read_json(config)["labels"].elements()]
+    names = {i: label.lower() for i, label in enumerate(labels) if i != _IGNORE}
     part = folder / {"train": "training", "val": "validation"}[split]
     return _open_labels("mapillary", split, part / "images", part / "v2.0" / "labels", names)
 
@@ -97,16 +105,26 @@ def _open_labels(name: str, split: str, images: Path, labels: Path, classes: dic
         raise UserError(f"{labels}: no such folder; check the data set's folder")
     problems: list[Problem] = []
     records = []
-    pictures = {path.stem for path in images.glob("*.jpg")}
-    for path in sorted(labels.glob("*.png")):
-        if path.stem in pictures:
-            records.append(_LabelRecord(path.stem, str(images / f"{path.stem}.jpg"), str(path)))
-        else:
-            problems.append(Problem(str(path), f"has no picture {images / path.stem}.jpg", f"image {path.stem}"))
-    for stem in sorted(pictures - {record.name for record in records}):
-        problems.append(Problem(str(images / f"{stem}.jpg"), f"has no labels in {labels}", f"image {stem}"))
+    shown, maps = image_files(images), image_files(labels)
+    for stem in sorted(maps):
+        label = f"image {stem}"
+        place = str(labels / maps[stem][0])
+        if stem not in shown:
+            problems.append(Problem(place, f"has no image {images / stem}.jpg", label))
+            continue
+        try:
+            check_name(stem, f"{place}: the name")
+            image = images / find_image(images, shown, stem, ".jpg")[0]
+            map_file = labels / find_image(labels, maps, stem, ".png")[0]
+        except UserError as error:
+            problems.append(Problem.of(error, label))
+            continue
+        records.append(_LabelRecord(stem, str(image), str(map_file)))
+    for stem in sorted(shown.keys() - maps.keys()):
+        place = str(images / shown[stem][0])
+        problems.append(Problem(place, f"has no labels in {labels}", f"image {stem}"))
     if not records:
-        raise UserError(f"{labels}: no label pictures with pictures in {images}; check the data set's folder")
+        raise UserError(f"{labels}: no label maps with images in {images}; check the data set's folder")
     return IndexedSource(name, split, str(labels), tuple(records), partial(_labelled, classes), tuple(problems))
 
 
@@ -127,30 +145,39 @@ def _open_parts(
     for key in ("images", "annotations", "categories"):
         if key not in members:
             raise UserError(f'{annotations}: has no "{key}"; check that it is the right file')
-    names = {category["id"]: name_of(category["name"]) for category in members["categories"]}
-    infos = {info["id"]: info for _, info in iterate_elements(annotations, members.spans["images"])}
     problems: list[Problem] = []
+    names: dict[str | None, str | tuple[str, str]] = {}
+    for category in members["categories"].elements():
+        names[id_of(category)] = name_of(category["name"].text())
+    infos: dict[str, _Info] = {}
+    for _, info in iterate_elements(annotations, members.spans["images"], "images"):
+        try:
+            image_id = check_name(info["id"].identifier(), f"{info.where}: the id")
+            infos[image_id] = _Info(str(images / file_of(info)), size_of(info))
+        except UserError as error:
+            problems.append(Problem.of(error, info.where.rpartition(": ")[2], str(annotations)))
     # class -> places of its annotations, by image
-    shown: dict[Any, dict[str | tuple[str, str], list[Span]]] = {}
-    for span, annotation in iterate_elements(annotations, members.spans["annotations"]):
-        category, image_id = names.get(annotation["category_id"]), annotation["image_id"]
-        if category is None or image_id not in infos:
-            what = f"category {annotation['category_id']}" if category is None else f"image {image_id}"
-            label = f"annotation {annotation.get('id')}"
+    shown: dict[str, dict[str | tuple[str, str], list[Span]]] = {}
+    for span, annotation in iterate_elements(annotations, members.spans["annotations"], "annotations"):
+        label = f"annotation {id_of(annotation)}"
+        try:
+            category_id, image_id = annotation["category_id"].identifier(), annotation["image_id"].identifier()
+        except UserError as error:
+            problems.append(Problem.of(error, label, str(annotations)))
+            continue
+        if category_id not in names or image_id not in infos:
+            what = f"category {category_id}" if category_id not in names else f"image {image_id}"
             problems.append(Problem(str(annotations), f"{label} refers to an unknown {what}", label))
         else:
-            shown.setdefault(image_id, {}).setdefault(category, []).append(span)
+            shown.setdefault(image_id, {}).setdefault(names[category_id], []).append(span)
     records = []
-    for image_id, info in infos.items():
+    for image_id, found in infos.items():
         classes = shown.get(image_id)
         if not classes:
             continue  # as the release, which draws again
-        expressions = tuple(
-            Expression(_phrase(category, image_id), str(number)) for number, category in enumerate(classes)
-        )
-        size = (int(info["height"]), int(info["width"]))
-        path = str(images / info["file_name"])
-        records.append(_PartRecord(str(image_id), path, size, expressions, tuple(map(tuple, classes.values()))))
+        expressions = tuple(Expression(_phrase(thing, image_id), str(number)) for number, thing in enumerate(classes))
+        places = tuple(map(tuple, classes.values()))
+        records.append(_PartRecord(image_id, found.file, found.size, expressions, places))
     make = partial(_parts, str(annotations))
     return IndexedSource(name, split, str(annotations), tuple(records), make, tuple(problems))
 
@@ -160,7 +187,7 @@ def _parts(annotations: str, record: _PartRecord) -> Video:
     return Video(record.name, 1, record.size, record.expressions, ImageFile(record.image), masks, is_image=True)
 
 
-def _phrase(category: str | tuple[str, str], image_id: Any) -> str:
+def _phrase(category: str | tuple[str, str], image_id: str) -> str:
     if isinstance(category, str):
         return category
     thing, part = category

@@ -1,22 +1,42 @@
 """An indexed data set: what every reader returns. Opened once, picklable, pixels read when a sample asks for them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from virst_jax.data.samples import Question, Video
+from virst_jax.errors import UserError, printable
+from virst_jax.io.json_files import Json
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong in a data set, and what is left out because of it."""
+    """Something wrong in a data set, and what is left out because of it. Holds nothing that cannot be printed."""
 
     where: str  # path of the file or folder, then what in it
     what: str
     dropped: str = ""  # "video NAME", "expression ID of NAME" and the like; empty: nothing is left out
 
+    def __post_init__(self) -> None:
+        for name in ("where", "what", "dropped"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
+
     def __str__(self) -> str:
         return f"{self.where}: {self.what}" + (f"; dropped {self.dropped}" if self.dropped else "")
+
+    @staticmethod
+    def of(error: UserError, dropped: str, where: str = "") -> "Problem":
+        """An error as a problem.
+
+        Args:
+          dropped: what is left out.
+          where: what the error's message starts with, and ": "; by default all before its first ": ".
+        """
+        text = str(error)
+        if where and text.startswith(f"{where}: "):
+            return Problem(where, text[len(where) + 2 :], dropped)
+        before, _, what = text.partition(": ")
+        return Problem(before, what, dropped) if what else Problem(where or before, text, dropped)
 
 
 class Record(Protocol):
@@ -55,9 +75,9 @@ class IndexedSource:
         return [record.name for record in self.records]
 
 
-def unknown_keys(mapping: Mapping[str, Any], known: frozenset[str], where: str) -> list[Problem]:
+def unknown_keys(entry: Json, known: frozenset[str], where: str) -> list[Problem]:
     """A problem that lists the keys that this reader does not know, if there are any. Nothing is dropped for it."""
-    extra = sorted(str(key) for key in mapping if key not in known)
+    extra = sorted(str(key)[:40] for key in entry.object() if key not in known)
     if not extra:
         return []
     return [Problem(where, f"unknown keys, which are ignored: {', '.join(extra[:8])}{' ...' if extra[8:] else ''}")]

@@ -81,7 +81,7 @@ def inspect(sample: Video | Question, quick: bool = False) -> tuple[Video | Ques
         try:
             seen = _check_masks(sample, sample.read_masks, position)
         except UserError as error:
-            problems.append(problem_of(error, label))
+            problems.append(Problem.of(error, label))
             continue
         kept.append(position)
         if seen is None and expression.category != NO_TARGET:
@@ -113,7 +113,7 @@ def check(
         try:
             sample = source[index]
         except UserError as error:
-            return 0, 0, 0, [problem_of(error, f"sample {record.name}")]
+            return 0, 0, 0, [Problem.of(error, f"sample {record.name}")]
         kept, problems = inspect(sample, quick)
         return _count(sample), int(kept is not None), _count(kept) if kept is not None else 0, problems
 
@@ -152,7 +152,7 @@ def _check_frames(sample: Video | Question, quick: bool) -> list[Problem]:
         try:
             shape = sample.read_frames([index]).shape[1:3]
         except UserError as error:
-            problems.append(problem_of(error, _label(sample)))
+            problems.append(Problem.of(error, _label(sample)))
             continue
         if isinstance(sample, Video) and shape != sample.size:
             what = f"{shape[0]}x{shape[1]} pixels where {sample.size[0]}x{sample.size[1]} are expected"
@@ -196,9 +196,3 @@ def _count(sample: Video | Question) -> int:
 
 def _label(sample: Video | Question) -> str:
     return f"{'image' if sample.is_image else 'video'} {sample.name}"
-
-
-def problem_of(error: UserError, dropped: str) -> Problem:
-    """A reader's error as a problem; its message starts with the path."""
-    where, _, what = str(error).partition(": ")
-    return Problem(where, what, dropped)

@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from virst_jax.data.datasets.files import find_folder, read_json
+from virst_jax.data.datasets.files import find_folder, find_image, image_files
 from virst_jax.data.datasets.readers import stack_frames
 from virst_jax.data.datasets.source import IndexedSource, Problem, unknown_keys
 from virst_jax.data.samples import Question
 from virst_jax.errors import UserError
+from virst_jax.io.json_files import Json, read_json
+from virst_jax.io.names import check_name, find_entry, natural_key
 
 SPLITS = ("train",)
 _KEYS = frozenset({"id", "conversations", "data_source", "video", "image", "duration"})
@@ -59,39 +60,43 @@ def open_vqa(root: Path, split: str) -> IndexedSource:
     problems: list[Problem] = []
     records = []
     for path in files:
-        entries = read_json(path)
-        if not isinstance(entries, list):
-            raise UserError(f"{path}: expected a list of conversations; check that it is the right file")
-        for number, entry in enumerate(entries):
-            record = _record(path, number, entry, problems)
-            if record is not None:
+        for number, entry in enumerate(read_json(path).elements()):
+            where, label = f"{path}: entry {number}", f"entry {number}"
+            try:
+                record = _record(where, number, entry, problems)
+            except UserError as error:
+                problems.append(Problem.of(error, label, str(path)))
+                continue
+            if record is None:
+                problems.append(Problem(where, "no question with an answer", label))
+            else:
                 records.append(record)
     make = partial(_question, str(folder / "JPEGImages"))
     return IndexedSource("llava_video", split, str(folder), tuple(records), make, tuple(problems))
 
 
-def _record(path: Path, number: int, entry: Any, problems: list[Problem]) -> _Record | None:
-    where = f"{path}: entry {number}"
-    if not isinstance(entry, dict) or not isinstance(entry.get("video"), str):
-        problems.append(Problem(where, 'has no "video"', f"entry {number}"))
-        return None
+def _record(where: str, number: int, entry: Json, problems: list[Problem]) -> _Record | None:
+    if "video" not in entry:
+        raise UserError(f'{where}: has no "video"')
+    video = check_name(entry["video"].text(), f"{where}: the video", nested=True)
+    name = entry["id"].identifier() if "id" in entry else str(number)
     problems += unknown_keys(entry, _KEYS, where)
+    spoken = [] if entry["conversations"].value is None else list(entry["conversations"].elements())
     turns = []
-    spoken = [(str(turn.get("from")), str(turn.get("value", ""))) for turn in entry.get("conversations") or ()]
-    for (asker, question), (answerer, answer) in zip(spoken[::2], spoken[1::2]):
-        question = question.replace("<image>", "").strip()
-        if (asker, answerer) == ("human", "gpt") and question and answer.strip():
-            turns.append((question, answer.strip()))
-    if not turns:
-        problems.append(Problem(where, "no question with an answer", f"entry {number}"))
-        return None
-    return _Record(str(entry.get("id", number)), os.path.splitext(entry["video"])[0], tuple(turns))
+    for question, answer in zip(spoken[::2], spoken[1::2]):
+        if question["from"].value != "human" or answer["from"].value != "gpt":
+            continue
+        asked, told = question["value"].text().replace("<image>", "").strip(), answer["value"].text().strip()
+        if asked and told:
+            turns.append((asked, told))
+    return _Record(name, os.path.splitext(video)[0], tuple(turns)) if turns else None
 
 
 def _question(images: str, record: _Record) -> Question:
-    folder = os.path.join(images, record.folder)
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".jpg")) if os.path.isdir(folder) else []
-    if not names:
+    folder = find_entry(images, record.folder)
+    files = image_files(folder)
+    if not files:
         raise UserError(f"{folder}: no frames (*.jpg); extract them from the video, or take the entry out")
+    names = [find_image(folder, files, stem, ".jpg")[0] for stem in sorted(files, key=natural_key)]
     paths = tuple(os.path.join(folder, name) for name in names)
     return Question(record.name, len(paths), record.turns, _Frames(paths))
