@@ -7,6 +7,7 @@ converted is compared with the sources at random places.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -40,7 +41,7 @@ def values(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def specs(names: list[tuple[str, str]], shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> Iterator[TensorSpec]:
     for written, name in names:
         shape = shapes[name]
-        yield written, shape, dtype, lambda name=name, shape=shape: values(name, shape, dtype)
+        yield written, shape, dtype, functools.partial(values, name, shape, dtype)
 
 
 def write_release(folder: Path, manifest: Path, tokenizer: Path, whole: bool) -> dict[str, tuple[int, ...]]:

@@ -29,7 +29,7 @@ def write_clip(path: Path, frames: int, height: int, width: int) -> None:
             angle = 2 * np.pi * t / 200
             at = height * (0.5 + 0.25 * np.sin(angle)), width * (0.5 + 0.25 * np.cos(angle))
             disc = (y - at[0]) ** 2 + (x - at[1]) ** 2 < (height / 8) ** 2
-            writer.write(np.where(disc[..., None], np.uint8([220, 30, 30]), slope))
+            writer.write(np.where(disc[..., None], np.array([220, 30, 30], np.uint8), slope))
 
 
 def resident() -> float:

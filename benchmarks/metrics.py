@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco
@@ -109,7 +110,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    plain, rows = published(), []
+    plain = published()
+    rows: list[dict[str, Any]] = []
     for size in SIZES:
         for kind, share in SHARES.items():
             pairs = make_pairs(size, share, args.frames)
@@ -128,7 +130,7 @@ def main() -> int:
                     lambda arrays=arrays: [plain(p, g) for p, g in arrays],  # type: ignore[misc]
                     lambda pred=pred, gt=gt, size=size: ours(bitmask.pack(pred), bitmask.pack(gt), size),  # type: ignore[misc]
                     lambda codes=codes: [plain(p, g) for p, g in zip(*map(decoded, codes), strict=True)],  # type: ignore[misc]
-                    lambda codes=codes, size=size: ours(*(pack_codes(c, size) for c in codes), size),  # type: ignore[misc]
+                    lambda codes=codes, size=size: ours(pack_codes(codes[0], size), pack_codes(codes[1], size), size),  # type: ignore[misc]
                 ],
                 args.repeats,
             )

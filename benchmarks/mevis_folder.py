@@ -20,6 +20,7 @@ def write_folder(folder: Path, *, num_videos: int, size: tuple[int, int], num_fr
     videos, masks = {}, {}
     for number in range(num_videos):
         video = source[number]
+        assert video.read_masks is not None  # they are made up
         name, frames = f"v{number:04d}", [f"{i:05d}" for i in range(num_frames)]
         images = folder / "JPEGImages" / name
         images.mkdir(parents=True)

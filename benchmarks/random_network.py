@@ -16,8 +16,7 @@ import numpy as np
 
 from conversion.weights_rule import make_video
 from virst_jax.config import HieraConfig, Sam2Config, VirstConfig, tiny
-from virst_jax.inference.steps import Network
-from virst_jax.inference.stream import SCALE
+from virst_jax.inference.steps import ExpressionBatch, Steps
 from virst_jax.models.sam2.sam2 import Features, Prediction
 from virst_jax.models.sam2.tracker import Anchors, MemoryBank
 from virst_jax.models.virst import Virst
@@ -108,15 +107,13 @@ def random_features(cfg: Sam2Config) -> Features:
 
 
 def random_video(cfg: Sam2Config, frames: int) -> np.ndarray:
-    """Normalised frames float32[T, R, R, 3] of drifting blobs."""
-    divisor, mean, deviation = SCALE
-    pixels = make_video(frames, cfg.image_size, cfg.image_size).astype(np.float32)
-    return (pixels / divisor - mean) / deviation
+    """Frames uint8[T, R, R, 3] of drifting blobs."""
+    return make_video(frames, cfg.image_size, cfg.image_size)
 
 
-def filled_bank(network: Network, pasts: Sequence[Past], anchors: int = 1) -> tuple[Anchors, MemoryBank]:
+def remembering(cfg: VirstConfig, pasts: Sequence[Past], anchors: int = 1) -> ExpressionBatch:
     """The past of several objects as our tracker keeps it; anchors but the first lie in frames to come."""
-    cfg, tracker = network.cfg.sam2, network.tracker
+    sam, tracker = cfg.sam2, Steps(cfg).tracker
     memory = np.stack([past.memory for past in pasts], 1)  # [T, O, S, D]
     pointers = np.stack([past.pointers for past in pasts], 1)
     count, objects = memory.shape[:2]
@@ -124,7 +121,7 @@ def filled_bank(network: Network, pasts: Sequence[Past], anchors: int = 1) -> tu
         frames=jnp.arange(anchors, dtype=jnp.int32) * 2 * count,
         valid=jnp.ones(anchors, bool),
         prediction=Prediction(
-            low_res=jnp.zeros((anchors, objects, cfg.low_res_size, cfg.low_res_size)),
+            low_res=jnp.zeros((anchors, objects, sam.low_res_size, sam.low_res_size)),
             pointer=jnp.asarray(np.repeat(pointers[:1], anchors, 0)),
             object_score=jnp.ones((anchors, objects)),
             iou=jnp.ones((anchors, objects)),
@@ -133,16 +130,16 @@ def filled_bank(network: Network, pasts: Sequence[Past], anchors: int = 1) -> tu
     )
     bank = tracker.start(objects)
     near, far = (np.arange(count - len(ring), count) for ring in (bank.memory_frames, bank.pointer_frames))
-    return known, MemoryBank(
+    filled = MemoryBank(
         bank.memory_frames.at[near % len(near)].set(near),
         bank.memory.at[near % len(near)].set(jnp.asarray(memory[near], bank.memory.dtype)),
         bank.pointer_frames.at[far % len(far)].set(far),
         bank.pointers.at[far % len(far)].set(jnp.asarray(pointers[far])),
     )
+    return ExpressionBatch(known, filled, objects)
 
 
-def track_inputs(network: Network, pasts: Sequence[Past], frame: Features, anchors: int = 1) -> tuple[Any, ...]:
-    """What the network's track step takes behind the parameters: the frame after the past."""
-    number = len(pasts[0].memory)
-    known, bank = filled_bank(network, pasts, anchors)
-    return known, bank, (frame,), np.array([number], np.int32), np.ones(1, bool), np.int32(number + 1)
+def track_inputs(cfg: VirstConfig, pasts: Sequence[Past], frame: Features, anchors: int = 1) -> tuple[Any, ...]:
+    """What Steps.track takes behind the parameters: the frame after the past."""
+    number, batch = len(pasts[0].memory), remembering(cfg, pasts, anchors)
+    return batch.anchors, batch.bank, (frame,), np.array([number], np.int32), np.ones(1, bool), np.int32(number + 1)

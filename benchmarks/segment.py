@@ -34,17 +34,20 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.random_network import (
+    Past,
     random_features,
     random_params,
     random_past,
     random_video,
+    remembering,
     small_config,
     track_inputs,
 )
 from benchmarks.segment_stages import measure_stages, take_turns
 from virst_jax.config import VirstConfig, get_preset
+from virst_jax.data.transforms import normalize
 from virst_jax.errors import UserError
-from virst_jax.inference.steps import Network
+from virst_jax.inference.steps import ExpressionBatch, Network
 from virst_jax.io import atomic
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
 from virst_jax.models.sam2.tracker import Tracked
@@ -78,30 +81,34 @@ def compare(name: str, ours: Callable[[], Any], theirs: Callable[[], Any], repea
 def compare_encoder(network: Network, peer: Any, repeats: int) -> list[Row]:
     import torch
 
-    pixels = random_video(network.cfg.sam2, 1)
-    channels_first = torch.from_numpy(np.moveaxis(pixels, -1, 1).copy())
-    ours, theirs = network.encode_frames(pixels), peer.encode(channels_first)
+    frames = random_video(network.cfg.sam2, 1)
+    channels_first = torch.from_numpy(np.moveaxis(normalize(frames), -1, 1).copy())
+    (ours,), theirs = network.encode_batch(frames, 1), peer.encode(channels_first)
     maps = zip((ours.high0, ours.high1, ours.top), theirs, strict=True)
     differ = max(difference(np.reshape(x, (-1, x.shape[-1])), y[:, 0]) for x, y in maps)
-    run = compare("image encoder", lambda: network.encode_frames(pixels), lambda: peer.encode(channels_first), repeats)
+    run = compare(
+        "image encoder", lambda: network.encode_batch(frames, 1), lambda: peer.encode(channels_first), repeats
+    )
     return [run | {"difference": differ}]
 
 
 def compare_track(network: Network, peer: Any, repeats: int) -> list[Row]:
     """The step and its three parts. Their decoder resizes three masks to the image's size; our memory encoder one."""
-    cfg, sam, params = network.cfg.sam2, network.tracker.sam, {"params": network.params["sam2"]}
+    cfg, tracker, params = network.cfg.sam2, network.steps.tracker, {"params": network.params["sam2"]}
+    sam = tracker.sam
     frame, past = random_features(cfg), random_past(cfg)
     number = len(past.memory)
-    known, bank, *rest = track_inputs(network, [past], frame)
+    known, bank, *_ = track_inputs(network.cfg, [past], frame)
+    batch = ExpressionBatch(known, bank, 1)
     state = peer.open_with_past([frame.high0, frame.high1, frame.top], past)
 
     at = (known, known.valid, bank, frame, jnp.int32(number), jnp.int32(number + 1))
-    condition = jax.jit(network.tracker._condition)
+    condition = jax.jit(tracker.condition)
 
     @jax.jit
     def decode(params: Any, image: jax.Array, frame: Features) -> Prediction:
         sparse = sam.apply(params, 1, method=Sam2.no_prompt)
-        prediction: Any = sam.apply(params, image, frame, sparse, mode=network.tracker.mode, method=Sam2.predict)
+        prediction: Any = sam.apply(params, image, frame, sparse, mode=tracker.mode, method=Sam2.predict)
         return prediction
 
     @jax.jit
@@ -110,8 +117,8 @@ def compare_track(network: Network, peer: Any, repeats: int) -> list[Row]:
         return memory
 
     def track() -> Tracked:
-        out: Tracked = network._run(network._step_track, params["params"], known, bank, *rest, keep_memory=False)[1]
-        return out
+        batch.bank = bank  # the same frame each time
+        return network.advance(batch, [frame], number, number + 1, 1)
 
     rows: list[Row] = []
 
@@ -155,19 +162,18 @@ def compare_track(network: Network, peer: Any, repeats: int) -> list[Row]:
 
 
 def propagate(network: Network, frames: np.ndarray, prompts: jax.Array) -> np.ndarray:
-    """Prompts frame 0 of normalised frames float32[T, R, R, 3] and tracks; mask logits float32[T, L, L]."""
+    """Prompts frame 0 of frames uint8[T, R, R, 3] and tracks; mask logits float32[T, L, L]."""
     count = len(frames)
 
     def encode(frame: np.ndarray) -> Features:
-        features: Features = jax.tree.map(lambda x: x[0], network.encode_frames([frame]))
-        return features
+        return network.encode_batch(frame[None], 1)[0]
 
     first = encode(frames[0])
-    group = network.start([first], [0], prompts, slots=1)
-    bank, masks = group.bank, []
+    batch = network.start([first], [0], prompts, slots=1)
+    masks = []
     for start in range(0, count, CHUNK):
         chunk = [encode(frame) if start + i else first for i, frame in enumerate(frames[start : start + CHUNK])]
-        bank, out = network._advance(group.anchors, bank, chunk, start, count, CHUNK)
+        out = network.advance(batch, chunk, start, count, CHUNK)
         masks.append(np.asarray(out.prediction.low_res[: len(chunk), 0]))
     return np.concatenate(masks)
 
@@ -179,9 +185,9 @@ def compare_propagation(network: Network, peer: Any, count: int, repeats: int) -
     x, y = (share * cfg.image_size for share in POINT)
     point, label = jnp.array([[[x, y]]]), jnp.ones((1, 1), int)
     params = {"params": network.params["sam2"]}
-    tokens: Any = network.tracker.sam.apply(params, point, label, method=Sam2.embed_points)
+    tokens: Any = network.steps.tracker.sam.apply(params, point, label, method=Sam2.embed_points)
     prompts = tokens[:, None]
-    channels_first = torch.from_numpy(np.moveaxis(frames, -1, 1).copy())
+    channels_first = torch.from_numpy(np.moveaxis(normalize(frames), -1, 1).copy())
     propagate(network, frames[:1], prompts)  # compiles what longer videos need too
     kept: dict[str, np.ndarray] = {}
 
@@ -203,17 +209,18 @@ def compare_propagation(network: Network, peer: Any, count: int, repeats: int) -
 
 def measure_many(network: Network, expressions: int, repeats: int, say: Say) -> Row:
     """A frame for several expressions, encoded and tracked once for all or once for each."""
-    cfg, params = network.cfg.sam2, network.params["sam2"]
+    cfg = network.cfg.sam2
     pixels = random_video(cfg, 1)
     pasts = [random_past(cfg, seed) for seed in range(expressions)]
-    blank = random_features(cfg)
+    number = len(pasts[0].memory)
 
-    def run(objects: list[Any]) -> Callable[[], Any]:
-        known, bank, _, *rest = track_inputs(network, objects, blank)
+    def run(objects: list[Past]) -> Callable[[], Any]:
+        batch = remembering(network.cfg, objects)
+        bank = batch.bank
 
         def frame() -> Any:
-            features = jax.tree.map(lambda x: x[0], network.encode_frames(pixels))
-            _, out = network._run(network._step_track, params, known, bank, (features,), *rest, keep_memory=False)
+            batch.bank = bank  # the same frame each time
+            out = network.advance(batch, network.encode_batch(pixels, 1), number, number + 1, 1)
             return jax.block_until_ready(out.prediction.low_res[0])
 
         return frame

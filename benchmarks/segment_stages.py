@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks.random_network import random_features, random_params, random_past, track_inputs
 from virst_jax.config import VirstConfig
-from virst_jax.inference.steps import TILE, Network
-from virst_jax.inference.stream import SCALE
+from virst_jax.inference.steps import SCALE, Steps
+from virst_jax.inference.tiles import TILE
 from virst_jax.models.qwen2 import init_cache
 from virst_jax.ops.resize import resize_matrix
 from virst_jax.profiling.flops import device_peak
@@ -31,7 +31,7 @@ MASK_SIZE = (480, 854)
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A step of `Network` on inputs of the size that it meets in use."""
+    """One of `Steps` on inputs of the size that it meets in use."""
 
     name: str
     unit: str  # what is timed
@@ -79,7 +79,7 @@ def list_stages(cfg: VirstConfig, expressions: int) -> list[Stage]:
         return (random_features(sam),) * anchors, numbers, np.ones(anchors, bool), prompts
 
     def tracked() -> tuple[Any, ...]:
-        return track_inputs(Network(cfg, None), [random_past(sam)], random_features(sam), anchors)
+        return track_inputs(cfg, [random_past(sam)], random_features(sam), anchors)
 
     def mask() -> tuple[Any, ...]:
         matrix = resize_matrix(sam.low_res_size, TILE, "bilinear")
@@ -89,10 +89,12 @@ def list_stages(cfg: VirstConfig, expressions: int) -> list[Stage]:
     clip, side, one = vision.clip_frames, vision.image_size, (("keep_memory", False),)
     return [
         Stage("image encoder", "1 frame", "encode_batch", ("sam2",), lambda: pixels(1, sam.image_size), 1),
-        Stage("anchors", f"{anchors} anchors", "anchor", ("sam2",), prompted, anchors),
+        Stage("anchors", f"{anchors} anchors", "prompt_anchors", ("sam2",), prompted, anchors),
         Stage("track step", "1 frame", "track", ("sam2",), tracked, 1, static=one),
-        Stage("mask resize", "1 mask of {} x {}".format(*MASK_SIZE), "masks", (), mask, 1, tiles),
-        Stage("video encoder", f"{clip} frames", "visual", ("vision", "projector"), lambda: pixels(clip, side), clip),
+        Stage("mask resize", "1 mask of {} x {}".format(*MASK_SIZE), "resize_masks", (), mask, 1, tiles),
+        Stage(
+            "video encoder", f"{clip} frames", "encode_clip", ("vision", "projector"), lambda: pixels(clip, side), clip
+        ),
         Stage("LLM reads the video", f"{prefix} tokens", "read_video", ("llm",), conversation, cfg.max_video_frames),
         Stage("LLM reads the text", f"{expressions} x {TEXT} tokens", "read_text", ("llm",), text),
         Stage("second fusion", f"{frames} frames", "fuse", ("second_fusion",), fused, frames),
@@ -119,10 +121,10 @@ def unrolled() -> Iterator[None]:
 
 
 def count_flops(cfg: VirstConfig, step: str, args: Any, **static: Any) -> float:
-    """XLA's count of the operations of a step of `Network`; args are arrays or shapes."""
+    """XLA's count of the operations of one of `Steps`; args are arrays or shapes."""
     cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, attention="plain"))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), args)
-    function = getattr(Network(cfg, None), f"_step_{step}")
+    function = getattr(Steps(cfg), step)
     with unrolled():
         lowered = jax.jit(function, static_argnames=tuple(static)).lower(*shapes, **static)
     cost: Any = lowered.cost_analysis()
@@ -154,7 +156,7 @@ def measure_stages(
             held[stage.parts] = random_params(cfg, *stage.parts) if stage.parts else None
         params, static = held[stage.parts], dict(stage.static)
         args = (params["sam2"] if stage.parts == ("sam2",) else params, *stage.inputs())
-        step = jax.jit(getattr(Network(cfg, None), f"_step_{stage.step}"), static_argnames=tuple(static))
+        step = jax.jit(getattr(Steps(cfg), stage.step), static_argnames=tuple(static))
         start = time.perf_counter()
         run = step.lower(*args, **static).compile()
         compiling = time.perf_counter() - start

@@ -7,6 +7,7 @@ before.
 """
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
@@ -30,7 +31,7 @@ def main() -> None:
     model = virst_jax.load(options.model)
     source = SyntheticVideos(options.videos, options.seed, expressions=options.expressions)
 
-    def segment(video: Video, texts: list[str]) -> np.ndarray:
+    def segment(video: Video, texts: Sequence[str]) -> np.ndarray:
         return model.segment(video, texts).masks
 
     rounds: list[list[Score]] = []

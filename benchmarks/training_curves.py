@@ -49,7 +49,11 @@ def read_stages(run: Path, size: int) -> list[dict[str, str | float]]:
                 ends[at] = seconds / 60
         for at, values in bins.items():
             means = {name: round(sum(found) / len(found), 4) for name, found in sorted(values.items())}
-            place = {"stage": file.parent.name, "step": (at + 1) * size, "minutes": round(ends[at], 2)}
+            place: dict[str, str | float] = {
+                "stage": file.parent.name,
+                "step": (at + 1) * size,
+                "minutes": round(ends[at], 2),
+            }
             rows.append({**place, **means})
     return rows
 

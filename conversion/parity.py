@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 from conversion.cases import modules, network, tables, training
 from conversion.cases.case import Case, Check, Runner, case_names, load_case
@@ -34,6 +33,7 @@ RUNNERS: list[tuple[str, Runner]] = [
     (r"anchors.*", tables.run_anchors),
     (r"metrics.*", tables.run_metrics),
     (r"prompts.*", tables.run_prompts),
+    (r"prompt_variants.*", tables.run_prompts),
     (r"frame_indices.*", tables.run_frame_indices),
     (r"transforms.*", tables.run_transforms),
     (r"e2e_.*", network.run_e2e),
@@ -76,18 +76,28 @@ def run_case(folder: Path, name: str, **given: Any) -> tuple[list[Check], float]
     return checks, time.perf_counter() - start
 
 
-def _row(name: str, check: Check, seconds: float | None) -> list[str]:
+HEADER = ("case", "output", "max abs", "rel L2", "IoU", "", "s", "note")
+WIDTHS = (21, 22, 8, 8, 7, 5, 5, 0)
+
+
+def _line(*cells: str) -> str:
+    numbers = (False, False, True, True, True, False, True, False)
+    padded = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, WIDTHS, numbers, strict=True))
+    return " ".join(padded).rstrip()
+
+
+def _row(name: str, check: Check, seconds: float | None) -> str:
     number = lambda x: "" if x is None else f"{x:.1e}"  # noqa: E731
-    return [
+    return _line(
         name,
         check.output,
         number(check.max_abs),
         number(check.relative),
         "" if check.iou is None else f"{check.iou:.4f}",
-        "[green]pass[/]" if check.passed else "[red]FAIL[/]",
+        "pass" if check.passed else "FAIL",
         "" if seconds is None else f"{seconds:.0f}",
-        check.note,
-    ]
+        " ".join(check.note.split()),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,21 +128,21 @@ def main(argv: list[str] | None = None) -> int:
         "tokenizer": options.tokenizer or (beside if beside.is_dir() else None),
         "checkpoint": options.checkpoint,
     }
-    console = Console()
-    table = Table("case", "output", "max abs", "rel L2", "IoU", "", "s", "note", box=None, header_style="bold")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_line(*HEADER), style="bold")
     results: list[dict[str, Any]] = []
     with console.status("") as status:
         for i, name in enumerate(names):
             status.update(f"{name} ({i + 1} of {len(names)})")
             checks, seconds = run_case(folder, name, **given)
             for k, check in enumerate(checks):
-                table.add_row(*_row(name if k == 0 else "", check, seconds if k == 0 else None))
+                row = _row(name if k == 0 else "", check, seconds if k == 0 else None)
+                console.print(row, style=None if check.passed else "red", markup=False)
             results.append({"case": name, "seconds": seconds, "checks": [dataclasses.asdict(c) for c in checks]})
             if options.json:
                 atomic.write_json(options.json, results)
     failed = sum(not check["passed"] for result in results for check in result["checks"])
     total = sum(len(result["checks"]) for result in results)
-    console.print(table)
     console.print(f"{len(results)} cases, {total} outputs, {failed} failed")
     return 1 if failed else 0
 

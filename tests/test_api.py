@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
+import gc
 import os
 import random
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,8 +27,15 @@ from virst_jax.data.prompts import ANSWERS, QUESTIONS, build_prompt, load_tokeni
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import sam_pixels, vlm_pixels
 from virst_jax.errors import UserError
-from virst_jax.inference.stream import Options, build_texts, plan_frames
+from virst_jax.inference import resume
+from virst_jax.inference.plan import Options, plan_frames
+from virst_jax.inference.steps import Network
+from virst_jax.inference.texts import build_texts
 from virst_jax.io import model_folder
+from virst_jax.io.video import VideoWriter
+from virst_jax.models.sam2.sam2 import Features, Sam2
+from virst_jax.models.sam2.tracker import Tracked
+from virst_jax.models.virst import Virst
 from virst_jax.ops.resize import resize_maps
 
 TOKENIZER = Path(__file__).parent / "data" / "tokenizer"
@@ -128,21 +138,41 @@ def test_exact_mode_is_the_release_step_by_step(model):
     question, answer = _templates_of(model, texts)
     prompt = build_prompt(model.tokenizer, text, question_index=question, answer_index=answer, num_seg_tokens=3)
     row = splice(prompt.input_ids.tolist(), prompt.labels.tolist(), 128, CFG.seg_token_id)
-    understood = network.understand(
+    # by the modules themselves, each conversation in one pass
+    virst, given, tracker = Virst(CFG), params(), network.steps.tracker
+
+    @jax.jit
+    def read(clips: jax.Array, maps: jax.Array, ids: jax.Array, index: jax.Array, mask: jax.Array, seg: jax.Array):
+        def run(model: Virst) -> jax.Array:
+            visual = model.encode_clips(clips)
+            hidden = model.hidden(model.embed(ids, index, visual.reshape(1, -1, visual.shape[-1])), mask)
+            return model.prompts(hidden, seg, maps[None])[0]
+
+        return virst.apply({"params": given}, method=run)
+
+    @jax.jit
+    def encode(pixels: jax.Array) -> Features:
+        return tracker.sam.apply({"params": given["sam2"]}, pixels, method=Sam2.encode_image)
+
+    @jax.jit
+    def track(features: Features, prompts: jax.Array) -> Tracked:
+        numbers = jnp.asarray(result.anchors)
+        prompted = jax.tree.map(lambda x: x[numbers], features)
+        anchors = tracker.prompt_anchors(given["sam2"], prompted, numbers, jnp.ones(len(numbers), bool), prompts)
+        count, bank = len(frames), tracker.start(1)
+        return tracker.track(
+            given["sam2"], anchors, bank, features, jnp.arange(count), jnp.ones(count, bool), jnp.int32(count)
+        )[1]
+
+    prompts = read(
         clips.reshape(2, 4, *clips.shape[1:]),
-        network.encode_frames(sam_pixels(frames[list(plan.segmentation)], size, "bilinear")).top,
+        encode(sam_pixels(frames[list(plan.segmentation)], size, "bilinear")).top,
         *(x[None] for x in (row.token_ids, row.visual_index, row.mask, row.seg_positions)),
     )
-    pixels = sam_pixels(frames, size, "bicubic")
-    anchors = network.prompt_anchors(
-        network.encode_frames(pixels[list(result.anchors)]),
-        np.asarray(result.anchors),
-        understood.prompts[:, :, np.asarray(plan.anchors)],
-        CFG.max_anchors,
-    )
-    tracked = list(network.track(anchors, iter(pixels), len(frames), chunk=2))
-    scores = np.stack([np.asarray(f.prediction.object_score) for f in tracked], axis=1)
-    masks = np.stack([np.asarray(resize_maps(f.prediction.low_res, (40, 56)) > 0) for f in tracked], axis=1)
+    features = encode(sam_pixels(frames, size, "bicubic"))
+    tracked = track(features, prompts[:, :, np.asarray(plan.anchors)].swapaxes(1, 2)).prediction
+    scores = np.asarray(tracked.object_score).T
+    masks = np.asarray(resize_maps(tracked.low_res, (40, 56)) > 0).swapaxes(0, 1)
     np.testing.assert_allclose(result.scores, scores, rtol=1e-5)
     assert (result.masks != masks).mean() < 1e-4
     # the shared mode is another computation
@@ -222,11 +252,143 @@ def test_stream_goes_on_from_its_state(model, three):
         np.testing.assert_array_equal(frame.scores, three.scores[:, frame.index])
 
 
+def test_states_of_before_load(model, three):
+    stream = model.segment_stream(video(11), [DOG, CAT, CAR])
+    for _ in range(5):
+        next(stream)
+    before = {key.replace(".bank.", ".recent."): value for key, value in stream.state().items()}
+    stream.close()
+    assert "0.recent.0" in before
+    for frame in model.segment_stream(video(11), [DOG, CAT, CAR], state=before):
+        np.testing.assert_array_equal(frame.masks, three.masks[:, frame.index])
+
+
+def test_a_stream_that_did_nothing_has_a_state(model, three):
+    stream = model.segment_stream(video(11), [DOG, CAT, CAR])
+    state = stream.state()
+    assert set(state) == {"next"}
+    frame = next(model.segment_stream(video(11), [DOG, CAT, CAR], state=state))
+    np.testing.assert_array_equal(frame.masks, three.masks[:, 0])
+
+
+def test_damaged_states(model):
+    stream = model.segment_stream(video(5), [DOG, CAT])
+    for _ in range(3):
+        next(stream)
+    good = stream.state()
+    stream.close()
+    low = next(key for key in good if key.endswith(".bfloat16"))
+    changes: list[dict[str, Any]] = [
+        {key: None} for key in good if key != "0.count"
+    ]  # without its count a batch is not there
+    changes += [
+        {"next": np.array(-1)},
+        {"next": np.array([3, 4])},
+        {"next": np.array(2.5)},
+        {"0.count": None},
+        {"0.count": np.array(0)},
+        {"0.count": np.array(1)},
+        {"0.count": np.array(9)},
+        {"0.anchors.4": np.zeros(3, np.float32)},
+        {"0.anchors.4": good["0.anchors.4"].astype(np.float64)},
+        {"0.bank.0": good["0.bank.0"][:-1]},
+        {low: good[low].astype(np.float32)},
+        {low: good[low][..., :-1]},
+    ]
+    for change in changes:
+        state = {key: value for key, value in {**good, **change}.items() if value is not None}
+        with pytest.raises(UserError, match="the saved state of the tracker does not fit"):
+            model.segment_stream(video(5), [DOG, CAT], state=state)
+    with pytest.raises(UserError, match="does not fit"):
+        model.segment_stream(video(5), DOG, state=good)
+    with pytest.raises(UserError, match="does not fit"):
+        resume.unpack(good, Network(dataclasses.replace(CFG, max_seg_frames=4), None).steps, 2)
+
+
 def test_a_closed_stream_ends_its_thread(model):
     before = threading.active_count()
     with model.segment_stream(video(200, 8, 8), DOG) as stream:
         next(stream)
     assert threading.active_count() == before
+
+
+def open_things() -> tuple[int, int]:
+    """Threads of this process, also those of FFmpeg, and open files."""
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts in /proc")
+def test_a_loop_that_is_left_leaks_nothing(model, tmp_path):
+    file = tmp_path / "clip.mp4"
+    with VideoWriter(file, (48, 64), 25) as writer:
+        for frame in video(40, 48, 64):
+            writer.write(frame)
+    for _ in range(2):  # what stays for good, such as pools of threads, is there after the first
+        for _ in model.segment_stream(file, DOG):
+            break
+    gc.collect()
+    gc.disable()  # at once, not some time later
+    try:
+        before = open_things()
+        for _ in range(3):
+            for frame in model.segment_stream(file, DOG):
+                if frame.index == 2:
+                    break
+        stream = model.segment_stream(file, DOG)
+        next(stream)
+        del stream
+        assert open_things() == before
+    finally:
+        gc.enable()
+
+
+def test_making_a_stream_reads_nothing(model):
+    class Untouched:
+        name, size, fps = "untouched", (8, 8), 0.0
+
+        @property
+        def num_frames(self) -> int:
+            raise AssertionError("the video was read")
+
+        frame_names = num_frames
+
+        def pick(self, indices: Any) -> Any:
+            raise AssertionError("the video was read")
+
+    stream = model.segment_stream(Untouched(), DOG, progress=lambda *call: calls.append(call))
+    calls: list[Any] = []
+    assert repr(stream) == "SegmentationStream('untouched', expressions=['the dog'])"
+    with pytest.raises(UserError, match="the expression is empty"):
+        model.segment_stream(Untouched(), "")
+    with pytest.raises(AssertionError, match="the video was read"):
+        next(stream)
+    assert calls == [("decode", 0, 0)]
+
+
+def test_prepare_does_what_comes_first(model, three):
+    stream = model.segment_stream(video(11), [DOG, CAT, CAR])
+    stream.prepare()
+    assert stream.timings["sample"] > 0
+    assert stream.timings["track"] == 0
+    np.testing.assert_array_equal(next(stream).masks, three.masks[:, 0])
+
+
+def test_interleaved_streams(model, three):
+    """Each hears of its own progress alone, and none is kept alive by the network."""
+    calls: dict[str, set[int]] = {"a": set(), "b": set()}
+
+    def listen(name: str) -> Any:
+        return lambda stage, done, total: calls[name].add(total) if stage == "track" else None
+
+    a = model.segment_stream(video(11), [DOG, CAT, CAR], progress=listen("a"))
+    b = model.segment_stream(video(6), [DOG], progress=listen("b"))
+    for frame in a:
+        np.testing.assert_array_equal(frame.masks, three.masks[:, frame.index])
+        next(b, None)
+    assert calls == {"a": {11}, "b": {6}}
+    gone = weakref.ref(a)
+    del a
+    assert gone() is None
 
 
 def test_progress(model):
@@ -257,7 +419,7 @@ def test_chosen_anchors(model):
     assert len(set(plan.segmentation) & set(other.segmentation)) >= 6
     for anchors, message in (([30], "anchor 30 is no frame"), ([], "0 anchors were given"), ([1, 2, 3], "give 1 to 2")):
         with pytest.raises(UserError, match=message):
-            model.segment_stream(video(30), DOG, anchors=anchors)
+            next(model.segment_stream(video(30), DOG, anchors=anchors))
 
 
 def test_draws_of_the_release():

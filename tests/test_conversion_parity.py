@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from conversion import parity
-from conversion.cases.case import case_names
+from conversion.cases.case import Case, case_names, load_case
+from conversion.cases.training import ellipse_targets
 
 CASES = Path(__file__).parent / "data" / "parity"
-TABLES = {"prompt_variants"}  # fixtures of other tests, not cases
+FIELDS = ("shapes", "clip", "clip_frames", "memory_frames", "pointer_tokens", "image_size", "n_frames", "hw", "t_vlm")
 HEAVY = ("e2e_", "train_loss")
-NAMES = [name for name in case_names(CASES) if name not in TABLES]
+NAMES = case_names(CASES)
 
 
 def failures(name: str, folder: Path = CASES) -> list[str]:
@@ -51,6 +52,60 @@ def test_a_changed_output_fails(tmp_path, capsys):
         "dice_empty": True,
         "bce_empty": True,
     }
+
+
+def test_report_of_a_bound_in_numpy(tmp_path):
+    copy_case("transforms", tmp_path)
+    report = tmp_path / "report.json"
+    assert parity.main([str(tmp_path), "--json", str(report)]) == 0
+    assert all(check["passed"] is True for check in json.loads(report.read_text())[0]["checks"])
+
+
+def test_rows_are_printed_as_they_come(tmp_path, capsys, monkeypatch):
+    copy_case("losses", tmp_path)
+    for path in tmp_path.glob("losses.*"):
+        shutil.copy(path, tmp_path / path.name.replace("losses", "losses_again"))
+    seen: list[str] = []
+    run_case = parity.run_case
+
+    def spy(folder: Path, name: str, **given):
+        seen.append(capsys.readouterr().out)
+        return run_case(folder, name, **given)
+
+    monkeypatch.setattr(parity, "run_case", spy)
+    assert parity.main([str(tmp_path)]) == 0
+    assert "losses" not in seen[0]
+    assert "losses" in seen[1]
+    assert "losses_again" not in seen[1]
+    assert "losses_again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_words_of_before_say_what_fields_say(name):
+    """Cases without fields, of which there are some, are read from the sentence that says how inputs are made."""
+    case = load_case(CASES, name)
+    words = Case(name, {k: v for k, v in case.meta.items() if k not in ("shapes", "ellipse")}, case.outputs)
+    for key, shape in case.meta.get("shapes", {}).items():
+        if key in ("tome.x", "tome.z", "dec.toks", "stf.img2", "loss.x"):  # that a runner asks for
+            assert words.shape(key, (-1,)) == case.shape(key, (-2,)) == tuple(shape)
+    if "ellipse" in case.meta:
+        np.testing.assert_array_equal(ellipse_targets(words, 6, 256), ellipse_targets(case, 6, 256))
+        assert ellipse_targets(case, 6, 1024).any((1, 2)).tolist() == [True] * 5 + [False]
+    bare = Case(name, {k: v for k, v in words.meta.items() if k not in FIELDS}, case.outputs)
+    for key, pattern in PATTERNS.items():
+        if key in case.meta and not (name.startswith("e2e_") and key == "n_frames"):
+            assert bare.number(key, pattern, -1) == case.number(key, pattern, -2) == case.meta[key]
+    if "clip" in case.meta:
+        assert bare.clip_name("") == case.clip_name("") == case.meta["clip"]["name"]
+
+
+PATTERNS = {
+    "clip_frames": r"clips of (\d+) frames",
+    "memory_frames": r"(\d+)\*HW",
+    "pointer_tokens": r"(\d+) pointer tokens",
+    "image_size": r"BILINEAR (\d+)",
+    "n_frames": r"make_video\((\d+)",
+}
 
 
 def test_another_salt_fails(tmp_path):

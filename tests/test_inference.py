@@ -1,6 +1,5 @@
 """A whole video through the compiled steps: chunks, expressions, lengths."""
 
-import jax
 import numpy as np
 import pytest
 from test_models_virst import SMALL, random_params
@@ -8,7 +7,12 @@ from test_models_virst import SMALL, random_params
 from virst_jax.data.frames import eval_anchors
 from virst_jax.data.sequence import splice
 from virst_jax.errors import UserError
-from virst_jax.inference.steps import Network
+from virst_jax.inference.plan import Options, check_options
+from virst_jax.inference.steps import CompileWatch, Network, watch_compiling
+from virst_jax.inference.stream import encode_in_order, propagate
+from virst_jax.inference.texts import cut_behind_video
+from virst_jax.inference.tiles import MaskTiles
+from virst_jax.ops.resize import resize_maps
 
 
 @pytest.fixture(scope="module")
@@ -17,39 +21,43 @@ def network() -> Network:
 
 
 def prompt(word: int) -> list[int]:
-    return [word, word + 1, -200, word + 2, word, SMALL.seg_token_id, word + 1, SMALL.seg_token_id]
+    return [1, 2, -200, word + 2, word, SMALL.seg_token_id, word + 1, SMALL.seg_token_id]
 
 
 def segment(network: Network, video: np.ndarray, words: list[int], chunk: int, slots: int = 4) -> np.ndarray:
-    """Low-resolution logits [T, O, L, L]."""
+    """Low-resolution logits [O, T, L, L]."""
     rng = np.random.default_rng(1)
     side = SMALL.vision.image_size
-    clips = rng.standard_normal((1, 4, side, side, 3)).astype(np.float32)
+    clips = rng.integers(0, 256, (1, 4, side, side, 3), dtype=np.uint8)
     labels = [-100] * 4 + prompt(0)[4:]
-    rows = [splice(prompt(word), labels, 64, SMALL.seg_token_id, length=80) for word in words]
-    stack = [
-        np.stack([getattr(r, key) for r in rows]) for key in ("token_ids", "visual_index", "mask", "seg_positions")
-    ]
+    rows = [splice(prompt(word), labels, 64, SMALL.seg_token_id) for word in words]
+    texts = cut_behind_video(rows, free_slots=64)
     seg_frames = np.linspace(0, len(video) - 1, 8).round().astype(int)
-    features = network.encode_frames(video[i] for i in seg_frames)
-    understood = network.understand(clips, features.top, *stack)
+    features = [network.encode_batch(video[i : i + 1], 1)[0] for i in seg_frames]
+    tops = [x.top for x in features]
+    visual = network.encode_visual(clips, 2)
+    cache = network.read_video(visual, texts.prefix_ids, texts.prefix_visual, texts.prefix_mask).cache
+    hidden = network.read_text(cache, *texts.batch(0, len(words), len(words)), tops).seg_hidden
     anchors = np.asarray(eval_anchors(8))
-    state = network.prompt_anchors(
-        jax.tree.map(lambda x: x[anchors], features), seg_frames[anchors], understood.prompts[:, :, anchors], slots
-    )
-    return np.stack([np.asarray(f.prediction.low_res) for f in network.track(state, video, len(video), chunk=chunk)])
+    prompts, _ = network.fuse(hidden, tops, np.pad(anchors, (0, slots - len(anchors))))
+    batch = network.start([features[i] for i in anchors], seg_frames[anchors].tolist(), prompts, slots)
+    known = dict(zip(seg_frames.tolist(), features))
+    order = ((i, None if i in known else video[i]) for i in range(len(video)))
+    encoded = encode_in_order(network, order, known, 1)
+    chunks = propagate(network, [batch], encoded, len(video), (40, 56), chunk=chunk, keep_tracked=True)
+    return np.concatenate([c.tracked[0].prediction.low_res for c in chunks]).swapaxes(0, 1)
 
 
 def video(count: int) -> np.ndarray:
     size = SMALL.sam2.image_size
-    return np.random.default_rng(count).standard_normal((count, size, size, 3)).astype(np.float32)
+    return np.random.default_rng(count).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])
 def test_chunks_do_not_matter(network, count):
     frames = video(count)
     whole = segment(network, frames, [3, 7], chunk=4)
-    assert whole.shape == (count, 2, SMALL.sam2.low_res_size, SMALL.sam2.low_res_size)
+    assert whole.shape == (2, count, SMALL.sam2.low_res_size, SMALL.sam2.low_res_size)
     np.testing.assert_array_equal(segment(network, frames, [3, 7], chunk=3), whole)
     np.testing.assert_array_equal(segment(network, frames, [3, 7], chunk=4, slots=6), whole)
 
@@ -57,13 +65,13 @@ def test_chunks_do_not_matter(network, count):
 def test_expressions_do_not_see_each_other(network):
     frames = video(6)
     both = segment(network, frames, [3, 7], chunk=4)
-    alone = np.concatenate([segment(network, frames, [word], chunk=4) for word in (3, 7)], axis=1)
+    alone = np.concatenate([segment(network, frames, [word], chunk=4) for word in (3, 7)])
     np.testing.assert_allclose(both, alone, rtol=1e-4, atol=2e-5 * np.abs(both).max())
     np.testing.assert_allclose(
-        segment(network, frames, [7, 3], chunk=4), both[:, ::-1], rtol=1e-4, atol=2e-5 * np.abs(both).max()
+        segment(network, frames, [7, 3], chunk=4), both[::-1], rtol=1e-4, atol=2e-5 * np.abs(both).max()
     )
     # what one word changes is ten times what the order of sums does
-    assert np.abs(both[:, 0] - both[:, 1]).max() > 2e-4 * np.abs(both).max()
+    assert np.abs(both[0] - both[1]).max() > 2e-4 * np.abs(both).max()
 
 
 def test_videos_of_any_length_share_the_compiled_functions(network):
@@ -72,6 +80,50 @@ def test_videos_of_any_length_share_the_compiled_functions(network):
     for count in (2, 7, 12):
         segment(network, video(count), [3, 7], chunk=4)
     assert network.num_compiled == compiled
+
+
+def test_compiling_is_told_to_whom_it_concerns():
+    network = Network(SMALL, None)
+    tiles = MaskTiles((9, 7), SMALL.sam2.low_res_size)
+    told: dict[str, list[str]] = {"a": [], "b": []}
+    a, b = (CompileWatch(told[name].append) for name in told)
+    side = SMALL.sam2.low_res_size
+    for watch, count in ((a, 1), (b, 1), (b, 2), (a, 2)):
+        with watch_compiling(watch):
+            network.resize_masks(np.zeros((count, side, side), np.float32), *tiles.matrices[0][0])
+    network.resize_masks(np.zeros((3, side, side), np.float32), *tiles.matrices[0][0])
+    assert told == {"a": ["resize_masks"], "b": ["resize_masks"]}
+    assert min(a.seconds, b.seconds) > 0
+
+
+@pytest.mark.parametrize("size", [(7, 11), (256, 300), (521, 40)])
+def test_tiles_make_up_the_masks(size):
+    network, side = Network(SMALL, None), SMALL.sam2.low_res_size
+    low_res = np.random.default_rng(0).standard_normal((2, 3, side, side)).astype(np.float32)
+    tiles = MaskTiles(size, side)
+    masks = tiles.join([[network.resize_masks(low_res, *pair) for pair in row] for row in tiles.matrices])
+    expected = np.asarray(resize_maps(low_res, size))
+    assert masks.shape == expected.shape
+    assert ((masks != (expected > 0)) <= (np.abs(expected) < 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(seed="x"), "the seed must be an integer or a list of integers, not str 'x'"),
+        (Options(seed=None), "the seed must be an integer"),
+        (Options(seed=True), "the seed must be an integer"),
+        (Options(seed=[1, 2.5]), "the seed must be an integer"),
+        (Options(seed=-1), "the seed is -1; give integers of 0 or more"),
+        (Options(anchors=3), "anchors must be a list of frame numbers, not 3"),
+        (Options(anchors=[1.5]), "anchors must be a list of frame numbers"),
+        (Options(anchors=[]), "0 anchors were given; give 1 to 8"),
+        (Options(anchors=[-1]), "anchor -1 is no frame"),
+    ],
+)
+def test_options_that_fit_no_video(options, message):
+    with pytest.raises(UserError, match=message):
+        check_options(SMALL, options)
 
 
 def test_splice():

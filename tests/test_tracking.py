@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from virst_jax.config import Compute, HieraConfig, Sam2Config, VirstConfig, virst_7b
 from virst_jax.inference.steps import Network
+from virst_jax.inference.stream import propagate
 from virst_jax.models.sam2.anchors import select_anchors
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.models.sam2.tracker import Anchors, MemoryBank, Tracked, Tracker
@@ -305,12 +306,13 @@ def test_one_program_tracks_videos_of_any_length(monkeypatch: pytest.MonkeyPatch
     network = Network(VirstConfig(sam2=CFG), {"sam2": parameters()})
     rng = np.random.RandomState(3)
     for length, anchors in ((3, [1]), (10, [0, 7]), (5, [4])):
-        video = rng.standard_normal((length, CFG.image_size, CFG.image_size, 3)).astype(np.float32)
-        images = network.encode_frames(video[anchors])
-        tokens = rng.standard_normal((2, 4, len(anchors), CFG.hidden_size)).astype(np.float32)
-        prompted = network.prompt_anchors(images, np.array(anchors), jnp.asarray(tokens), slots=3)
-        results = list(network.track(prompted, iter(video), length))
+        video = rng.randint(0, 256, (length, CFG.image_size, CFG.image_size, 3), np.uint8)
+        images = [network.encode_batch(frame[None], 1)[0] for frame in video]
+        tokens = rng.standard_normal((2, 3, 4, CFG.hidden_size)).astype(np.float32)
+        batch = network.start([images[i] for i in anchors], anchors, jnp.asarray(tokens), slots=3)
+        chunks = list(propagate(network, [batch], images, length, (30, 40), keep_tracked=True))
+        results = np.concatenate([chunk.tracked[0].prediction.low_res for chunk in chunks])
         assert len(results) == length
-        assert all(np.isfinite(x.prediction.low_res).all() for x in results)
+        assert np.isfinite(results).all()
     assert {name: step._cache_size() for name, step in network._compiled.items()} == dict.fromkeys(network._compiled, 1)
     assert network.num_compiled == len(network._compiled)

@@ -20,19 +20,10 @@ from virst_jax.data.prompts import Tokenizer, build_chat, load_tokenizer, time_m
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
+from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed
 from virst_jax.inference.steps import Network
-from virst_jax.inference.stream import (
-    SCALE,
-    TEXT_BUCKET,
-    FrameMasks,
-    Options,
-    Plan,
-    Progress,
-    ReleaseRandom,
-    Seed,
-    SegmentationStream,
-    round_up,
-)
+from virst_jax.inference.stream import FrameMasks, Progress, SegmentationStream
+from virst_jax.inference.texts import TEXT_BUCKET, round_up
 from virst_jax.io import model_folder
 from virst_jax.io.video import ArrayReader, open_video
 from virst_jax.models.generate import generate
@@ -293,7 +284,7 @@ class Model:
         side = cfg.vision.image_size
         resized = {n: resize_frames(f[None], side, "bicubic")[0] for n, f in zip(unique, reader.pick(unique))}
         clips = np.stack([resized[n] for n in numbers]).reshape(-1, clip, side, side, 3)
-        visual = self.network.encode_visual(clips, max(len(clips), cfg.max_video_frames // clip), SCALE)
+        visual = self.network.encode_visual(clips, max(len(clips), cfg.max_video_frames // clip))
         count = len(clips) * visual[0].shape[0]
         length = round_up(len(prompt.input_ids) - 1 + count, TEXT_BUCKET)
         row = splice(prompt.input_ids.tolist(), prompt.labels.tolist(), count, cfg.seg_token_id, length)

@@ -1,8 +1,8 @@
 """A parity case on disk, and what comparing an output with ours gives.
 
-A case is NAME.json (config, manifest of parameter names and shapes, how inputs are made) and NAME.npz (outputs of the
-PyTorch release, channels first). Weights and inputs follow from names and shapes by weights_rule.py, or, in recorded
-cases, come from a converted checkpoint and from the case's arrays.
+A case is NAME.json (config, manifest of parameter names and shapes, fields that say how inputs are made) and NAME.npz
+(outputs of the PyTorch release, channels first). Weights and inputs follow from names and shapes by weights_rule.py,
+or, in recorded cases, come from a converted checkpoint and from the case's arrays.
 """
 
 import json
@@ -43,7 +43,7 @@ def close(output: str, ours: Any, theirs: Any, relative: float = 1e-4) -> Check:
         return Check(output, False, note=f"shape {list(ours.shape)}, expected {list(theirs.shape)}")
     error, norm = np.linalg.norm(ours - theirs), np.linalg.norm(theirs)
     value = float(error / norm) if norm else float(error)
-    return Check(output, value <= relative, float(np.abs(ours - theirs).max(initial=0)), value)
+    return Check(output, bool(value <= relative), float(np.abs(ours - theirs).max(initial=0)), value)
 
 
 def within(output: str, ours: Any, theirs: Any, bound: float, note: str = "") -> Check:
@@ -52,7 +52,7 @@ def within(output: str, ours: Any, theirs: Any, bound: float, note: str = "") ->
     if ours.shape != theirs.shape:
         return Check(output, False, note=f"shape {list(ours.shape)}, expected {list(theirs.shape)}")
     error = float(np.abs(ours - theirs).max(initial=0))
-    return Check(output, error <= bound, error, note=note)
+    return Check(output, bool(error <= bound), error, note=note)
 
 
 def exact(output: str, ours: Any, theirs: Any, note: str = "") -> Check:
@@ -67,7 +67,7 @@ def same_masks(output: str, ours: np.ndarray, theirs: np.ndarray, least: float =
         return Check(output, False, note=f"shape {list(ours.shape)}, expected {list(theirs.shape)}")
     overlap, union = (ours & theirs).sum((1, 2)), (ours | theirs).sum((1, 2))
     iou = float(np.where(union > 0, overlap / np.maximum(union, 1), 1.0).min())
-    return Check(output, iou >= least, iou=iou, note=f"{int((ours != theirs).sum())} pixels differ")
+    return Check(output, bool(iou >= least), iou=iou, note=f"{int((ours != theirs).sum())} pixels differ")
 
 
 @dataclass
@@ -88,24 +88,32 @@ class Case:
 
     @property
     def text(self) -> str:
-        """How the inputs are made, in words."""
+        """How the inputs are made, in words; in cases of before, these alone give some of the numbers."""
         return self.meta.get("inputs", "")
 
     def input(self, name: str, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
         return make_input(name, shape, self.salt, scale)
 
-    def number(self, pattern: str, default: int) -> int:
-        """A number in the words about the inputs: the pattern's first group."""
+    def number(self, name: str, pattern: str, default: int) -> int:
+        """The field `name`, or in cases of before, that have none, the pattern's first group in the words `inputs`."""
+        if name in self.meta:
+            return int(self.meta[name])
         match = re.search(pattern, self.text)
         return int(match.group(1)) if match else default
 
-    def named(self, ending: str, default: str) -> str:
-        """The name in the words about the inputs that ends so."""
-        match = re.search(rf'"([^"]*{re.escape(ending)})"', self.text)
-        return match[1] if match else default
+    def clip_name(self, default: str) -> str:
+        """Name of the input that makes the clips: the field clip.name, or the one in the words that ends in .clip."""
+        given = self.meta.get("clip", {}).get("name")
+        match = re.search(r'"([^"]*\.clip)"', self.text)
+        return str(given) if given else match[1] if match else default
 
     def shape(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """An input's shape in the words about the inputs, given as `"name",(2,3)`, `"name" (2,3)` or `(2,3)="name"`."""
+        """An input's shape: of the field `shapes`, or as the words give it.
+
+        They write `"name",(2,3)`, `"name" (2,3)` or `(2,3)="name"`.
+        """
+        if name in self.meta.get("shapes", {}):
+            return tuple(self.meta["shapes"][name])
         quoted, sizes = re.escape(f'"{name}"'), r"\(([\d\s,]+)\)"
         match = re.search(rf"{quoted}[\s,]*{sizes}|{sizes}\s*=\s*{quoted}", self.text)
         return tuple(int(size) for size in re.findall(r"\d+", match[1] or match[2])) if match else default

@@ -151,7 +151,7 @@ def run_token_merge(case: Case) -> None:
     heads, width = sizes["heads"], sizes["dim"]
     patches = case.shape("tome.x", (3, 784, width))[1]
     odd = case.shape("tome.z", (1, 100, width))[1]
-    frames = case.number(r"clips of (\d+) frames", 4)
+    frames = case.number("clip_frames", r"clips of (\d+) frames", 4)
     clips = out["video_merged"].shape[0]
     inputs = {
         "image": case.input("tome.x", (out["image_merged"].shape[0], patches, width)),
@@ -201,8 +201,8 @@ def run_memory(case: Case) -> None:
     cfg = sam2_config(case.meta["manifest"], "", case.meta["config"]["image_size"], None)
     params, compute = case.params(list(sam2_rules(cfg)), SEG_MODEL)["sam2"], compute_of(case)
     positions, batch, width = out["attended"].shape
-    pointers = case.number(r"(\d+) pointer tokens", 8)
-    keys = case.number(r"(\d+)\*HW", 3) * positions + pointers
+    pointers = case.number("pointer_tokens", r"(\d+) pointer tokens", 8)
+    keys = case.number("memory_frames", r"(\d+)\*HW", 3) * positions + pointers
     size = cfg.feature_size
 
     def batch_first(name: str, shape: tuple[int, ...]) -> np.ndarray:

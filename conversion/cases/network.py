@@ -4,7 +4,7 @@ Axes: T frames, F segmentation frames, A anchors, D width of the language model,
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,13 +18,15 @@ from conversion.weights_rule import make_input, make_video
 from virst_jax.config import FusionConfig, LoraConfig, VirstConfig, virst_7b
 from virst_jax.data.frames import eval_anchors
 from virst_jax.data.sequence import splice
-from virst_jax.data.transforms import sam_pixels, vlm_pixels
+from virst_jax.data.transforms import normalize, resize_frames, sam_pixels
 from virst_jax.errors import UserError
-from virst_jax.inference.steps import Network
+from virst_jax.inference.plan import Plan
+from virst_jax.inference.steps import SCALE, UNIT_SCALE, Network, Scale
+from virst_jax.inference.stream import Chunk, anchor_positions, propagate
+from virst_jax.inference.texts import cut_behind_video
 from virst_jax.io.model_folder import load_model
 from virst_jax.models.sam2.sam2 import Features
 from virst_jax.models.virst import Virst
-from virst_jax.ops.resize import resize_maps
 
 SEG_MODEL = "model.seg_model."
 LOW_PRECISION = 5e-2  # relative L2 error that bfloat16 explains over a network of this depth
@@ -35,7 +37,7 @@ def network_config(case: Case) -> VirstConfig:
     """The config of a case's network, from its sizes and its manifest."""
     given, manifest = case.meta["config"], case.meta["manifest"]
     sizes, full = given["tiny"], virst_7b()
-    image = given.get("image_size") or case.number(r"BILINEAR (\d+)", 1024)
+    image = given.get("image_size") or case.number("image_size", r"BILINEAR (\d+)", 1024)
     sam2 = sam2_config(manifest, SEG_MODEL, image, sizes and sizes["hiera"])
     attended = given.get("max_cond_frames_in_attn", sam2.max_anchors_attended)
     remembered = given.get("num_maskmem", sam2.num_maskmem)
@@ -98,13 +100,15 @@ def _video(case: Case) -> np.ndarray:
     return make_video(meta["n_frames"], meta["hw"][0], meta["hw"][1], salt=salt)
 
 
-def _video_clips(case: Case, cfg: VirstConfig, video: np.ndarray) -> np.ndarray:
+def _video_clips(case: Case, cfg: VirstConfig, video: np.ndarray) -> tuple[np.ndarray, Scale]:
+    """Clips number[clips, frames, S, S, 3], and what normalises them."""
     meta, clip = case.meta, case.meta.get("clip", {})
     if clip.get("from") == "frames":
-        pixels = vlm_pixels(video[meta["vlm_idx"]], cfg.vision.image_size)
-        return pixels.reshape(-1, cfg.vision.clip_frames, *pixels.shape[1:])
-    name = clip.get("name") or case.named(".clip", f"{case.name}.clip")
-    return rule_clips(case, name, cfg, meta["t_vlm"], clip.get("salt", case.salt))
+        pixels = resize_frames(video[meta["vlm_idx"]], cfg.vision.image_size, "bicubic")
+        return pixels.reshape(-1, cfg.vision.clip_frames, *pixels.shape[1:]), SCALE
+    return rule_clips(
+        case, case.clip_name(f"{case.name}.clip"), cfg, meta["t_vlm"], clip.get("salt", case.salt)
+    ), UNIT_SCALE
 
 
 class Comparison:
@@ -140,71 +144,92 @@ class Comparison:
 
 
 def run_e2e(case: Case) -> None:
+    """Drives the steps that `segment` runs, in its exact mode, and compares what they compute on the way."""
     network = _network(case)
     cfg, meta, compare = network.cfg, case.meta, Comparison(case)
     video = _video(case)
-    clips = _video_clips(case, cfg, video)
+    clips, scale = _video_clips(case, cfg, video)
     seg_frames = meta["sam_idx"]
-    anchors = eval_anchors(len(seg_frames), cfg.frames_per_anchor)
-    anchor_frames = [seg_frames[i] for i in anchors]
-    compare.add(exact("cond_frames", sorted(set(anchor_frames)), meta["cond_frames"]))
+    plan = Plan(tuple(range(clips.shape[0] * clips.shape[1])), tuple(seg_frames), _anchors(cfg, seg_frames))
+    compare.add(exact("cond_frames", sorted(set(plan.anchor_frames)), meta["cond_frames"]))
 
-    # one frame at a time: float32 pixels of a long video would not fit
-    def pixels(indices: Iterable[int], resample: str) -> Iterator[np.ndarray]:
-        return (sam_pixels(video[i : i + 1], cfg.sam2.image_size, resample)[0] for i in indices)
+    # one frame at a time: pixels of a long video would not fit
+    def encode(number: int, resample: str) -> Features:
+        pixels = resize_frames(video[number : number + 1], cfg.sam2.image_size, resample)
+        (features,) = network.encode_batch(pixels, 1)
+        return features
 
-    compare.pixels("clip_pixels", clips.reshape(-1, *clips.shape[2:]))
-    compare.pixels("sam_pixels", next(pixels(seg_frames, "bilinear")))
-    compare.pixels("track_pixels", next(pixels([0], "bicubic")))
+    normalised = clips if scale is UNIT_SCALE else normalize(clips)
+    compare.pixels("clip_pixels", normalised.reshape(-1, *clips.shape[2:]))
+    compare.pixels("sam_pixels", sam_pixels(video[seg_frames[:1]], cfg.sam2.image_size, "bilinear")[0])
+    compare.pixels("track_pixels", sam_pixels(video[:1], cfg.sam2.image_size, "bicubic")[0])
 
-    prompts = _language(network, compare, clips, pixels(seg_frames, "bilinear"))
-    features = network.encode_frames(pixels(anchor_frames, "bicubic"))
-    if anchor_frames[0] == 0:
-        _levels(compare, "track", features)
-    state = network.prompt_anchors(
-        features, np.asarray(anchor_frames), prompts[:, :, np.asarray(anchors)], len(anchors)
-    )
-    tracked = network.track(state, pixels(range(len(video)), "bicubic"), len(video), keep_memory=True)
-    _tracking(compare, cfg, tracked, video.shape[1:3])
+    tops = {}
+    for number in dict.fromkeys(seg_frames):
+        features = encode(number, "bilinear")
+        if number == seg_frames[0]:
+            _levels(compare, "seg", features)
+        tops[number] = features.top
+    prompts = _language(network, compare, clips, scale, [tops[number] for number in seg_frames])
+    known = {number: encode(number, "bicubic") for number in plan.anchor_frames}
+    if plan.anchor_frames[0] == 0:
+        _levels(compare, "track", known[0])
+    chosen = jnp.asarray(prompts)[:, anchor_positions(cfg, plan)]
+    batch = network.start([known[n] for n in plan.anchor_frames], plan.anchor_frames, chosen, cfg.max_anchors)
+    frames = (known.pop(n) if n in known else encode(n, "bicubic") for n in range(len(video)))
+    size = (video.shape[1], video.shape[2])
+    _tracking(compare, cfg, propagate(network, [batch], frames, len(video), size, keep_tracked=True), size)
+
+
+def _anchors(cfg: VirstConfig, seg_frames: list[int]) -> tuple[int, ...]:
+    return tuple(eval_anchors(len(seg_frames), cfg.frames_per_anchor))
 
 
 def _levels(compare: Comparison, name: str, features: Features) -> None:
     for i, level in enumerate((features.high0, features.high1, features.top)):
-        compare.close(f"{name}_fpn{i}", channels_first(level[0]))
+        compare.close(f"{name}_fpn{i}", channels_first(level))
 
 
-def _language(network: Network, compare: Comparison, clips: np.ndarray, frames: Iterator[np.ndarray]) -> jax.Array:
-    """Everything up to the prompts dtype[1, N, F, C], which it returns."""
+def _language(
+    network: Network, compare: Comparison, clips: np.ndarray, scale: Scale, tops: list[jax.Array]
+) -> jax.Array:
+    """Everything up to the prompts of all segmentation frames, dtype[1, F, N, C], which it returns."""
     cfg, meta = network.cfg, compare.case.meta
-    features = network.encode_frames(frames)
-    _levels(compare, "seg", features)
-    visual = clips.shape[0] * clips.shape[1] * cfg.vision.tokens_per_frame
-    sequence = splice(meta["input_ids"], meta["labels"], visual, cfg.seg_token_id)
-    rows = (sequence.token_ids, sequence.visual_index, sequence.mask, sequence.seg_positions)
-    understood = network.understand(clips, features.top, *(row[None] for row in rows))
-    compare.close("visual_tokens", understood.visual_tokens)
-    compare.close("inputs_embeds", understood.inputs_embeds)
-    compare.close("hidden_layers", understood.hidden_layers[:, 0])
-    compare.close("seg_hidden", understood.seg_hidden)
-    compare.close("prompts", understood.prompts)
-    compare.close("frame_scores", understood.frame_scores)
-    return understood.prompts
+    slots = max(len(clips), cfg.max_video_frames // cfg.vision.clip_frames)
+    visual = network.encode_visual(clips, slots, scale)
+    compare.close("visual_tokens", np.concatenate([np.asarray(x, np.float32) for x in visual[: len(clips)]])[None])
+    tokens = len(clips) * visual[0].shape[0]
+    row = splice(meta["input_ids"], meta["labels"], tokens, cfg.seg_token_id)
+    texts = cut_behind_video([row], slots * visual[0].shape[0] - tokens)
+    ids, mask, seg = texts.batch(0, 1, 1)
+    video = network.read_video(visual, texts.prefix_ids, texts.prefix_visual, texts.prefix_mask, keep_embeds=True)
+    text = network.read_text(video.cache, ids, mask, seg, tops, keep_layers=True)
+    parts = [(video.embeds, texts.prefix_mask), (text.embeds, mask)]
+    compare.close("inputs_embeds", np.concatenate([np.asarray(x, np.float32)[valid] for x, valid in parts])[None])
+    assert text.layers is not None
+    compare.close("hidden_layers", np.asarray(jnp.concatenate([text.layers[:, 0], text.seg_hidden]), np.float32))
+    compare.close("seg_hidden", text.seg_hidden)
+    prompts, scores = network.fuse(text.seg_hidden, tops, np.arange(len(tops), dtype=np.int32))
+    compare.close("prompts", prompts.swapaxes(1, 2))
+    compare.close("frame_scores", scores)
+    return prompts
 
 
-def _tracking(compare: Comparison, cfg: VirstConfig, tracked: Iterable[Any], size: tuple[int, ...]) -> None:
+def _tracking(compare: Comparison, cfg: VirstConfig, chunks: Iterable[Chunk], size: tuple[int, int]) -> None:
     out = compare.case.outputs
     low_res, pointers, scores, masks = [], [], [], []
     memories: dict[str, np.ndarray] = {}
-    for t, frame in enumerate(tracked):
-        prediction = frame.prediction
-        low_res.append(np.asarray(prediction.low_res[0]))
-        pointers.append(np.asarray(prediction.pointer[0], np.float32))
-        scores.append(float(prediction.object_score[0]))
-        masks.append(np.asarray(resize_maps(prediction.low_res[0], (size[0], size[1])) > 0))
-        if f"memory_{t}" in compare:
-            side = cfg.sam2.feature_size
-            memory = np.asarray(frame.memory[0], np.float32).reshape(side, side, -1)
-            memories[f"memory_{t}"] = compare.thin(f"memory_{t}", channels_first(memory))
+    for chunk in chunks:
+        (tracked,) = chunk.tracked
+        masks += list(chunk.masks[0])
+        scores += list(chunk.scores[0])
+        low_res += list(np.asarray(tracked.prediction.low_res[:, 0]))
+        pointers += list(np.asarray(tracked.prediction.pointer[:, 0], np.float32))
+        for t, memory in enumerate(tracked.memory[:, 0], chunk.start):
+            if f"memory_{t}" in compare:
+                side = cfg.sam2.feature_size
+                rows = np.asarray(memory, np.float32).reshape(side, side, -1)
+                memories[f"memory_{t}"] = compare.thin(f"memory_{t}", channels_first(rows))
     compare.close("low_res_masks", np.stack(low_res), 1e-3)
     compare.close("obj_ptr", np.stack(pointers), 1e-3)
     theirs = out["object_score_logits"]

@@ -61,22 +61,33 @@ def _unpack(masks: list[str], index: int, height: int, width: int) -> np.ndarray
 
 
 def run_prompts(case: Case) -> None:
+    """Conversations, and where the case has them, chats. What a row does not name keeps its default."""
     folder: Path | None = case.tokenizer
     if folder is None:
         raise UserError(f"{case.name}: needs the Qwen2 tokenizer; give its folder with --tokenizer")
     tokenizer = prompts.load_tokenizer(folder)
-    case.checks.append(exact("seg_token_id", tokenizer.seg_id, case.meta["seg_token_id"]))
+    if "seg_token_id" in case.meta:
+        case.checks.append(exact("seg_token_id", tokenizer.seg_id, case.meta["seg_token_id"]))
     wrong: dict[str, list[str]] = {"input_ids": [], "labels": [], "conversation": []}
     for row in case.meta["rows"]:
-        prompt = prompts.build_prompt(
-            tokenizer, row["expression"], question_index=row["question_index"], answer_index=row["answer_index"]
-        )
+        options = {key: value for key, value in row.items() if key not in wrong}
+        prompt = prompts.build_prompt(tokenizer, options.pop("expression"), **options)
         ours = {"input_ids": prompt.input_ids.tolist(), "labels": prompt.labels.tolist()}
         for key, value in {**ours, "conversation": prompt.conversation}.items():
             if value != row[key]:
                 wrong[key].append(row["expression"])
     for key, rows in wrong.items():
         _all(case, key, rows, len(case.meta["rows"]))
+    chats = case.meta.get("chat", [])
+    differ = []
+    for row in chats:
+        history = [(question, answer) for question, answer in row["history"]]
+        prompt = prompts.build_chat(tokenizer, row["question"], time=row["time_message"], history=history)
+        text = tokenizer.decode(prompt.input_ids)
+        if prompt.input_ids.tolist() != row["input_ids"] or text != row["prompt"].replace("<image>", ""):
+            differ.append(row["question"])
+    if chats:
+        _all(case, "chat", differ, len(chats))
 
 
 def run_frame_indices(case: Case) -> None:

@@ -26,13 +26,29 @@ ELLIPSE = re.compile(r"\(\(y-(\d+)-(\d+)t\)/(\d+)\)\^2\+\(\(x-(\d+)-(\d+)t\)/(\d
 
 
 def ellipse_targets(case: Case, count: int, size: int) -> np.ndarray:
-    """The targets that the words describe, bool[T, R, R]: a drifting ellipse, absent on one frame."""
-    match = ELLIPSE.search(case.text)
-    y0, dy, height, x0, dx, width = map(int, match.groups()) if match else (400, 20, 180, 300, 60, 240)
+    """The targets, bool[T, R, R]: a drifting ellipse, absent on some frames. Numbers are pairs of y and x."""
+    given = case.meta.get("ellipse") or _ellipse_in_words(case)
+    (y0, x0), (dy, dx), (height, width) = (given[key] for key in ("center", "velocity", "radii"))
     y, x = np.mgrid[:size, :size]
     masks = [((y - y0 - dy * t) / height) ** 2 + ((x - x0 - dx * t) / width) ** 2 < 1 for t in range(count)]
-    absent = case.number(r"empty at t=(\d+)", 5)
-    return np.stack([mask & (t != absent) for t, mask in enumerate(masks)])
+    return np.stack([mask & (t not in given["absent"]) for t, mask in enumerate(masks)])
+
+
+def _ellipse_in_words(case: Case) -> dict[str, Any]:
+    match = ELLIPSE.search(case.text)
+    y0, dy, height, x0, dx, width = map(int, match.groups()) if match else (400, 20, 180, 300, 60, 240)
+    absent = case.number("absent", r"empty at t=(\d+)", 5)
+    return {"center": [y0, x0], "velocity": [dy, dx], "radii": [height, width], "absent": [absent]}
+
+
+def _video(case: Case) -> np.ndarray:
+    """uint8[T, H, W, 3]"""
+    count = case.number("n_frames", r"make_video\((\d+)", 6)
+    height, width = case.meta.get("hw") or (
+        case.number("height", r"make_video\(\d+, (\d+)", 96),
+        case.number("width", r"make_video\(\d+, \d+, (\d+)", 128),
+    )
+    return make_video(count, height, width, salt=case.meta.get("video_salt", case.salt))
 
 
 def run_train_loss(case: Case) -> None:
@@ -42,11 +58,9 @@ def run_train_loss(case: Case) -> None:
     if weights:
         cfg = dataclasses.replace(cfg, loss=dataclasses.replace(cfg.loss, **weights))
     params = rule_params(case, cfg)
-    count = case.number(r"make_video\((\d+)", 6)
-    hw = (case.number(r"make_video\(\d+, (\d+)", 96), case.number(r"make_video\(\d+, \d+, (\d+)", 128))
-    video = make_video(count, hw[0], hw[1], salt=meta.get("video_salt", case.salt))
-    name = case.named(".clip", "train.clip")
-    clips = rule_clips(case, name, cfg, case.shape(name, (1, 4))[1], case.salt)
+    video = _video(case)
+    name = case.clip_name("train.clip")
+    clips = rule_clips(case, name, cfg, meta.get("t_vlm") or case.shape(name, (1, 4))[1], case.salt)
     visual = clips.shape[0] * clips.shape[1] * cfg.vision.tokens_per_frame
     sequence = splice(meta["input_ids"], meta["labels"], visual, cfg.seg_token_id)
     batch = VideoBatch(
@@ -57,7 +71,7 @@ def run_train_loss(case: Case) -> None:
         mask=jnp.asarray(sequence.mask)[None],
         seg_positions=jnp.asarray(sequence.seg_positions)[None],
         frames=jnp.asarray(sam_pixels(video, cfg.sam2.image_size, "bilinear")),
-        targets=jnp.asarray(ellipse_targets(case, count, cfg.sam2.image_size)[meta["frames_used"]])[None],
+        targets=jnp.asarray(ellipse_targets(case, len(video), cfg.sam2.image_size)[meta["frames_used"]])[None],
         anchors=jnp.asarray(meta["cond_frames"]),
         frames_used=jnp.asarray(meta["frames_used"]),
     )

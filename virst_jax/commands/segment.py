@@ -162,7 +162,7 @@ def segment_to_folder(
     Raises:
       UserError: bad input, or with `resume` a folder of another run.
     """
-    from virst_jax.inference.stream import check_expressions
+    from virst_jax.inference.texts import check_expressions
 
     expressions = check_expressions(model.tokenizer, expressions)
     settings = {

@@ -4,63 +4,42 @@ The video is decoded twice, by a thread that runs ahead: once for the frames tha
 the language model and the fusion read, once for tracking. Features of sampled frames are kept until tracking has
 passed them.
 
-Axes: N expressions, O expressions of a group, T frames, H, W size of the video, F segmentation frames, A anchors,
-P positions of a prefix, L of a text, R side of the tracker's image.
+Axes: N expressions, O expressions of a batch, T frames, H, W size of the video, F segmentation frames, A anchors,
+R side of the tracker's image, S side of the video encoder's image.
 """
 
 import contextlib
-import random
+import functools
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 
 from virst_jax.config import VirstConfig
-from virst_jax.data.frames import eval_anchors, flex_frames, segmentation_frames
-from virst_jax.data.prompts import (
-    ANSWERS,
-    QUESTIONS,
-    Tokenizer,
-    build_prompt,
-    choose_templates,
-    normalize_expression,
-)
-from virst_jax.data.sequence import splice
-from virst_jax.data.transforms import MEAN, STD, resize_frames
+from virst_jax.data.prompts import Tokenizer
+from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
-from virst_jax.inference.steps import ExpressionBatch, Network
+from virst_jax.inference import resume
+from virst_jax.inference.plan import Options, Plan, check_options, plan_frames
+from virst_jax.inference.steps import CompileWatch, ExpressionBatch, Network, watch_compiling
+from virst_jax.inference.texts import build_texts, check_expressions
+from virst_jax.inference.tiles import MaskTiles
 from virst_jax.io.video import Reader, prefetch
-from virst_jax.models.sam2.sam2 import Features, Prediction
-from virst_jax.models.sam2.tracker import Anchors, MemoryBank
+from virst_jax.models.sam2.sam2 import Features
+from virst_jax.models.sam2.tracker import MemoryBank, Tracked
 
-MAX_EXPRESSION_TOKENS = 512
-TEXT_BUCKET = 64  # texts are padded to multiples of so many tokens
-PREFIX_BUCKET = 32
 AHEAD = 8  # frames that the decoding thread may run ahead
-SCALE = (np.array(255, np.float32), MEAN, STD)
 
-Seed = int | Sequence[int]
 Progress = Callable[[str, int, int], None]
-ReleaseRandom = tuple[np.random.RandomState, random.Random]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which frames of a video are used for what, by their numbers."""
-
-    sampled: tuple[int, ...]  # read by the language model
-    segmentation: tuple[int, ...]  # read by the fusion: F of them
-    anchors: tuple[int, ...]  # positions among the segmentation frames: A of them
-
-    @property
-    def anchor_frames(self) -> tuple[int, ...]:
-        return tuple(self.segmentation[i] for i in self.anchors)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrameMasks:
     """One frame's outcome."""
 
@@ -68,138 +47,115 @@ class FrameMasks:
     masks: np.ndarray  # bool[N, H, W]
     scores: np.ndarray  # float32[N], logits: the object is there where it is above 0
 
+    def __repr__(self) -> str:
+        count, height, width = self.masks.shape
+        return f"FrameMasks(index={self.index}, masks=bool[{count}, {height}, {width}], scores={self.scores.round(2)})"
 
-@dataclass(frozen=True)
-class Options:
-    """How a video is run; see api.Model.segment."""
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FrameMasks):
+            return NotImplemented
+        mine, theirs = (self.masks, self.scores), (other.masks, other.scores)
+        return self.index == other.index and all(np.array_equal(a, b) for a, b in zip(mine, theirs))
 
-    seed: Seed = 0
-    exact: bool = False
-    anchors: Sequence[int] | None = None
-    release_random: ReleaseRandom | None = None
-    still: bool = False  # a picture
-    batch: int = 1
-    chunk: int = 4
-    group_size: int = 8
-
-
-def plan_frames(cfg: VirstConfig, num_frames: int, options: Options) -> Plan:
-    """Chooses the frames.
-
-    Raises:
-      UserError: an anchor that the video does not have, or too many.
-    """
-    if options.still:
-        return Plan((0,), (0,), (0,))
-    draws, draw = options.release_random or (None, None)
-    clip = cfg.vision.clip_frames
-    sampled = flex_frames(
-        num_frames,
-        options.seed,
-        max_frames=cfg.max_video_frames,
-        min_frames=min(8, cfg.max_video_frames),
-        clip_frames=clip,
-        release_random=draws,
-    )
-    chosen = [sampled[i] for i in segmentation_frames(len(sampled), cfg.max_seg_frames, release_random=draw)]
-    if options.anchors is None:
-        return Plan(tuple(sampled), tuple(chosen), tuple(eval_anchors(len(chosen), cfg.frames_per_anchor)))
-    anchors = sorted(set(options.anchors))
-    if not 1 <= len(anchors) <= min(cfg.max_anchors, len(chosen)):
-        raise UserError(f"{len(anchors)} anchors were given; give 1 to {min(cfg.max_anchors, len(chosen))}")
-    for frame in anchors:
-        if not 0 <= frame < num_frames:
-            raise UserError(f"anchor {frame} is no frame of the video; it has frames 0 to {num_frames - 1}")
-        # it takes the place of the nearest segmentation frame
-        free = [i for i, other in enumerate(chosen) if other not in anchors or other == frame]
-        chosen[min(free, key=lambda i: abs(chosen[i] - frame))] = frame
-    chosen.sort()
-    return Plan(tuple(sampled), tuple(chosen), tuple(chosen.index(frame) for frame in anchors))
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Conversations of a video, cut behind its visual tokens."""
+class Chunk:
+    """Consecutive frames as they come out of the tracker."""
 
-    prefix_ids: np.ndarray  # int32[1, P]
-    prefix_visual: np.ndarray  # int32[1, P], which visual token stands here; -1: text
-    prefix_mask: np.ndarray  # bool[1, P]
-    rows: list[tuple[np.ndarray, np.ndarray]]  # of every expression its ids int32[L] and [SEG] positions int32[K]
-
-    def batch(self, first: int, count: int, bucket: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`count` rows padded to `bucket` of one length: ids int32[O, L], mask bool[O, L], [SEG] int32[O, K]."""
-        rows = self.rows[first : first + count]
-        rows = rows + [rows[0]] * (bucket - count)
-        length = round_up(max(len(ids) for ids, _ in rows), TEXT_BUCKET)
-        ids = np.stack([np.pad(ids, (0, length - len(ids))) for ids, _ in rows])
-        mask = np.stack([np.arange(length) < len(ids) for ids, _ in rows])
-        return ids, mask, np.stack([seg for _, seg in rows])
+    start: int  # number of the first frame
+    masks: np.ndarray  # bool[N, T, H, W]
+    scores: np.ndarray  # float32[N, T], logits of the object's presence
+    banks: tuple[MemoryBank, ...]  # memories of every batch behind this chunk: to go on from here
+    tracked: tuple[Tracked, ...] = ()  # of every batch, leading axis T, with memories, if asked for
 
 
-def check_expressions(tokenizer: Tokenizer, expressions: str | Sequence[str]) -> tuple[str, ...]:
-    """One or many expressions as the release evaluates them: lower case, single spaces.
+def encode_in_order(
+    network: Network, frames: Iterable[tuple[int, np.ndarray | None]], known: MutableMapping[int, Features], batch: int
+) -> Iterator[Features]:
+    """Features of frames in order: numbers with pixels uint8[R, R, 3], or with None where they are in `known`.
 
-    Raises:
-      UserError: none, or one that is empty, too long or holds a control token.
+    `batch` frames are encoded at a time; what is known is taken out of `known`.
     """
-    given = (expressions,) if isinstance(expressions, str) else tuple(expressions)
-    if not given:
-        raise UserError("no expression was given: describe at least one object in words")
-    checked = tuple(normalize_expression(text) for text in given)
-    for text in checked:
-        length = len(tokenizer.encode(text))
-        if length > MAX_EXPRESSION_TOKENS:
-            raise UserError(
-                f"the expression {text[:40]!r}... takes {length} tokens, at most {MAX_EXPRESSION_TOKENS} are read: "
-                "shorten it"
-            )
-    return checked
+    source = iter(frames)
+    while True:
+        order: list[int] = []
+        pixels: list[np.ndarray] = []
+        for number, frame in source:
+            order.append(number)
+            if frame is not None:
+                pixels.append(frame)
+            if len(pixels) == batch:
+                break
+        if not order:
+            return
+        # numbers without pixels are known
+        encoded = iter(network.encode_batch(np.stack(pixels), batch) if pixels else [])
+        for number in order:
+            yield known.pop(number) if number in known else next(encoded)
 
 
-def build_texts(
-    cfg: VirstConfig, tokenizer: Tokenizer, expressions: Sequence[str], num_visual: int, slots: int, options: Options
-) -> Texts:
-    """The conversations of expressions.
+def propagate(
+    network: Network,
+    batches: Sequence[ExpressionBatch],
+    features: Iterable[Features],
+    num_frames: int,
+    size: tuple[int, int],
+    *,
+    chunk: int = 4,
+    start: int = 0,
+    keep_tracked: bool = False,
+) -> Iterator[Chunk]:
+    """Tracks all expressions through a video; one chunk is computed while the one before is taken to the host.
 
     Args:
-      expressions: from `check_expressions`.
-      num_visual: visual tokens there are.
-      slots: visual tokens there is room for.
+      features: of the frames from `start` on, in order.
+      size: height and width of the masks.
+      chunk: frames a compiled call takes; the results do not depend on it.
+      start: number of the first frame; above 0, the batches' memories must be of the frames before.
+      keep_tracked: also give what the tracker computed for every frame.
+
+    Raises:
+      UserError: there are fewer frames than `num_frames`.
     """
-    rows, heads = [], []
-    for expression in expressions:
-        question, answer = _templates(expression, options)
-        prompt = build_prompt(
-            tokenizer, expression, question_index=question, answer_index=answer, num_seg_tokens=cfg.num_seg_tokens
-        )
-        row = splice(prompt.input_ids.tolist(), prompt.labels.tolist(), num_visual, cfg.seg_token_id)
-        cut = int(np.flatnonzero(row.visual_index >= 0)[-1]) + 1
-        heads.append((row.token_ids[:cut], row.visual_index[:cut]))
-        rows.append((row.token_ids[cut:], row.seg_positions - cut))
-    ids, visual = heads[0]
-    if any(not np.array_equal(ids, other) for other, _ in heads):
-        raise ValueError("conversations of one video must begin alike")
-    length = round_up(len(ids) + slots - num_visual, PREFIX_BUCKET)
-    pad = (0, length - len(ids))
-    return Texts(
-        np.pad(ids, pad)[None],
-        np.pad(visual, pad, constant_values=-1)[None],
-        (np.arange(length) < len(ids))[None],
-        rows,
-    )
+    tiles = MaskTiles(size, network.cfg.sam2.low_res_size)
+    source = iter(features)
+    waiting: Callable[[], Chunk] | None = None
+    for first in range(start, num_frames, chunk):
+        count = min(chunk, num_frames - first)
+        taken = list(islice(source, count))
+        if len(taken) < count:
+            raise UserError(f"the video ended after {first + len(taken)} of {num_frames} frames; was it changed?")
+        outcomes = []
+        for batch in batches:
+            out = network.advance(batch, taken, first, num_frames, chunk, keep_memory=keep_tracked)
+            masks = [
+                [network.resize_masks(out.prediction.low_res, *matrices) for matrices in row] for row in tiles.matrices
+            ]
+            outcomes.append((masks, out if keep_tracked else None, out.prediction.object_score))
+        for array in jax.tree.leaves(outcomes):
+            array.copy_to_host_async()
+        if waiting is not None:
+            yield waiting()
+        rows, banks = [batch.count for batch in batches], tuple(batch.bank for batch in batches)
+        waiting = functools.partial(_fetch, tiles, first, count, rows, outcomes, banks)
+    if waiting is not None:
+        yield waiting()
 
 
-def _templates(expression: str, options: Options) -> tuple[int, int]:
-    if options.release_random is not None:
-        draw, kind = options.release_random[1], "long" if expression.endswith("?") else "short"
-        return draw.choice(range(len(QUESTIONS[kind]))), draw.choice(range(len(ANSWERS)))
-    if isinstance(options.seed, int):
-        return choose_templates(expression, options.seed)
-    return choose_templates(f"{[int(part) for part in options.seed]}:{expression}")
-
-
-def round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
+def _fetch(
+    tiles: MaskTiles,
+    first: int,
+    count: int,
+    rows: Sequence[int],
+    outcomes: Sequence[tuple[Any, Tracked | None, jax.Array]],
+    banks: tuple[MemoryBank, ...],
+) -> Chunk:
+    masks = [tiles.join(packed)[:count, :n].swapaxes(0, 1) for n, (packed, _, _) in zip(rows, outcomes)]
+    scores = [np.asarray(score)[:count, :n].T for n, (_, _, score) in zip(rows, outcomes)]
+    tracked = [jax.tree.map(lambda x, n=n: np.asarray(x)[:count, :n], t) for n, (_, t, _) in zip(rows, outcomes) if t]
+    return Chunk(first, np.concatenate(masks), np.concatenate(scores), banks, tuple(tracked))
 
 
 @dataclass(frozen=True)
@@ -211,26 +167,239 @@ class Use:
     method: str
 
 
-def sampled_pixels(reader: Reader, uses: Mapping[str, Use]) -> Iterator[tuple[int, str, np.ndarray]]:
+def sampled_pixels(reader: Reader, uses: Mapping[str, Use]) -> Generator[tuple[int, str, np.ndarray], None, None]:
     """Number, use and uint8[side, side, 3] of the frames that are used, in the order of the video."""
     numbers = sorted(frozenset[int]().union(*(use.frames for use in uses.values())))
-    for number, frame in zip(numbers, reader.pick(numbers)):
-        for name, use in uses.items():
-            if number in use.frames:
-                yield number, name, resize_frames(frame[None], use.side, use.method)[0]
+    with _closing(reader.pick(numbers)) as frames:
+        for number, frame in zip(numbers, frames):
+            for name, use in uses.items():
+                if number in use.frames:
+                    yield number, name, resize_frames(frame[None], use.side, use.method)[0]
+
+
+@contextlib.contextmanager
+def _closing(items: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """Ends an iterator that can be ended, such as a reader's generator, which then closes its file."""
+    try:
+        yield items
+    finally:
+        if hasattr(items, "close"):
+            items.close()
+
+
+@contextlib.contextmanager
+def _ahead(items: Generator[Any, None, None]) -> Iterator[Iterator[Any]]:
+    """Items made by a thread that runs ahead; behind the block it has ended, and `items` are closed."""
+    with contextlib.closing(items), contextlib.closing(prefetch(items, AHEAD)) as ready:
+        yield ready
+
+
+def _say_nothing(stage: str, done: int, total: int) -> None: ...
+
+
+class _Run:
+    """The work behind a SegmentationStream, which holds it and which it does not know."""
+
+    def __init__(
+        self,
+        network: Network,
+        tokenizer: Tokenizer,
+        reader: Reader,
+        expressions: tuple[str, ...],
+        options: Options,
+        progress: Progress | None,
+        state: resume.State | None,
+    ):
+        self.network, self.tokenizer, self.reader, self.options = network, tokenizer, reader, options
+        self.expressions = expressions
+        self.timings = dict.fromkeys(("sample", "read", "anchors", "track", "compile"), 0.0)
+        self.progress = told = progress or _say_nothing
+        self._watch = CompileWatch(lambda name: told(f"compile {name}", 0, 0))
+        self._known: dict[int, Features] = {}
+        self.first, self.batches = 0, list[ExpressionBatch]()
+        if state is not None:
+            self.first, self.batches = resume.unpack(state, network.steps, len(expressions))
+        self._reached = (self.first, [batch.bank for batch in self.batches])
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        return plan_frames(self.network.cfg, self.num_frames, self.options)
+
+    @functools.cached_property
+    def num_frames(self) -> int:
+        self.progress("decode", 0, 0)
+        return self.reader.num_frames
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            with watch_compiling(self._watch):
+                yield
+        finally:
+            self.timings[stage] += time.perf_counter() - start
+            self.timings["compile"] = self._watch.seconds
+
+    def prepare(self) -> None:
+        """Everything before tracking: reads frames and expressions, segments the anchors. Done once."""
+        plan = self.plan  # an anchor that is no frame of the video shows first
+        if self.batches:
+            return
+        with self._timed("sample"):
+            clips, tops, self._known = self._sample()
+            maps = [tops[number] for number in plan.segmentation]
+            visual = self.network.encode_visual(clips, self._visual_slots())
+            jax.block_until_ready(visual)
+        with self._timed("read"):
+            prompts = self._read(visual, len(clips), maps)
+        with self._timed("anchors"):
+            features = [self._known[number] for number in plan.anchor_frames]
+            slots = self.network.cfg.max_anchors
+            self.batches = [
+                self.network.start(features, plan.anchor_frames, prompt, slots, count) for count, prompt in prompts
+            ]
+            jax.block_until_ready([batch.anchors for batch in self.batches])
+        self._reached = (0, [batch.bank for batch in self.batches])
+
+    def _visual_slots(self) -> int:
+        """Clips of the longest video: visual tokens are padded to theirs."""
+        cfg = self.network.cfg
+        return 1 if self.options.still else cfg.max_video_frames // cfg.vision.clip_frames
+
+    def _uses(self) -> dict[str, Use]:
+        cfg, plan, exact = self.network.cfg, self.plan, self.options.exact
+        side, fusion = cfg.sam2.image_size, frozenset(plan.segmentation)
+        return {
+            "vlm": Use(frozenset(plan.sampled), cfg.vision.image_size, "bicubic"),
+            "fusion": Use(fusion if exact else frozenset(), side, "bilinear"),
+            # anchors are tracked frames; without `exact` the fusion reads features of tracked frames
+            "tracker": Use(frozenset(plan.anchor_frames) if exact else fusion, side, "bicubic"),
+        }
+
+    def _sample(self) -> tuple[np.ndarray, dict[int, jax.Array], dict[int, Features]]:
+        """Clips uint8[clips, frames, S, S, 3]; top maps of segmentation frames for the fusion; features of anchors."""
+        uses = self._uses()
+        total, done = sum(len(use.frames) for use in uses.values()), 0
+        pixels: dict[int, np.ndarray] = {}
+        features: dict[str, dict[int, Features]] = {"fusion": {}, "tracker": {}}
+        waiting: dict[str, list[tuple[int, np.ndarray]]] = {"fusion": [], "tracker": []}
+
+        def encode(name: str) -> None:
+            batch, waiting[name] = waiting[name], []
+            if batch:
+                encoded = self.network.encode_batch(np.stack([x for _, x in batch]), self.options.batch)
+                if name == "fusion":  # nothing but the top map is read
+                    encoded = [Features(x.top, x.top, x.top) for x in encoded]
+                features[name].update(zip((number for number, _ in batch), encoded))
+
+        with _ahead(sampled_pixels(self.reader, uses)) as frames:
+            for number, name, image in frames:
+                if name == "vlm":
+                    pixels[number] = image
+                else:
+                    waiting[name].append((number, image))
+                    if len(waiting[name]) == self.options.batch:
+                        encode(name)
+                done += 1
+                self.progress("encode", done, total)
+        encode("fusion")
+        encode("tracker")
+        if len(pixels) < len(uses["vlm"].frames):
+            raise UserError(f"{self.reader.name}: the video ended early; was it changed while it was read?")
+        clips = np.stack([pixels[number] for number in self.plan.sampled])
+        length = 1 if self.options.still else self.network.cfg.vision.clip_frames
+        tops = features["fusion"] if self.options.exact else features["tracker"]
+        return (
+            clips.reshape(-1, length, *clips.shape[1:]),
+            {number: x.top for number, x in tops.items()},
+            features["tracker"],
+        )
+
+    def _read(
+        self, visual: Sequence[jax.Array], num_clips: int, maps: Sequence[jax.Array]
+    ) -> list[tuple[int, jax.Array]]:
+        """Reads video and expressions; how many expressions each batch holds, and their prompts dtype[O, A, N, C]."""
+        network, cfg, options = self.network, self.network.cfg, self.options
+        tokens, total = visual[0].shape[0], len(self.expressions)
+        texts = build_texts(cfg, self.tokenizer, self.expressions, num_clips * tokens, len(visual) * tokens, options)
+        cache = network.read_video(visual, texts.prefix_ids, texts.prefix_visual, texts.prefix_mask).cache
+        anchors = anchor_positions(cfg, self.plan)
+        prompts: list[tuple[int, jax.Array]] = []
+        for first in range(0, total, options.group_size):
+            self.progress("read", first, total)
+            count = min(options.group_size, total - first)
+            ids, mask, seg = texts.batch(first, count, 1 << (count - 1).bit_length())
+            hidden = network.read_text(cache, ids, mask, seg, maps).seg_hidden
+            prompts.append((count, network.fuse(hidden, maps, anchors)[0]))
+        jax.block_until_ready(prompts)
+        self.progress("read", total, total)
+        return prompts
+
+    def _pixels(self) -> Generator[tuple[int, np.ndarray | None], None, None]:
+        """The frames to track, None for those that are encoded already."""
+        known, side = frozenset(self._known), self.network.cfg.sam2.image_size
+        wanted = [number for number in range(self.first, self.num_frames) if number not in known]
+        with _closing(self.reader.pick(wanted) if wanted else iter(())) as frames:
+            for number in range(self.first, self.num_frames):
+                if number in known:
+                    yield number, None
+                    continue
+                frame = next(frames, None)
+                if frame is None:  # the tracker says so
+                    return
+                yield number, resize_frames(frame[None], side, "bicubic")[0]
+
+    def frames(self) -> Generator[FrameMasks, None, None]:
+        """All frames from `first` on."""
+        self.prepare()
+        if self.first >= self.num_frames:
+            return
+        network, options = self.network, self.options
+        with _ahead(self._pixels()) as pixels:
+            features = encode_in_order(network, pixels, self._known, options.batch)
+            size, chunk = self.reader.size, options.chunk
+            chunks = propagate(network, self.batches, features, self.num_frames, size, chunk=chunk, start=self.first)
+            while True:
+                with self._timed("track"):
+                    out = next(chunks, None)
+                if out is None:
+                    return
+                count = out.masks.shape[1]
+                for i in range(count):
+                    self.progress("track", out.start + i + 1, self.num_frames)
+                    yield FrameMasks(out.start + i, out.masks[:, i], out.scores[:, i])
+                self._reached = (out.start + count, list(out.banks))
+
+    def state(self) -> dict[str, np.ndarray]:
+        after, banks = self._reached
+        return resume.pack(after, self.batches, banks)
+
+
+def anchor_positions(cfg: VirstConfig, plan: Plan) -> np.ndarray:
+    """The anchors' positions among the segmentation frames, int32[cfg.max_anchors]: 0 where there is none."""
+    return np.pad(np.asarray(plan.anchors, np.int32), (0, cfg.max_anchors - len(plan.anchors)))
 
 
 class SegmentationStream:
     """Yields the FrameMasks of a video in order.
 
-    Making one reads the sampled frames and the expressions. `close`, or the end of a `with` block, ends its thread.
+    Making one checks expressions and options; the video is read from the first frame that is asked for on, or from
+    `prepare`. `close`, the end of a `with` block, or the end of the stream's life ends its thread and closes the file.
+
+    Args:
+      network, tokenizer: of the model.
+      reader: the video.
+      expressions: one or many.
+      options: how it is run.
+      progress: called with a stage, how much of it is done, and of how much.
+      state: of an earlier stream's `state()` with the same arguments: goes on behind it.
+
+    Raises:
+      UserError: bad expressions or options, or a state that does not fit.
 
     Attributes:
-      expressions: as they were read.
-      reader, num_frames, plan: the video, its length, and which of its frames are used for what.
-      first: number of the frame that comes first.
-      timings: seconds by stage so far: sample (decoding and encoding the sampled frames), read (language model and
-        fusion), anchors, track (with decoding, encoding and resizing beside it), compile (within the others).
+      expressions: as they are read.
+      reader: the video.
     """
 
     def __init__(
@@ -241,23 +410,44 @@ class SegmentationStream:
         expressions: str | Sequence[str],
         options: Options,
         progress: Progress | None = None,
-        state: Mapping[str, np.ndarray] | None = None,
+        state: resume.State | None = None,
     ):
-        # what is wrong with the expressions shows before the video is read
         self.expressions = check_expressions(tokenizer, expressions)
-        self.network, self.reader, self.options = network, reader, options
-        self.timings = dict.fromkeys(("sample", "read", "anchors", "track", "compile"), 0.0)
-        self._progress: Progress = progress or (lambda stage, done, total: None)
-        self._compiled_before = network.compile_seconds
-        network.on_compile = lambda name: self._progress(f"compile {name}", 0, 0)
-        self._progress("decode", 0, 0)
-        self.num_frames = reader.num_frames
-        self.plan = plan_frames(network.cfg, self.num_frames, options)
-        self._known: dict[int, Features] = {}
-        self.first = 0
-        self._groups = self._prompt(tokenizer) if state is None else self._restore(state)
-        self._reached = (self.first, tuple(group.bank for group in self._groups))
-        self._frames = self._track()
+        check_options(network.cfg, options)
+        self.reader = reader
+        self._run = _Run(network, tokenizer, reader, self.expressions, options, progress, state)
+        self._frames = self._run.frames()
+        # neither refers to the stream: when a loop over it is left, the stream goes at once, and they with it
+        self._finalizer = weakref.finalize(self, self._frames.close)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the video; counting them may take a pass over it."""
+        return self._run.num_frames
+
+    @property
+    def plan(self) -> Plan:
+        """Which frames are used for what; needs `num_frames`."""
+        return self._run.plan
+
+    @property
+    def first(self) -> int:
+        """Number of the frame that comes first."""
+        return self._run.first
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds by stage so far: sample (decoding and encoding the sampled frames), read (language model and
+        fusion), anchors, track (with decoding, encoding and resizing beside it), compile (within the others)."""
+        return self._run.timings
+
+    def prepare(self) -> None:
+        """Does what the first frame waits for: reads the sampled frames and the expressions, segments the anchors."""
+        self._run.prepare()
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What another stream needs to go on behind the last finished chunk of frames; to be kept with np.savez."""
+        return self._run.state()
 
     def __iter__(self) -> Iterator[FrameMasks]:
         return self
@@ -266,168 +456,16 @@ class SegmentationStream:
         return next(self._frames)
 
     def close(self) -> None:
+        """Ends the stream: no frame comes any more."""
         self._frames.close()
 
     def __enter__(self) -> "SegmentationStream":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.timings[stage] += time.perf_counter() - start
-            self.timings["compile"] = self.network.compile_seconds - self._compiled_before
-
-    def _sample(self) -> tuple[np.ndarray, dict[int, jax.Array], dict[int, Features]]:
-        """Clips uint8[clips, frames, S, S, 3]; top maps of segmentation frames for the fusion; features of anchors."""
-        cfg, plan, exact = self.network.cfg, self.plan, self.options.exact
-        side = cfg.sam2.image_size
-        fusion = frozenset(plan.segmentation)
-        uses = {
-            "vlm": Use(frozenset(plan.sampled), cfg.vision.image_size, "bicubic"),
-            "fusion": Use(fusion if exact else frozenset(), side, "bilinear"),
-            # anchors are tracked frames; without `exact` the fusion reads features of tracked frames
-            "tracker": Use(frozenset(plan.anchor_frames) if exact else fusion, side, "bicubic"),
-        }
-        total, done = sum(len(use.frames) for use in uses.values()), 0
-        pixels: dict[int, np.ndarray] = {}
-        features: dict[str, dict[int, Features]] = {"fusion": {}, "tracker": {}}
-        waiting: dict[str, list[tuple[int, np.ndarray]]] = {"fusion": [], "tracker": []}
-
-        def encode(name: str) -> None:
-            batch, waiting[name] = waiting[name], []
-            if batch:
-                encoded = self.network.encode_batch(np.stack([x for _, x in batch]), self.options.batch, SCALE)
-                if name == "fusion":  # nothing but the top map is read
-                    encoded = [Features(x.top, x.top, x.top) for x in encoded]
-                features[name].update(zip((number for number, _ in batch), encoded))
-
-        with contextlib.closing(prefetch(sampled_pixels(self.reader, uses), AHEAD)) as frames:
-            for number, name, image in frames:
-                if name == "vlm":
-                    pixels[number] = image
-                else:
-                    waiting[name].append((number, image))
-                    if len(waiting[name]) == self.options.batch:
-                        encode(name)
-                done += 1
-                self._progress("encode", done, total)
-        encode("fusion")
-        encode("tracker")
-        if len(pixels) < len(uses["vlm"].frames):
-            raise UserError(f"{self.reader.name}: the video ended early; was it changed while it was read?")
-        clips = np.stack([pixels[number] for number in plan.sampled])
-        count = 1 if self.options.still else cfg.vision.clip_frames
-        tops = features["fusion"] if exact else features["tracker"]
-        return (
-            clips.reshape(-1, count, *clips.shape[1:]),
-            {number: x.top for number, x in tops.items()},
-            features["tracker"],
-        )
-
-    def _prompt(self, tokenizer: Tokenizer) -> list[ExpressionBatch]:
-        """Everything before tracking: reads frames and expressions, segments the anchors."""
-        network, cfg, plan, options = self.network, self.network.cfg, self.plan, self.options
-        with self._timed("sample"):
-            clips, tops, self._known = self._sample()
-            slots = 1 if options.still else cfg.max_video_frames // cfg.vision.clip_frames
-            visual = network.encode_visual(clips, slots, SCALE)
-            jax.block_until_ready(visual)
-        with self._timed("read"):
-            tokens = visual[0].shape[0]
-            texts = build_texts(cfg, tokenizer, self.expressions, len(clips) * tokens, slots * tokens, options)
-            cache = network.read_video(visual, texts.prefix_ids, texts.prefix_visual, texts.prefix_mask)
-            maps = [tops[number] for number in plan.segmentation]
-            positions = np.pad(np.asarray(plan.anchors, np.int32), (0, cfg.max_anchors - len(plan.anchors)))
-            prompts, counts = [], []
-            for first in range(0, len(self.expressions), options.group_size):
-                self._progress("read", first, len(self.expressions))
-                counts.append(min(options.group_size, len(self.expressions) - first))
-                ids, mask, seg = texts.batch(first, counts[-1], 1 << (counts[-1] - 1).bit_length())
-                hidden = network.read_text(cache, ids, mask, seg, maps)
-                prompts.append(network.fuse(hidden, maps, positions)[0])
-            jax.block_until_ready(prompts)
-            self._progress("read", len(self.expressions), len(self.expressions))
-        with self._timed("anchors"):
-            features = [self._known[number] for number in plan.anchor_frames]
-            groups = []
-            for count, prompt in zip(counts, prompts):
-                group = network.start(features, plan.anchor_frames, prompt, cfg.max_anchors)
-                group.count = count
-                groups.append(group)
-            jax.block_until_ready([group.anchors for group in groups])
-        return groups
-
-    def _pixels(self) -> Iterator[tuple[int, np.ndarray | None]]:
-        """The frames to track, None for those that are encoded already."""
-        known, side = frozenset(self._known), self.network.cfg.sam2.image_size
-        wanted = [number for number in range(self.first, self.num_frames) if number not in known]
-        frames = self.reader.pick(wanted) if wanted else iter(())
-        for number in range(self.first, self.num_frames):
-            if number in known:
-                yield number, None
-                continue
-            frame = next(frames, None)
-            if frame is None:  # the tracker says so
-                return
-            yield number, resize_frames(frame[None], side, "bicubic")[0]
-
-    def _track(self) -> Generator[FrameMasks, None, None]:
-        if self.first >= self.num_frames:
-            return
-        network, options = self.network, self.options
-        with contextlib.closing(prefetch(self._pixels(), AHEAD)) as pixels:
-            features = network.encode_in_order(pixels, self._known, options.batch, SCALE)
-            chunks = network.propagate(
-                self._groups, features, self.num_frames, self.reader.size, chunk=options.chunk, start=self.first
-            )
-            while True:
-                with self._timed("track"):
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                count = chunk.masks.shape[1]
-                for i in range(count):
-                    self._progress("track", chunk.start + i + 1, self.num_frames)
-                    yield FrameMasks(chunk.start + i, chunk.masks[:, i], chunk.scores[:, i])
-                self._reached = (chunk.start + count, chunk.banks)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """What another stream needs to go on behind the last finished chunk of frames; to be kept with np.savez."""
-        after, banks = self._reached
-        kept = {"next": np.array(after)}
-        for i, (group, bank) in enumerate(zip(self._groups, banks)):
-            kept[f"{i}.count"] = np.array(group.count)
-            for name, tree in (("anchors", group.anchors), ("recent", bank)):
-                for j, leaf in enumerate(jax.tree.leaves(jax.device_get(tree))):
-                    low = leaf.dtype.name == "bfloat16"  # which .npy files cannot name
-                    kept[f"{i}.{name}.{j}" + (".bfloat16" if low else "")] = leaf.view(np.uint16) if low else leaf
-        return kept
-
-    def _restore(self, state: Mapping[str, np.ndarray]) -> list[ExpressionBatch]:
-        groups: list[ExpressionBatch] = []
-        self.first = int(state["next"])
-        while f"{len(groups)}.count" in state:
-            i = len(groups)
-            trees = []
-            for name, kind in (("anchors", _ANCHORS), ("recent", _BANK)):
-                leaves = []
-                for j in range(kind.num_leaves):
-                    key = f"{i}.{name}.{j}"
-                    leaves.append(state[key] if key in state else state[f"{key}.bfloat16"].view("bfloat16"))
-                trees.append(jax.tree.unflatten(kind, leaves))
-            groups.append(ExpressionBatch(trees[0], trees[1], int(state[f"{i}.count"])))
-        return groups
-
-
-def _structure(cls: Any, *leaves: Any) -> Any:
-    return jax.tree.structure(cls(*leaves))
-
-
-_ANCHORS = _structure(Anchors, 0, 0, Prediction(*[np.zeros(())] * 4), 0)  # type: ignore[arg-type]
-_BANK = _structure(MemoryBank, 0, 0, 0, 0)
+    def __repr__(self) -> str:
+        return f"SegmentationStream({self.reader.name!r}, expressions={list(self.expressions)})"

@@ -73,7 +73,7 @@ def open_video(video: Any) -> Reader:
         return FileReader(path)
     if hasattr(video, "read_frames") and hasattr(video, "frame_names"):
         return SampleReader(video)
-    if hasattr(video, "frame_names") and hasattr(video, "num_frames"):
+    if hasattr(video, "pick"):  # asking for num_frames or frame_names may decode the whole video
         return video
     return ArrayReader(video)
 

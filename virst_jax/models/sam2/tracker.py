@@ -99,7 +99,7 @@ class Tracker:
           valid: bool[A]; slots that are not cost nothing, unless in training.
           prompts: dtype[O, A, N, C], STF prompt tokens.
         """
-        empty = self._empty(prompts.shape[0])
+        empty = self.empty(prompts.shape[0])
         logits_shape = (frames.shape[0], *empty.prediction.low_res.shape)
 
         def step(low_res: jax.Array, slot: tuple[Any, ...]) -> tuple[jax.Array, Tracked]:
@@ -128,7 +128,7 @@ class Tracker:
 
     def start(self, num_objects: int) -> MemoryBank:
         """The state before the first frame."""
-        cfg, empty = self.cfg, self._empty(num_objects)
+        cfg, empty = self.cfg, self.empty(num_objects)
         memories, pointers = cfg.num_maskmem - 1, cfg.max_pointers - 1
         return MemoryBank(
             memory_frames=jnp.full(memories, NO_FRAME, jnp.int32),
@@ -163,7 +163,7 @@ class Tracker:
         Returns:
           The state for the next chunk, and the outcome of every frame (leading axis T).
         """
-        empty = self._empty(anchors.memory.shape[1])
+        empty = self.empty(anchors.memory.shape[1])
         slots = jnp.arange(anchors.frames.shape[0])
 
         def step(bank: MemoryBank, slot: tuple[Any, ...]) -> tuple[MemoryBank, Tracked]:
@@ -177,7 +177,7 @@ class Tracker:
 
             def from_memory() -> Tracked:
                 there = anchors.valid & ((anchors.frames < number) | (slots == 0) | (not self.training))
-                image = self._condition(params, anchors, there, bank, frame, number, num_frames)
+                image = self.condition(params, anchors, there, bank, frame, number, num_frames)
                 sparse = self._apply(params, Sam2.no_prompt, image.shape[0])
                 prediction = self._apply(params, Sam2.predict, image, frame, sparse, mode=self.mode)
                 return self._encode_memory(params, frame, prediction)
@@ -199,7 +199,7 @@ class Tracker:
             step = jax.checkpoint(step, prevent_cse=False)
         return jax.lax.scan(step, bank, (features, frames, valid))
 
-    def _condition(
+    def condition(
         self,
         params: Any,
         anchors: Anchors,
@@ -209,7 +209,10 @@ class Tracker:
         number: jax.Array,
         num_frames: jax.Array,
     ) -> jax.Array:
-        """Gathers what a frame attends to, and attends."""
+        """The features of a frame after it has attended to memories and object pointers, dtype[O, H, W, C].
+
+        available: bool[A], which anchors may be attended to; the other arguments are as in `track`.
+        """
         cfg = self.cfg
         slots, chosen = select_anchors(number, anchors.frames, available, cfg.max_anchors_attended)
         chosen_frames = jnp.where(chosen, anchors.frames[slots], NO_FRAME)
@@ -244,7 +247,8 @@ class Tracker:
             rngs=None if key is None else {"dropout": jax.random.fold_in(key, number)},
         )
 
-    def _empty(self, num_objects: int) -> Tracked:
+    def empty(self, num_objects: int) -> Tracked:
+        """A frame's outcome of zeros."""
         cfg = self.cfg
         prediction = Prediction(
             low_res=jnp.zeros((num_objects, cfg.low_res_size, cfg.low_res_size)),
