@@ -32,6 +32,8 @@ from virst_jax.evaluation.submission import ROOTS, write_pngs
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the evaluation: configs/eval.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.", required=True)
 
+DAYS = 7 * 24 * 3600.0  # seconds; one that has ended is noticed sooner
+
 Frames = Iterator[tuple[int, np.ndarray, np.ndarray]]
 
 
@@ -136,12 +138,27 @@ def share_of(config: ConfigDict) -> tuple[int, int]:
         return config.process_index, config.process_count
     import jax
 
-    jax.distributed.initialize()
     return jax.process_index(), jax.process_count()
 
 
 def run(config: ConfigDict, workdir: Path) -> int:
-    """Evaluates; gives the exit status."""
+    """Evaluates; gives the exit status. With config.distributed, processes wait for the one that takes longest."""
+    if not config.distributed:
+        return _run(config, workdir)
+    from virst_jax.parallel import processes
+
+    processes.start()
+    with processes.together():
+        try:
+            status = _run(config, workdir)
+            processes.barrier("evaluated", seconds=DAYS)
+        except KeyboardInterrupt:
+            processes.leave(130, "interrupted; what is finished is kept, the same command goes on")
+            raise
+        return status
+
+
+def _run(config: ConfigDict, workdir: Path) -> int:
     source = open_source(config)
     out = workdir / "-".join(filter(None, (source.name, source.split)))
     process_index, process_count = share_of(config)

@@ -14,6 +14,7 @@ import pytest
 from dataset_layouts import write_layout
 from evaluation_cases import files_of
 from PIL import Image
+from process_cases import Group
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "eval.py"
@@ -123,6 +124,22 @@ def test_a_limit_takes_the_first_videos(data, tmp_path):
     assert program.run(config, tmp_path) == 0
     scored = [f.stem for f in (tmp_path / "mevis-valid_u/scores").iterdir()]
     assert sorted(scored) == ["valid_u_00", "valid_u_01"]
+
+
+@pytest.mark.heavy
+def test_three_processes_of_which_one_has_nothing_to_do(small_model, tmp_path):
+    """They find each other by jax.distributed, and each loads the model when it needs it."""
+    write_layout("mevis", tmp_path / "data", num_videos=2, seed=0)
+    settings = {"model": small_model, "dataset": "mevis", "data_root": tmp_path / "data", "progress": False, "limit": 2}
+    flags = [f"--config.{key}={value}" for key, value in {**settings, "distributed": True}.items()]
+    program = [ROOT / "eval.py", f"--config={CONFIG}", *flags, f"--workdir={tmp_path / 'out'}"]
+    with Group(tmp_path / "logs", 3, program) as group:
+        statuses = group.wait(900)
+        assert statuses == [0, 0, 0], "\n".join(map(group.output, range(3)))
+    (folder,) = (tmp_path / "out").iterdir()
+    summary = json.loads((folder / "report/summary.json").read_text())
+    assert summary["headline"]["value"] < 0.9
+    assert len(list((folder / "scores").iterdir())) == 2
 
 
 BENCHMARKS = ("mevis", "mevis_v2", "custom", "ref_youtube_vos", "ref_davis17", "revos", "reasonvos", "lvvis")

@@ -5,6 +5,7 @@ MODEL/config.json   the VirstConfig
 MODEL/tokenizer/    the Qwen2 tokenizer's files, if the model has one
 """
 
+import contextlib
 import errno
 import functools
 import math
@@ -25,6 +26,7 @@ from virst_jax.config import VirstConfig, from_json, to_json
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 from virst_jax.models.virst import Virst
+from virst_jax.parallel import processes
 
 PARAMS, CONFIG, TOKENIZER = "params", "config.json", "tokenizer"
 TOKENIZER_FILES = (
@@ -82,14 +84,24 @@ def save_model(path: Path, cfg: VirstConfig, params: Mapping[str, Any], tokenize
     Raises:
       UserError: the folder exists or cannot be written, or `tokenizer` holds none.
     """
-    if jax.process_count() > 1:  # every process writes its shards; Orbax makes the parameters appear whole
-        write_parameters(path / PARAMS, params)
-        if jax.process_index() == 0:
-            _describe(path, cfg, tokenizer)
-        return
-    with atomic.new_folder(path) as part:
-        write_parameters(part / PARAMS, params)
-        _describe(part, cfg, tokenizer)
+    with _new_folder(path) as part:
+        write_parameters(part / PARAMS, params)  # every process its shards
+        if processes.is_main():
+            _describe(part, cfg, tokenizer)
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """As atomic.new_folder, for all processes together: the main one makes the folder, and gives it its name."""
+    if processes.is_main():
+        with atomic.new_folder(path) as part:
+            processes.from_main("new folder", part.name)
+            yield part
+            processes.barrier("folder written")
+    else:
+        yield path.with_name(processes.from_main("new folder"))
+        processes.barrier("folder written")
+    processes.barrier("folder there")
 
 
 def _describe(folder: Path, cfg: VirstConfig, tokenizer: Path | None) -> None:
@@ -175,7 +187,7 @@ def stored_shapes(path: str | Path) -> tuple[VirstConfig, Any]:
     """
     cfg = read_config(path)
     folder = (Path(path) / PARAMS).absolute()
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         try:
             stored = checkpointer.metadata(folder).item_metadata
             stored = stored.tree if hasattr(stored, "tree") else stored
@@ -185,12 +197,22 @@ def stored_shapes(path: str | Path) -> tuple[VirstConfig, Any]:
     return cfg, stored
 
 
+def _reader() -> ocp.StandardCheckpointer:
+    """Reads for this process alone, waiting for no other: each reads its shards, or a model of its own."""
+    own, options = jax.process_index(), ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+        )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
 def load_model(path: str | Path, dtype: str | None = None, shardings: Any = None) -> tuple[VirstConfig, Any]:
-    """Reads a model folder.
+    """Reads a model folder. Waits for no other process: each reads what its devices hold.
 
     Args:
       dtype: of the parameters; None: as stored.
-      shardings: a tree of jax.sharding.Sharding like the parameters; None: the default device.
+      shardings: a tree of jax.sharding.Sharding like the parameters; None: the first device of this process.
 
     Returns:
       The config and the parameters.
@@ -201,13 +223,13 @@ def load_model(path: str | Path, dtype: str | None = None, shardings: Any = None
     cfg, stored = stored_shapes(path)
     folder = (Path(path) / PARAMS).absolute()
     if shardings is None:
-        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), stored)
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), stored)
     target = jax.tree.map(
         lambda have, sharding: jax.ShapeDtypeStruct(have.shape, dtype or have.dtype, sharding=sharding),
         stored,
         shardings,
     )
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _reader() as checkpointer:
         try:
             return cfg, checkpointer.restore(folder, target)
         except (OSError, ValueError) as error:
