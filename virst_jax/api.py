@@ -273,7 +273,7 @@ class Model:
                 max_num_frames=limit,
                 local_num_frames=local,
             )
-            time_text = time_message(count / reader.fps, len(numbers))
+            time_text = time_message(reader.duration, len(numbers))
         else:
             # frames without times: as many as there are, in whole clips
             numbers = get_frame_indices(min(limit, max(clip, count // clip * clip)), count, "middle")

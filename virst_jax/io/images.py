@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from virst_jax.errors import UserError
+from virst_jax.io.atomic import reason
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 89_478_485  # from here on Pillow warns; 9,459 x 9,459
@@ -121,7 +122,7 @@ def opened(source: Source, *, name: str = "", remedy: str = "copy it again") -> 
     except UnidentifiedImageError as error:
         raise UserError(f"{called}: cannot be read as a picture (unknown kind, or damaged); {remedy}") from error
     except _ERRORS as error:
-        raise UserError(f"{called}: cannot be read as a picture ({_reason(error)}); {remedy}") from error
+        raise UserError(f"{called}: cannot be read as a picture ({reason(error)}); {remedy}") from error
     with image:
         if image.width * image.height > MAX_PIXELS:
             raise UserError(
@@ -144,7 +145,7 @@ def decoded(
     except _ERRORS as error:
         how = "truncated" if "truncated" in str(error) else "damaged"
         raise UserError(
-            f"{_called(source, name)}: {how}, cannot be read as a picture ({_reason(error)}); {remedy}"
+            f"{_called(source, name)}: {how}, cannot be read as a picture ({reason(error)}); {remedy}"
         ) from error
 
 
@@ -200,7 +201,7 @@ def check_regular(path: Path, remedy: str = "copy it again") -> None:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path, or {remedy}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)}); check the path and its permissions") from error
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path and its permissions") from error
     if stat.S_ISDIR(mode):
         raise UserError(f"{path}: is a folder where a file is expected")
     if not stat.S_ISREG(mode):
@@ -219,7 +220,7 @@ def frames(path: Path, *, remedy: str = "copy it again") -> Iterator[tuple[np.nd
             try:
                 image.seek(index + hidden)
             except _ERRORS as error:
-                raise UserError(f"{path}: damaged after frame {index} ({_reason(error)}); {remedy}") from error
+                raise UserError(f"{path}: damaged after frame {index} ({reason(error)}); {remedy}") from error
             if image.size != size:
                 raise UserError(f"{path}: its pages differ in size; give frames of one size as files of their own")
             whole = decoded(path, image, name=f"{path} (frame {index})", remedy=remedy, upright=True)
@@ -257,8 +258,3 @@ def _orientation(image: Image.Image) -> int:
 
 def _called(source: Source, name: str) -> str:
     return name or ("picture" if isinstance(source, bytes) else str(source))
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:200]

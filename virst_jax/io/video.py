@@ -1,213 +1,161 @@
-"""Videos from files, folders of frames and arrays, read in order without holding more than a frame; videos written.
+"""Videos from files, folders of frames, pictures and arrays, read in order without holding more than a frame.
 
-Axes: T frames of the video, n frames asked for, H height, W width, 3 RGB.
+Axes: T frames of the video, n frames asked for, H height, W width, C channels, 3 RGB.
 """
 
 import contextlib
 import os
 import queue
-import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from virst_jax.errors import UserError
-from virst_jax.io import atomic
+from virst_jax.io import arrays, images
+from virst_jax.io.names import find_entry, natural_key, same_name
+from virst_jax.io.reader import Reader, check_indices
+from virst_jax.io.video_file import FileReader
+from virst_jax.io.video_writer import VideoWriter
 
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+__all__ = ["FRAME_SUFFIXES", "FileReader", "Reader", "StridedReader", "VideoWriter", "open_video", "prefetch"]
+
+FRAME_SUFFIXES = images.SUFFIXES
 T = TypeVar("T")
 
 
-class Reader(Protocol):
-    """A video that can be read from its start any number of times. `open_video` makes one.
-
-    name: of the file or folder. frame_names: of the frames, as masks are named; fps: frames a second, 0: unknown.
-    """
-
-    name: str
-    size: tuple[int, int]  # height, width
-    fps: float
-
-    @property
-    def num_frames(self) -> int: ...
-
-    @property
-    def frame_names(self) -> Sequence[str]: ...
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Frames uint8[H, W, 3] in order."""
-        ...
-
-    def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """The frames of these numbers, which must rise."""
-        ...
-
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        """uint8[n, H, W, 3] of frame numbers in any order; repeats are fine."""
-        ...
-
-
-def open_video(video: Any) -> Reader:
+def open_video(video: Any, *, fps: float | None = None, allow_damaged: bool = False) -> Reader:
     """Opens a video.
 
     Args:
-      video: a file that FFmpeg reads (mp4, mov, webm, gif, ...), a picture, a folder of frames (sorted by the first
-        number in their names), an array uint8[T, H, W, 3], a data set's `Video`, or a reader.
+      video: one of
+        - a file that FFmpeg reads (mp4, mov, webm, gif, ...), or an animated WebP, PNG or TIFF;
+        - a picture: a file or a PIL image;
+        - a folder of frames, in the natural order of their names ("cam2_frame_2" before "cam2_frame_10");
+        - an array or tensor [T, H, W, C], [T, C, H, W] or [T, H, W], C 1 (grey), 3 (RGB) or 4 (RGBA, whose last is left
+          out), of integers of 0 to 255, 16-bit integers, or floats of 0 to 1;
+        - a list or generator of frames: arrays, PIL images or paths of pictures;
+        - a data set's `Video`, or a reader.
+      fps: frames a second of what states none itself: folders, arrays, lists. It is used for times.
+      allow_damaged: go on with a damaged video file; see `FileReader`.
 
     Raises:
-      UserError: missing, unreadable, empty or truncated, or frames that differ in size.
+      UserError: missing, unreadable, empty, damaged or truncated, or frames that differ in size.
     """
+    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps <= 10_000):
+        raise UserError(f"{fps!r} frames a second cannot be; give a number above 0")
+    reader = _opened(video, allow_damaged)
+    if fps is not None:
+        if reader.fps > 0 and reader is not video:
+            raise UserError(
+                f"{reader.name}: states itself when its frames are shown; frames a second are for folders and arrays"
+            )
+        reader.fps = float(fps)
+    return reader
+
+
+def _opened(video: Any, allow_damaged: bool) -> Reader:
     if isinstance(video, (str, os.PathLike)):
-        path = Path(video)
-        if path.is_dir():
-            return FolderReader(path)
-        if not path.exists():
-            raise UserError(f"{path}: no such video; give a file or a folder of frames")
-        if path.suffix.lower() in FRAME_SUFFIXES:
-            return FolderReader(path.parent, [path])
-        return FileReader(path)
+        return _open_path(os.fspath(video), allow_damaged)
+    if isinstance(video, Reader) or hasattr(video, "pick"):  # asking for its frame names may decode the whole video
+        return video
     if hasattr(video, "read_frames") and hasattr(video, "frame_names"):
         return SampleReader(video)
-    if hasattr(video, "pick"):  # asking for num_frames or frame_names may decode the whole video
-        return video
-    return ArrayReader(video)
+    if video is None or isinstance(video, (bool, int, float, bytes, dict, set)):
+        raise UserError(f"a video cannot be made of {type(video).__name__}; give a path, a folder, an array or frames")
+    if arrays.is_picture(video):
+        return ArrayReader(arrays.picture(video)[None], still=True)
+    if isinstance(video, Iterable) and not hasattr(video, "shape"):
+        items = list(video)
+        if items and all(isinstance(item, (str, os.PathLike)) for item in items):
+            return FolderReader.of_files([Path(_found(os.fspath(item))) for item in items])
+        return ArrayReader(arrays.stack(items))
+    return ArrayReader(arrays.video(video))
 
 
-class FileReader:
-    """A video file, decoded by FFmpeg. Frames are counted as they are decoded: containers may be wrong about it."""
+def _open_path(given: str | bytes, allow_damaged: bool) -> Reader:
+    if isinstance(given, bytes):
+        given = os.fsdecode(given)
+    if "://" in given and not os.path.exists(given):
+        raise UserError(f"{given}: addresses are not read; download the video and give the file")
+    path = Path(_found(given))
+    if path.is_dir():
+        return FolderReader(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such video; give a file or a folder of frames")
+    images.check_regular(path)
+    if path.suffix.lower() in FRAME_SUFFIXES:
+        return AnimationReader(path) if images.num_frames(path) > 1 else FolderReader.of_files([path], still=True)
+    return FileReader(path, allow_damaged)
 
-    def __init__(self, path: Path):
-        self.path, self.name = path, path.stem
-        self._num_frames: int | None = None
-        with self._opened() as (_, stream):
-            rate = stream.average_rate or stream.guessed_rate
-            self.fps = float(rate) if rate else 0.0
-        first = next(self._decode(lambda frame: True), None)
-        if first is None:
-            raise UserError(f"{path}: the video has no frames; record or export it again")
-        self.size = (first.shape[0], first.shape[1])
 
-    @property
-    def num_frames(self) -> int:
-        if self._num_frames is None:
-            for _ in self._decode(lambda index: False):
-                pass
-        assert self._num_frames is not None
-        return self._num_frames
+def _found(given: str) -> str:
+    """A path as it is spelled on the disk, which may store accents in another way."""
+    path = Path(given)
+    if given.isascii() or "\0" in given or os.path.lexists(given):
+        return given
+    base = path.anchor or "."
+    return find_entry(base, str(path.relative_to(path.anchor)) if path.anchor else given)
 
-    @property
-    def frame_names(self) -> Sequence[str]:
-        return _numbers(self.num_frames)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for frame in self._decode(lambda index: True):
-            assert frame is not None
-            yield frame
+class FolderReader(Reader):
+    """Frames as picture files of one size.
 
-    def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        _check_indices(self.name, indices, self.num_frames)
-        wanted = set(indices)
-        left = len(wanted)
-        with contextlib.closing(self._decode(wanted.__contains__)) as frames:
-            for frame in frames:
-                if frame is not None:
-                    yield frame
-                    left -= 1
-                    if not left:
-                        return
+    Raises:
+      UserError: no frames, two of one name, or one that is no still picture.
+    """
 
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        return _read(self, indices)
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[tuple[Any, Any]]:
-        import av  # loads FFmpeg's libraries
-
+    def __init__(self, folder: Path):
         try:
-            container = av.open(str(self.path))
-        except (av.error.FFmpegError, OSError) as error:
-            raise UserError(f"{self.path}: cannot be read as a video ({_reason(error)}); give another file") from error
-        with container:
-            if not container.streams.video:
-                raise UserError(f"{self.path}: holds no video stream; give a video file")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            yield container, stream
-
-    def _decode(self, wanted: Callable[[int], bool]) -> Generator[np.ndarray | None, None, None]:
-        """Every frame in order of display; None for those that are not wanted, which saves converting them."""
-        import av
-
-        count, shape = 0, getattr(self, "size", None)
-        with self._opened() as (container, stream):
-            try:
-                for packet in container.demux(stream):
-                    if packet.is_corrupt:
-                        raise UserError(self._damaged(count))
-                    for frame in packet.decode():
-                        image = None
-                        if wanted(count):
-                            image = frame.to_ndarray(format="rgb24")
-                            if frame.rotation % 360:
-                                image = np.rot90(image, round(frame.rotation / 90) % 4)
-                            if shape is not None and image.shape[:2] != shape:
-                                # a stream may change its size
-                                image = np.asarray(Image.fromarray(image).resize(shape[::-1]))
-                            image = np.ascontiguousarray(image)
-                        count += 1
-                        yield image
-            except av.error.FFmpegError as error:
-                raise UserError(self._damaged(count)) from error
-        if self._num_frames is None:
-            self._num_frames = count
-
-    def _damaged(self, count: int) -> str:
-        return (
-            f"{self.path}: damaged or truncated after frame {count}; copy the file again, or cut it before that frame"
-        )
-
-
-class FolderReader:
-    """Frames as picture files of one size."""
-
-    def __init__(self, folder: Path, files: Sequence[Path] | None = None):
-        self.name, self.fps = (folder.name if files is None else files[0].stem), 0.0
-        if files is None:
-            files = sorted(
-                (f for f in folder.iterdir() if f.suffix.lower() in FRAME_SUFFIXES and not f.name.startswith(".")),
-                key=_frame_order,
-            )
-        if not files:
+            found = [f for f in folder.iterdir() if f.suffix.lower() in FRAME_SUFFIXES and not f.name.startswith(".")]
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
+        if not found:
             raise UserError(f"{folder}: holds no frames ({', '.join(FRAME_SUFFIXES)}); give a folder of pictures")
-        self.files = list(files)
-        first = _read_picture(self.files[0])
+        seen: dict[str, Path] = {}
+        for file in sorted(found, key=lambda f: natural_key(f.name)):
+            other = seen.setdefault(same_name(file.stem), file)
+            if other is not file:
+                raise UserError(
+                    f"{folder}: {other.name} and {file.name} would be two frames of one name; give a folder with the "
+                    "frames alone (masks and previews elsewhere), or rename them"
+                )
+        self._set(folder.name, sorted(found, key=lambda f: natural_key(same_name(f.stem))))
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path], still: bool = False) -> "FolderReader":
+        """A reader of these files, in this order."""
+        reader = cls.__new__(cls)
+        reader.still = still
+        reader._set(files[0].stem if len(files) == 1 else files[0].parent.name, files)
+        return reader
+
+    def _set(self, name: str, files: Sequence[Path]) -> None:
+        self.name, self.files = name, list(files)
+        first = images.read_image(self.files[0])
         self.size = (first.shape[0], first.shape[1])
+        stems = [same_name(file.stem) for file in self.files]
+        # the same name in several folders
+        self._names = stems if len(set(stems)) == len(stems) else super().names_of(range(len(stems)))
 
     @property
     def num_frames(self) -> int:
         return len(self.files)
 
-    @property
-    def frame_names(self) -> Sequence[str]:
-        return [file.stem for file in self.files]
+    def names_of(self, indices: Sequence[int]) -> Sequence[str]:
+        return [self._names[i] for i in indices]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self._frame(i) for i in range(len(self.files)))
 
     def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        _check_indices(self.name, indices, self.num_frames)
+        check_indices(self.name, indices, self.num_frames)
         return (self._frame(i) for i in indices)
 
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        return _read(self, indices)
-
     def _frame(self, index: int) -> np.ndarray:
-        frame = _read_picture(self.files[index])
+        frame = images.read_image(self.files[index])
         if frame.shape[:2] != self.size:
             have, want = frame.shape[1::-1], self.size[::-1]
             raise UserError(
@@ -217,38 +165,60 @@ class FolderReader:
         return frame
 
 
-class ArrayReader:
-    """Frames in memory."""
+class AnimationReader(Reader):
+    """An animated WebP or PNG, or a TIFF with pages."""
 
-    def __init__(self, frames: Any, name: str = "video"):
-        frames = np.asarray(frames)
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            raise UserError(
-                f"a video must be a file, a folder of frames or an array uint8[T, H, W, 3], not "
-                f"{frames.dtype}{list(frames.shape)}"
-            )
-        if 0 in frames.shape:
-            raise UserError(f"the video is empty: an array of shape {list(frames.shape)}; give at least one frame")
-        self.frames, self.name, self.fps = frames, name, 0.0
+    def __init__(self, path: Path):
+        self.path, self.name = path, path.stem
+        self._num_frames = images.num_frames(path)
+        self.size = next(images.frames(path))[0].shape[:2]
+        self._starts: list[float] = [0.0]
+        for _, seconds in images.frames(path):
+            self._starts.append(self._starts[-1] + seconds)
+        self.fps = self._num_frames / self._starts[-1] if self._starts[-1] > 0 else 0.0
+
+    @property
+    def num_frames(self) -> int:
+        return self._num_frames
+
+    def times_of(self, indices: Sequence[int]) -> Sequence[float] | None:
+        return [self._starts[i] for i in indices] if self._starts[-1] > 0 else super().times_of(indices)
+
+    @property
+    def duration(self) -> float:
+        return self._starts[-1] or super().duration
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (frame for frame, _ in images.frames(self.path))
+
+    def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        check_indices(self.name, indices, self.num_frames)
+        wanted, last = set(indices), max(indices)
+        for index, frame in enumerate(self):
+            if index in wanted:
+                yield frame
+            if index == last:
+                return
+
+
+class ArrayReader(Reader):
+    """Frames in memory, uint8[T, H, W, 3]."""
+
+    def __init__(self, frames: Any, name: str = "video", still: bool = False):
+        frames = arrays.video(frames)
+        self.frames, self.name, self.still = frames, name, still
         self.size = (frames.shape[1], frames.shape[2])
 
     @property
     def num_frames(self) -> int:
         return len(self.frames)
 
-    @property
-    def frame_names(self) -> Sequence[str]:
-        return _numbers(len(self.frames))
-
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter(self.frames)
 
     def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        _check_indices(self.name, indices, self.num_frames)
+        check_indices(self.name, indices, self.num_frames)
         return (self.frames[i] for i in indices)
-
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        return _read(self, indices)
 
 
 class Sample(Protocol):
@@ -270,11 +240,11 @@ class Sample(Protocol):
     def read_frames(self) -> Callable[[Sequence[int]], np.ndarray]: ...
 
 
-class SampleReader:
+class SampleReader(Reader):
     """A video of a data set."""
 
     def __init__(self, video: Sample):
-        self.video, self.name, self.fps = video, video.name, 0.0
+        self.video, self.name = video, video.name
         self.size = (video.size[0], video.size[1])
         if video.num_frames < 1:
             raise UserError(f"{video.name}: the video is empty; leave it out")
@@ -283,23 +253,20 @@ class SampleReader:
     def num_frames(self) -> int:
         return self.video.num_frames
 
-    @property
-    def frame_names(self) -> Sequence[str]:
-        return self.video.frame_names or _numbers(self.num_frames)
+    def names_of(self, indices: Sequence[int]) -> Sequence[str]:
+        names = self.video.frame_names
+        return [names[i] for i in indices] if names else super().names_of(indices)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self.video.read_frames([i])[0] for i in range(self.num_frames))
 
     def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        _check_indices(self.name, indices, self.num_frames)
+        check_indices(self.name, indices, self.num_frames)
         return (self.video.read_frames([i])[0] for i in indices)
 
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        return _read(self, indices)
 
-
-class StridedReader:
-    """Every k-th frame of a video, and no more than so many."""
+class StridedReader(Reader):
+    """Every k-th frame of a video, and no more than so many; what lies behind the last one is not decoded."""
 
     def __init__(self, reader: Reader, every: int = 1, max_frames: int | None = None):
         if every < 1:
@@ -307,81 +274,55 @@ class StridedReader:
         if max_frames is not None and max_frames < 1:
             raise UserError(f"at most {max_frames} frames leave nothing; give 1 or more")
         self.reader, self.every, self.max_frames = reader, every, max_frames
-        self.name, self.size, self.fps = reader.name, reader.size, reader.fps / every
+        self.name, self.size, self.still, self.format = reader.name, reader.size, reader.still, reader.format
+        self.fps = reader.fps / every
 
     @property
     def numbers(self) -> range:
         """The numbers of its frames in the whole video."""
-        numbers = range(0, self.reader.num_frames, self.every)
-        return numbers if self.max_frames is None else numbers[: self.max_frames]
+        if self.max_frames is None:
+            return range(0, self.reader.num_frames, self.every)
+        last = (self.max_frames - 1) * self.every
+        return range(0, self.reader.count_up_to(last + 1), self.every)
 
     @property
     def num_frames(self) -> int:
         return len(self.numbers)
 
     @property
-    def frame_names(self) -> Sequence[str]:
-        names = self.reader.frame_names
-        return [names[i] for i in self.numbers]
+    def damaged(self) -> Sequence[int]:  # type: ignore[override]
+        """Numbers among its own frames."""
+        bad = set(self.reader.damaged)
+        return [i for i, number in enumerate(self.numbers) if number in bad]
+
+    @property
+    def num_lost(self) -> int:  # type: ignore[override]
+        return self.reader.num_lost
+
+    @property
+    def is_cut(self) -> bool:  # type: ignore[override]
+        return self.reader.is_cut
+
+    def names_of(self, indices: Sequence[int]) -> Sequence[str]:
+        numbers = self.numbers
+        return self.reader.names_of([numbers[i] for i in indices])
+
+    def times_of(self, indices: Sequence[int]) -> Sequence[float] | None:
+        numbers = self.numbers
+        return self.reader.times_of([numbers[i] for i in indices])
+
+    @property
+    def duration(self) -> float:
+        times = self.times_of([0, self.num_frames - 1])
+        return 0.0 if times is None else times[1] - times[0] + (1 / self.fps if self.fps > 0 else 0.0)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        left = self.num_frames
-        for index, frame in enumerate(self.reader):
-            if index % self.every == 0:
-                yield frame
-                left -= 1
-                if not left:
-                    return
+        return self.pick(range(self.num_frames))
 
     def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        _check_indices(self.name, indices, self.num_frames)
+        check_indices(self.name, indices, self.num_frames)
         numbers = self.numbers
         return self.reader.pick([numbers[i] for i in indices])
-
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        return _read(self, indices)
-
-
-class VideoWriter:
-    """Writes frames to an H.264 mp4, which appears under its name once `close` has ended it.
-
-    Follows what players can show: yuv420p, an even number of rows and columns (the last ones are repeated).
-    """
-
-    def __init__(self, path: Path, size: tuple[int, int], fps: float):
-        import av
-
-        self.path = path
-        self._place = atomic.new_path(path)
-        self._part = self._place.__enter__()
-        self._av = av
-        self._container = av.open(str(self._part), "w", format="mp4", options={"movflags": "+faststart"})
-        rate = Fraction(fps if fps > 0 else 10.0).limit_denominator(1001)
-        self._stream = self._container.add_stream("libx264", rate=rate, options={"crf": "20", "preset": "veryfast"})
-        self._pad = ((0, size[0] % 2), (0, size[1] % 2), (0, 0))
-        self._stream.height, self._stream.width = size[0] + size[0] % 2, size[1] + size[1] % 2
-        self._stream.pix_fmt = "yuv420p"
-
-    def write(self, frame: np.ndarray) -> None:
-        """Adds a frame uint8[H, W, 3]."""
-        image = np.pad(frame, self._pad, mode="edge")
-        self._container.mux(self._stream.encode(self._av.VideoFrame.from_ndarray(image, format="rgb24")))
-
-    def close(self) -> None:
-        self._container.mux(self._stream.encode())
-        self._container.close()
-        self._place.__exit__(None, None, None)
-
-    def __enter__(self) -> "VideoWriter":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self.close()
-            return
-        with contextlib.suppress(Exception):
-            self._container.close()
-        self._part.unlink(missing_ok=True)
 
 
 def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
@@ -417,40 +358,3 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     finally:
         stop.set()
         thread.join()
-
-
-def _read(reader: Reader, indices: Sequence[int]) -> np.ndarray:
-    _check_indices(reader.name, indices, reader.num_frames)
-    numbers = sorted(set(indices))
-    found = dict(zip(numbers, reader.pick(numbers)))
-    return np.stack([found[i] for i in indices])
-
-
-def _frame_order(file: Path) -> tuple[int, str]:
-    number = re.search(r"\d+", file.stem)
-    return (int(number[0]) if number else -1, file.name)
-
-
-def _read_picture(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise UserError(f"{file}: cannot be read as a picture ({_reason(error)}); copy it again") from error
-
-
-def _check_indices(name: str, indices: Sequence[int], num_frames: int) -> None:
-    if not len(indices):
-        raise UserError(f"{name}: no frame was asked for; name at least one")
-    for index in indices:
-        if not 0 <= index < num_frames:
-            raise UserError(f"{name}: there is no frame {index}; the video has frames 0 to {num_frames - 1}")
-
-
-def _numbers(count: int) -> Sequence[str]:
-    return [f"{i:05d}" for i in range(count)]
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:200]
