@@ -17,12 +17,13 @@ from typing import Any, NamedTuple, Self
 import ml_dtypes
 import numpy as np
 
+from conversion.formats.shards import check_promises, find_shards, twice
 from conversion.formats.source import (
     TensorSpec,
     element_count,
+    ends_early,
     map_file,
     no_such_name,
-    some,
     tensor_bytes,
 )
 from virst_jax.errors import UserError
@@ -51,7 +52,8 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_FORMAT_MAX_HEADER = 100_000_000  # bytes
+_MAX_HEADER = 16 << 20  # bytes; parsing takes some 25 times as much memory. 2000 tensors have 200 kB
 
 
 class _Entry(NamedTuple):
@@ -79,23 +81,14 @@ class SafetensorsDir:
             raise
 
     def _open(self, path: Path) -> None:
-        listed = _find(path)
-        for shard in listed:
+        promised = find_shards(path, ".safetensors", INDEX)
+        for shard in promised:
             self._maps[shard] = map_file(shard)
             for name, entry in _header(shard, self._maps[shard]).items():
                 if name in self._tensors:
-                    raise UserError(
-                        f"{self.where}: {name!r} is in {self._tensors[name].shard.name} and in {shard.name}; "
-                        "remove what does not belong to this checkpoint or download it again"
-                    )
+                    raise twice(self.where, name, self._tensors[name].shard, shard)
                 self._tensors[name] = entry
-        for shard, names in listed.items():
-            absent = [n for n in names if n not in self._tensors or self._tensors[n].shard != shard]
-            if absent:
-                raise UserError(
-                    f"{self.where}: {INDEX} promises {some(absent)} in {shard.name}, which lacks it; "
-                    "download both again"
-                )
+        check_promises(self.where, INDEX, promised, {name: entry.shard for name, entry in self._tensors.items()})
 
     def _tensor(self, name: str) -> _Entry:
         if name not in self._tensors:
@@ -140,46 +133,6 @@ class SafetensorsDir:
         self.close()
 
 
-def _find(path: Path) -> dict[Path, list[str]]:
-    """The shards, each with the names that the index promises in it."""
-    if path.is_file():
-        return {path: []}
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; check the path")
-    if (path / INDEX).is_file():
-        return _read_index(path)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{path}: holds no .safetensors files; check the path or download the checkpoint")
-    if len(files) > 1:
-        raise UserError(
-            f"{path}: {len(files)} .safetensors files but no {INDEX}; download that file too, or give the path of one"
-        )
-    return {files[0]: []}
-
-
-def _read_index(path: Path) -> dict[Path, list[str]]:
-    index = path / INDEX
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except OSError as error:
-        raise UserError(f"{index}: cannot be read ({error.strerror}); check its permissions") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{index}: not an index of safetensors (JSON with a weight_map); download it again") from error
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: its weight_map lists no tensors; download it again")
-    listed: dict[Path, list[str]] = {}
-    for name, file in weight_map.items():
-        # A path could lead out of the folder.
-        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
-            raise UserError(f"{index}: {name!r} is not in a file of this folder but in {file!r:.80}; download it again")
-        listed.setdefault(path / file, []).append(name)
-    missing = sorted(shard.name for shard in listed if not shard.is_file())
-    if missing:
-        raise UserError(f"{path}: {INDEX} names {some(missing)}, which is missing; download the rest of the checkpoint")
-    return dict(sorted(listed.items()))
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name that comes twice")
@@ -190,8 +143,12 @@ def _header(path: Path, data: mmap.mmap) -> dict[str, _Entry]:
     """What a file says of its tensors, checked against its size, in the order of the values."""
     size = int.from_bytes(data[:8], "little")
     base = 8 + size
-    if len(data) < 8 or size > _MAX_HEADER or base > len(data):
-        raise UserError(f"{path}: truncated or not a safetensors file; download it again")
+    if len(data) < 8 or size > _FORMAT_MAX_HEADER or data[8:9] not in (b"{", b" ", b""):
+        raise UserError(f"{path}: not a safetensors file, or one that ends early; download it again")
+    if base > len(data):
+        raise ends_early(path, len(data), base, least=True)
+    if size > _MAX_HEADER:
+        raise UserError(f"{path}: its header has {size} bytes, far more than a network needs; save it in several files")
     try:
         header = json.loads(data[8:base].decode("utf-8"), object_pairs_hook=_unique)
         if not isinstance(header, dict):
@@ -208,9 +165,10 @@ def _header(path: Path, data: mmap.mmap) -> dict[str, _Entry]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: its header is damaged ({reason}); download it again") from error
-    if base + end != len(data):
-        kind = "truncated" if base + end > len(data) else "longer than its header says"
-        raise UserError(f"{path}: {kind} ({len(data)} bytes for {base + end}); download it again")
+    if base + end > len(data):
+        raise ends_early(path, len(data), base + end)
+    if base + end < len(data):
+        raise UserError(f"{path}: longer than its header says ({len(data)} bytes for {base + end}); download it again")
     return entries
 
 

@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -78,22 +79,44 @@ def map_file(path: Path) -> mmap.mmap:
     alive but not its lock on the buffer.
 
     Raises:
-      UserError: missing, a folder, unreadable, empty, or a Git LFS pointer.
+      UserError: missing, a folder, a pipe or device, unreadable, empty, a Git LFS pointer, or a web page.
     """
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        # without waiting, should it be a pipe that nobody writes to
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb"):
+            status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise UserError(f"{path}: is a folder; give the path of a checkpoint file")
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"{path}: is a pipe or a device; copy it into a file first")
+            if status.st_size == 0:
                 raise UserError(f"{path}: the file is empty; download it again")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; check the path") from error
     except IsADirectoryError as error:
         raise UserError(f"{path}: is a folder; give the path of a checkpoint file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
-    if mapped[:24] == b"version https://git-lfs.":
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
+    start = mapped[:64].lstrip().lower()
+    if start.startswith(b"version https://git-lfs."):
         raise UserError(f"{path}: a Git LFS pointer, not the file itself; fetch it with git lfs pull")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path}: a web page saved in place of the file; follow the page's download link")
     return mapped
+
+
+def ends_early(where: str | Path, have: int, wanted: int, *, least: bool = False) -> UserError:
+    """The error of a file that lacks its end.
+
+    Args:
+      have, wanted: bytes.
+      least: the file must have had `wanted` bytes or more.
+    """
+    more = "at least " if least else ""
+    return UserError(f"{where}: the file ends early: {have} of {more}{wanted} bytes; download it again")
 
 
 def tensor_bytes(spec: TensorSpec) -> memoryview:

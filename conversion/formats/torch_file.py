@@ -1,17 +1,17 @@
 """PyTorch checkpoint files (`.pt`) without torch: tensors read lazily from a memory map, files written in a stream.
 
 A `.pt` file is a zip archive of stored (uncompressed) entries: PREFIX/data.pkl, a pickle that describes the tensors,
-PREFIX/data/KEY, the values of one storage each, and PREFIX/byteorder. Nothing in the pickle is ever executed.
+PREFIX/data/KEY, the values of one storage each, and PREFIX/byteorder. Nothing in the pickle is ever executed. Values
+are compared with the archive's checksums when they are first read.
 
 Source: model/builder.py reads such files with torch.load, under the key "model_state_dict"; model/sam2/build_sam.py
 under "model".
 """
 
-import mmap
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,12 +21,12 @@ import numpy as np
 from conversion.formats.source import (
     TensorSpec,
     element_count,
-    map_file,
     no_such_name,
     some,
     tensor_bytes,
 )
-from conversion.formats.torch_pickle import DTYPES, Tensor, dump_pickle, load_pickle
+from conversion.formats.torch_archive import Archive
+from conversion.formats.torch_pickle import DTYPES, MAX_BYTES, Tensor, dump_pickle, load_pickle
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 
@@ -38,7 +38,8 @@ _ZIP64_FROM = 1 << 30  # from this entry size on the zip64 form is used; necessa
 class TorchFile:
     """A `.pt` file's tensors, read one at a time. A `TensorSource` and a context manager.
 
-    root: the key of the top-level dict that holds the state dict; None: the top-level dict itself.
+    root: the key of the top-level dict that holds the state dict; None: the top-level dict itself; several: the first
+      under which there are tensors.
 
     Raises:
       UserError: missing, damaged or not a zip file; no such root (lists the keys there are); no tensors; a reference
@@ -46,36 +47,25 @@ class TorchFile:
     """
 
     where: str
+    root: str | None  # where the tensors are
     scalars: dict[str, int | float | str | None]  # plain values of the top level: epoch, step, ...
 
-    def __init__(self, path: str | Path, root: str | None = None) -> None:
+    def __init__(self, path: str | Path, root: str | Sequence[str | None] | None = None) -> None:
         self.where = str(path)
-        self._map: mmap.mmap | None = map_file(Path(path))
+        self._archive = Archive(path)
         try:
-            self._open(root)
+            self._open((root,) if root is None or isinstance(root, str) else tuple(root))
         except BaseException:
             self.close()
             raise
 
-    def _open(self, root: str | None) -> None:
-        self._check_kind()
-        try:
-            with zipfile.ZipFile(self.where) as archive:
-                self._entries = {info.filename: info for info in archive.infolist()}
-        except Exception as error:  # zipfile lets many kinds through when the directory is damaged
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.where}: truncated or damaged ({reason}); get the file again") from error
-        lists = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(lists) != 1:
-            found = "no data.pkl" if not lists else "several data.pkl"
-            raise UserError(f"{self.where}: a zip file with {found}, so not a PyTorch checkpoint; check the path")
-        self._prefix = lists[0].removesuffix("data.pkl")
+    def _open(self, roots: tuple[str | None, ...]) -> None:
         self._swap = self._byte_order() != sys.byteorder
-        top = load_pickle(bytes(self._entry("data.pkl")), self.where)
+        top = load_pickle(self._archive.read("data.pkl", MAX_BYTES), self.where)
         if not isinstance(top, dict):
             kind = type(top).__name__
             raise UserError(f"{self.where}: holds a {kind}, not a dict of tensors; save model.state_dict()")
-        state = self._pick(top, root)
+        self.root, state = self._pick(top, roots)
         self.scalars = {
             key: value
             for key, value in top.items()
@@ -89,72 +79,40 @@ class TorchFile:
                 self._check_tensor(name, value)
                 self._tensors[name] = value
         if not self._tensors:
-            at = "at its top level" if root is None else f"under {root!r}"
+            at = "at its top level" if self.root is None else f"under {self.root!r}"
             raise UserError(f"{self.where}: no tensors {at}, {_keys(top)}; choose another root")
 
-    def _check_kind(self) -> None:
-        start = self._mapped()[:512]
-        if start[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-            return
-        tar = start[257:262] == b"ustar"
-        if tar or start[:1] == b"\x80":
-            raise UserError(
-                f"{self.where}: in PyTorch's old {'tar' if tar else 'pickle'} format; save it again where torch is "
-                f"installed: torch.save(torch.load(old, weights_only={not tar}), new)"
-            )
-        raise UserError(f"{self.where}: not a PyTorch checkpoint (not a zip file); check the path or download it again")
-
     def _byte_order(self) -> str:
-        if self._prefix + "byteorder" not in self._entries:
+        if "byteorder" not in self._archive:
             return "little"  # files of before the entry existed
-        order = bytes(self._entry("byteorder")[:16])
+        order = self._archive.read("byteorder", 16)
         if order not in (b"little", b"big"):
             raise UserError(f"{self.where}: unknown byte order {order!r}; get the file again")
         return order.decode()
 
-    def _entry(self, name: str) -> memoryview:
-        """The bytes of an entry, still in the file."""
-        start, size = self._locate(name)
-        return memoryview(self._mapped())[start : start + size]
-
-    def _info(self, name: str) -> zipfile.ZipInfo:
-        info = self._entries.get(self._prefix + name)
-        if info is None:
-            raise UserError(f"{self.where}: its entry {name!r} is missing; get the file again")
-        stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
-        if not stored or info.flag_bits & 1:
-            raise UserError(
-                f"{self.where}: its entry {name!r} is compressed or encrypted, not as torch.save writes it; "
-                "use the original file or save it again"
-            )
-        return info
-
-    def _locate(self, name: str) -> tuple[int, int]:
-        """First byte and size of an entry."""
-        info, mapped = self._info(name), self._mapped()
-        at = info.header_offset
-        if 0 <= at <= len(mapped) - 30 and mapped[at : at + 4] == b"PK\x03\x04":
-            name_size, extra_size = struct.unpack_from("<HH", mapped, at + 26)
-            stored = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
-            start = at + 30 + name_size + extra_size
-            if mapped[at + 30 : at + 30 + name_size] == stored and start + info.file_size <= len(mapped):
-                return start, info.file_size
-        raise UserError(f"{self.where}: its entry {name!r} is damaged; get the file again")
-
-    def _pick(self, top: dict[Any, Any], root: str | None) -> dict[Any, Any]:
+    def _pick(self, top: dict[Any, Any], roots: tuple[str | None, ...]) -> tuple[str | None, dict[Any, Any]]:
+        """The first root that holds tensors, and the dict there."""
+        if len(roots) > 1:
+            for root in roots:
+                state = top if root is None else top.get(root)
+                if isinstance(state, dict) and any(isinstance(value, Tensor) for value in state.values()):
+                    return root, state
+            named = ", ".join(repr(root) for root in roots if root is not None)
+            raise UserError(f"{self.where}: no tensors under any of {named}, {_keys(top)}; name the root with --root")
+        root = roots[0]
         if root is None:
-            return top
+            return None, top
         if root not in top:
             raise UserError(f"{self.where}: no entry {root!r}, {_keys(top)}; choose another root")
         state = top[root]
         if not isinstance(state, dict):
             kind = type(state).__name__
             raise UserError(f"{self.where}: {root!r} is a {kind}, not a dict of tensors; {_keys(top)}")
-        return state
+        return root, state
 
     def _check_tensor(self, name: str, tensor: Tensor) -> None:
         size = tensor.dtype.itemsize
-        stored = self._info(f"data/{tensor.storage.key}").file_size
+        stored = self._archive.size(f"data/{tensor.storage.key}")
         item = tensor.storage.dtype.itemsize if tensor.storage.dtype is not None else 1
         bad = None
         try:
@@ -171,11 +129,6 @@ class TorchFile:
             bad = "repeats its storage to an absurd size"
         if bad:
             raise UserError(f"{self.where}: tensor {name!r} {bad}; get the file again")
-
-    def _mapped(self) -> mmap.mmap:
-        if self._map is None:
-            raise ValueError(f"{self.where}: is closed")
-        return self._map
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -200,17 +153,17 @@ class TorchFile:
         A file of the other byte order gives a copy. Views stay valid after `close`.
 
         Raises:
-          UserError: no such name, or the entry of its values is damaged.
+          UserError: no such name, or the entry of its values is damaged or differs from its checksum.
         """
         tensor = self._tensor(name)
-        start, _ = self._locate(f"data/{tensor.storage.key}")
+        start, _ = self._archive.place(f"data/{tensor.storage.key}")
         if 0 in tensor.shape:
             return np.empty(tensor.shape, tensor.dtype)
         size = tensor.dtype.itemsize
         view: np.ndarray = np.ndarray(
             tensor.shape,
             tensor.dtype,
-            buffer=self._mapped(),
+            buffer=self._archive.mapped,
             offset=start + tensor.offset * size,
             strides=[s * size if n > 1 else size for n, s in zip(tensor.shape, tensor.strides)],
         )
@@ -222,7 +175,7 @@ class TorchFile:
 
     def close(self) -> None:
         """Lets go of the file; what was read stays valid."""
-        self._map = None
+        self._archive.close()
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ of and stands in for them with plain records, so that nothing from the file is e
 import math
 import pickletools
 import struct
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from conversion.formats.source import MAX_DIMS
 from virst_jax.errors import UserError
 
 DTYPES: dict[str, np.dtype] = {
@@ -67,6 +69,11 @@ class _StorageType:
 
 
 @dataclass(frozen=True)
+class _TensorType:
+    """Stands in for a class of tensors; it is never made."""
+
+
+@dataclass(frozen=True)
 class _Function:
     """Stands in for a callable of the file."""
 
@@ -77,25 +84,44 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> 
     if not (isinstance(storage, Storage) and isinstance(dtype, np.dtype) and type(offset) is int):
         raise ValueError("a tensor without storage, dtype or offset")
     for numbers in (shape, strides):
-        if not isinstance(numbers, tuple) or any(type(n) is not int for n in numbers):
-            raise ValueError("a tensor whose shape or strides are not whole numbers")
+        # the length first: one long tuple can be named by every tensor of a file
+        if not isinstance(numbers, tuple) or len(numbers) > MAX_DIMS + 1 or any(type(n) is not int for n in numbers):
+            raise ValueError("a tensor whose shape or strides are not a few whole numbers")
     return Tensor(storage, dtype, offset, shape, strides)
 
 
 def _tensor_v2(args: tuple[Any, ...]) -> Tensor:
-    storage, offset, shape, strides, *_ = args  # the rest: requires_grad, hooks, metadata
+    # behind the strides: requires_grad, hooks, metadata
+    if not 4 <= len(args) <= 7:
+        raise ValueError(f"a tensor made from {len(args)} values")
+    storage, offset, shape, strides = args[:4]
     return _tensor(storage, offset, shape, strides, storage.dtype if isinstance(storage, Storage) else None)
 
 
 def _tensor_v3(args: tuple[Any, ...]) -> Tensor:
-    storage, offset, shape, strides, _requires_grad, _hooks, dtype, *_ = args
+    # behind the strides: requires_grad, hooks, dtype, metadata
+    if not 7 <= len(args) <= 8:
+        raise ValueError(f"a tensor made from {len(args)} values")
+    storage, offset, shape, strides, _requires_grad, _hooks, dtype = args[:7]
     return _tensor(storage, offset, shape, strides, dtype)
 
 
 def _parameter(args: tuple[Any, ...]) -> Tensor:
+    """Also of `_rebuild_parameter_with_state`: the attributes that somebody set on a parameter are left out."""
     if not args or not isinstance(args[0], Tensor):
         raise ValueError("a parameter without a tensor")
     return args[0]
+
+
+def _from_type(args: tuple[Any, ...]) -> Tensor:
+    """A tensor with attributes: (function, class, its arguments, attributes). The attributes are left out."""
+    if len(args) != 4 or not isinstance(args[0], _Function) or not isinstance(args[1], _TensorType):
+        raise ValueError("a tensor with attributes that is made in an unknown way")
+    known = args[0].call in (_tensor_v2, _tensor_v3, _parameter) and isinstance(args[2], tuple)
+    tensor = args[0].call(args[2]) if known else None
+    if not isinstance(tensor, Tensor):
+        raise ValueError("attributes of what is not a tensor")
+    return tensor
 
 
 def _size(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -115,6 +141,12 @@ _GLOBALS: dict[str, object] = {
     "torch._utils _rebuild_tensor_v2": _Function(_tensor_v2),
     "torch._utils _rebuild_tensor_v3": _Function(_tensor_v3),
     "torch._utils _rebuild_parameter": _Function(_parameter),
+    "torch._utils _rebuild_parameter_with_state": _Function(_parameter),
+    "torch._tensor _rebuild_from_type_v2": _Function(_from_type),
+    "torch._tensor Tensor": _TensorType(),
+    "torch Tensor": _TensorType(),
+    "torch.nn.parameter Parameter": _TensorType(),
+    "torch.nn.parameter Buffer": _TensorType(),
     "torch Size": _Function(_size),
     "torch UntypedStorage": _StorageType(None),
     "torch.storage UntypedStorage": _StorageType(None),
@@ -131,6 +163,12 @@ _PUSH_ARGUMENT = frozenset(
 _CONSTANTS: dict[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _KEY_TYPES = (str, int, float, bool, bytes, type(None))  # a nested tuple could exhaust the stack when hashed
+_MAX_INT_KEY = sys.hash_info.modulus  # from here on numbers can be chosen whose hashes are equal
+_MAX_BITS = 1024  # of a number; arithmetic with longer ones takes time
+# A list of 2000 tensors has some 80,000 instructions in 400 kB. Each of these bounds keeps what a hostile list takes
+# to some seconds and some hundred megabytes.
+MAX_BYTES = 32 << 20
+MAX_INSTRUCTIONS = 2_000_000
 
 
 class _Machine:
@@ -139,12 +177,17 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.storages: list[Storage] = []
 
     def run(self, data: bytes) -> object:
         stack, memo = self.stack, self.memo
-        for opcode, arg, _ in pickletools.genops(data):
+        for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
             name = opcode.name
+            if count == MAX_INSTRUCTIONS:
+                raise self.too_large(f"more than {MAX_INSTRUCTIONS} instructions")
             if name in _PUSH_ARGUMENT:
+                if isinstance(arg, int) and arg.bit_length() > _MAX_BITS:
+                    raise ValueError(f"a number of {arg.bit_length()} bits")
                 stack.append(arg)
             elif name in ("BINPUT", "LONG_BINPUT"):
                 memo[int(arg)] = stack[-1]  # type: ignore[arg-type]
@@ -166,6 +209,12 @@ class _Machine:
                     "never run; save the file again with the state dict alone"
                 )
         raise ValueError("no end")  # genops raises first
+
+    def too_large(self, what: str) -> UserError:
+        return UserError(
+            f"{self.where}: its list of tensors has {what}, far more than a network needs; save the file again with "
+            "the state dict alone"
+        )
 
     def resolve(self, name: str) -> object:
         if name not in _GLOBALS:
@@ -211,7 +260,7 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise ValueError("keys and values for what is not a dict")
         for key, value in zip(items[::2], items[1::2]):
-            if not isinstance(key, _KEY_TYPES):
+            if not isinstance(key, _KEY_TYPES) or (isinstance(key, int) and abs(key) >= _MAX_INT_KEY):
                 raise ValueError(f"a key that is a {type(key).__name__}")
             target[key] = value
 
@@ -240,7 +289,9 @@ class _Machine:
             raise ValueError("an outside value that is not a storage")
         if not isinstance(key, str) or type(size) is not int or size < 0:
             raise ValueError("a storage whose key or size is of the wrong kind")
-        self.stack.append(Storage(key, storage.dtype, size))
+        found = Storage(key, storage.dtype, size)
+        self.storages.append(found)
+        self.stack.append(found)
 
     def new_dict(self) -> None:
         items = self.pop_mark()
@@ -276,13 +327,26 @@ def load_pickle(data: bytes, where: str) -> object:
     Raises:
       UserError: the pickle is damaged, or refers to anything that is not part of a state dict; names `where`.
     """
+    machine = _Machine(where)
+    if len(data) > MAX_BYTES:
+        raise machine.too_large(f"{len(data)} bytes")
     try:
-        return _Machine(where).run(data)
+        return machine.run(data)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{where}: its list of tensors is damaged ({reason}); download or save the file again"
         ) from error
+
+
+def stored_bytes(data: bytes, where: str) -> int:
+    """Bytes of all storages that the pickle at the start of `data` names; 0 where it is damaged."""
+    machine = _Machine(where)
+    try:
+        machine.run(data)
+    except (UserError, ValueError, IndexError, KeyError, TypeError, OverflowError):
+        return 0
+    return sum({s.key: s.size * (s.dtype.itemsize if s.dtype is not None else 1) for s in machine.storages}.values())
 
 
 class _Writer:
