@@ -1,13 +1,15 @@
 """Evaluates a model on a benchmark: masks, scores, a report. Interrupted, the same command goes on.
 
-    python eval.py --config=configs/eval.py --config.model=MODEL --config.dataset=NAME --config.data_root=DIR \\
-        --workdir=DIR
+    python eval.py --model=MODEL --dataset=NAME --data-root=DIR --workdir=DIR
 
-Writes WORKDIR/DATASET-SPLIT/{masks, scores, report}; configs/eval.py lists the settings, docs/evaluation.md tells more.
-Exit status: 0, 1 if a video failed (it is named, the others are done), 2 for bad input.
+Writes WORKDIR/DATASET-SPLIT/{masks, scores, report}; configs/eval.py lists the settings, docs/evaluation.md tells more,
+virst_jax/commands/eval.py defines the arguments. Exit status: 0, 1 if a video failed (it is named, the others are
+done), 2 for bad input.
+
+An installed package has this file as virst_jax.eval; there `virst eval` runs it.
 """
 
-import errno
+import argparse
 import functools
 import hashlib
 import sys
@@ -17,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from virst_jax import cli
+from virst_jax.commands import eval as command
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
@@ -28,9 +31,6 @@ from virst_jax.evaluation.predictions import StoredReader
 from virst_jax.evaluation.report import write_report
 from virst_jax.evaluation.runner import Outcome, Predict, evaluate
 from virst_jax.evaluation.submission import ROOTS, write_pngs
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Settings of the evaluation: configs/eval.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results.", required=True)
 
 DAYS = 7 * 24 * 3600.0  # seconds; one that has ended is noticed sooner
 
@@ -204,37 +204,14 @@ def _say_what_is_left(outcome: Outcome, source: Opened, out: Path) -> None:
             print(f"  {name}: {error}", file=sys.stderr)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(args: argparse.Namespace) -> int:
+    """Evaluates as the arguments of `virst eval` say; gives the exit status."""
+    config = command.config_of(args)
     try:
-        if len(argv) > 1:
-            raise UserError(f"unexpected argument {argv[1]!r}; settings are given as --config.KEY=VALUE")
-        return run(_CONFIG.value, Path(_WORKDIR.value))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"{_WORKDIR.value}: the disk is full; make room and run the same command again", file=sys.stderr)
-        return 2
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Flags of the command line; an unknown key of the config, or a value of another type, ends in one line."""
-    try:
-        rest = flags.FLAGS(argv)
-        if _CONFIG.value is None:
-            raise UserError("--config is missing: add --config=configs/eval.py")
-        _CONFIG.value["dataset"]  # a file that could not be loaded is told when it is used
-        return rest
-    except (UserError, flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        key = f"unknown key {str(error).strip(chr(34))}" if isinstance(error, AttributeError) else str(error)
-        print(f"eval.py: {' '.join(key.split())}; see configs/eval.py", file=sys.stderr)
-        sys.exit(2)
+        return run(config, args.workdir)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("interrupted; what is finished is kept, the same command goes on") from error
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(cli.call(command, None, "eval.py", main))

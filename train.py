@@ -1,10 +1,13 @@
-"""Trains VIRST: python train.py --config=configs/NAME.py --workdir=DIR [--config.key=value ...]
+"""Trains VIRST: python train.py --config=NAME --workdir=DIR [--config.key=value ...]
 
 The same command goes on where an earlier run stopped, or was killed. See virst_jax/training/recipe.py for what a
-config says and configs/ for recipes. With --compile_only --topology=v5e:4x4 it compiles the steps for
-that hardware, without it, and prints what a device needs.
+config says and configs/ for recipes; virst_jax/commands/train.py defines the arguments. With --compile-only
+--topology=v5e:4x4 it compiles the steps for that hardware, without it, and prints what a device needs.
+
+An installed package has this file as virst_jax.train; there `virst train` runs it.
 """
 
+import argparse
 import contextlib
 import os
 import signal
@@ -18,10 +21,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
+from virst_jax import cli
 from virst_jax.api import EMBEDDED, Model
+from virst_jax.commands import train as command
 from virst_jax.config import VirstConfig, get_preset
 from virst_jax.data.batches import ExampleMaker, batch_shapes, visual_tokens
 from virst_jax.data.pipeline import Mixture, batches
@@ -42,18 +46,6 @@ from virst_jax.training.log import TrainLog
 from virst_jax.training.losses import CellBatch, NamedBatch, PatchBatch, ReadBatch, TextBatch, VideoBatch
 from virst_jax.training.optim import flatten
 from virst_jax.training.step import Batch, TrainState, init_state, make_train_step
-
-FLAGS = flags.FlagValues()  # its own: eval.py has flags of the same names
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe: configs/NAME.py.", flag_values=FLAGS, lock_config=True
-)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, logs and the trained model go.", flag_values=FLAGS)
-COMPILE_ONLY = flags.DEFINE_bool(
-    "compile_only", False, "Compile the steps for --topology and print what they need.", flag_values=FLAGS
-)
-TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "Hardware to compile for, such as v5e:4x4, v5p:2x2x2, h100:8, cpu:8.", flag_values=FLAGS
-)
 
 EXPORT = "model"
 PREFIX_TOKENS = 16  # of the prompt before the video, where no tokenizer tells
@@ -386,57 +378,27 @@ def as_batch(arrays: Mapping[str, Any], shared: int) -> Batch:
     return (VideoBatch if "frames" in arrays else TextBatch)(**arrays, shared=shared)
 
 
-def main(arguments: list[str]) -> None:
-    parse(arguments)
-    config = CONFIG.value
-    if config is None:
-        raise UserError("--config is missing: name a recipe, such as --config=configs/synthetic.py")
-    if COMPILE_ONLY.value:
-        if not TOPOLOGY.value:
+def main(args: argparse.Namespace) -> int:
+    """Trains, or compiles, as the arguments of `virst train` say."""
+    config = command.config_of(args)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([""])  # data sets and worker processes look at absl's own flags
+    if args.compile_only:
+        if not args.topology:
             raise UserError("--topology is missing: name the hardware to compile for, such as v5e:4x4 or h100:8")
-        return compile_only(config, TOPOLOGY.value)
-    if not WORKDIR.value:
-        raise UserError("--workdir is missing: name a folder for checkpoints and logs")
-    workdir = Path(WORKDIR.value)
+        compile_only(config, args.topology)
+        return 0
+    workdir = command.workdir_of(args)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
     if config.get("distributed", False):
         jax.distributed.initialize()
-    return train(config, workdir)
-
-
-def parse(arguments: list[str]) -> None:
-    """Sets the flags.
-
-    Raises:
-      UserError: what is wrong with them, or with the config file.
-    """
     try:
-        rest = FLAGS(arguments)[1:]
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{reason}; see the config file for its keys, and --help for the flags") from error
-    if rest:
-        raise UserError(f"unknown argument {rest[0]!r}; settings are given as --config.key=value")
-
-
-def run(arguments: list[str]) -> int:
-    """Errors of the user end with one line and exit status 2."""
-    if {"--help", "-h"} & set(arguments):
-        print(__doc__, FLAGS.get_help(), sep="\n")
-        return 0
-    try:
-        main(arguments)
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: interrupted; run the same command to go on", file=sys.stderr)
-        return 130
+        train(config, workdir)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("interrupted; run the same command to go on") from error
     return 0
 
 
 if __name__ == "__main__":
-    # data sets and worker processes look at absl's own flags
-    flags.FLAGS(sys.argv[:1])
-    sys.exit(run(sys.argv))
+    sys.exit(cli.call(command, None, "train.py", main))

@@ -27,6 +27,7 @@ def write_folder(folder: Path, *, num_videos: int, size: tuple[int, int], num_fr
         for frame, pixels in zip(frames, video.read_frames(range(num_frames))):
             Image.fromarray(pixels).save(images / f"{frame}.jpg", quality=90)
         expressions = {}
+        assert video.read_masks is not None
         for i, expression in enumerate(video.expressions):
             key = 3 * number + i
             expressions[str(i)] = {"exp": expression.text, "obj_id": [i], "anno_id": [key]}

@@ -9,7 +9,7 @@ Hardware and cost: as stage 3 (docs/sharding.md), for as many steps as you give 
 
 from ml_collections import ConfigDict
 
-from configs import common
+from . import common
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ J&F on MeViS valid_u that a run writes.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from . import common
 
 
 def get_config() -> ConfigDict:

@@ -10,8 +10,9 @@ docs/evaluation.md.
 
 from ml_collections import ConfigDict
 
-from configs import common
 from virst_jax.data.datasets.mixtures import GROUPS
+
+from . import common
 
 
 def get_config() -> ConfigDict:

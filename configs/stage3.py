@@ -9,8 +9,9 @@ of one H100 or 101 of one v5e chip. Expected score: the release's final ones, in
 
 from ml_collections import ConfigDict
 
-from configs import common
 from virst_jax.data.datasets.mixtures import GROUPS
+
+from . import common
 
 
 def get_config() -> ConfigDict:

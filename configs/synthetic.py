@@ -10,7 +10,12 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     # with four [SEG], a word of colour and one of form for each of two objects; one clip spans a video, so that the
     # video encoder sees all of a motion
-    overrides = {"num_seg_tokens": 4, "max_video_frames": 4, "max_seg_frames": 4, "frames_per_anchor": 1}
+    overrides: dict[str, object] = {
+        "num_seg_tokens": 4,
+        "max_video_frames": 4,
+        "max_seg_frames": 4,
+        "frames_per_anchor": 1,
+    }
     overrides |= {"loss": {"occ": 0.25, "dice": 1.0}}
     # the video encoder's table counts patches row by row; with six a row its waves do not tell columns apart (a linear
     # reading explains 1 % of them, here 73 %)

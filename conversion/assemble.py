@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from conversion.rules import TRANSFORMS, Target
 from virst_jax.errors import UserError
 from virst_jax.models.tree import unflatten
+
+from .rules import TRANSFORMS, Target
 
 Allocate = Callable[[str, tuple[int, ...], np.dtype], np.ndarray]
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from conversion.assemble import listing
-from conversion.formats.safetensors_dir import SafetensorsDir
-from conversion.formats.source import TensorSource
-from conversion.formats.torch_file import TorchFile
-from conversion.rules import LLM_PROJECTIONS
 from virst_jax.errors import UserError
 from virst_jax.models.lora import add_adapter
+
+from .assemble import listing
+from .formats.safetensors_dir import SafetensorsDir
+from .formats.source import TensorSource
+from .formats.torch_file import TorchFile
+from .rules import LLM_PROJECTIONS
 
 SEG_MODEL = "model.seg_model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"

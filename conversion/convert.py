@@ -5,7 +5,7 @@
     python -m conversion.convert --to-torch MODEL --out FILE.pt
 
 Nothing of the sources is executed; torch is not needed. The result appears whole or not at all. Exit status: 0, or 2
-with one line that says what is wrong.
+with one line that says what is wrong. `virst convert` is the same.
 """
 
 import argparse
@@ -19,15 +19,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from conversion.assemble import assemble, take_apart
-from conversion.checkpoint import Release
-from conversion.formats.torch_file import write_torch_file
-from conversion.rules import rule_table
+from virst_jax import cli
 from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset, to_json
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, model_folder
 from virst_jax.models.tree import flatten, unflatten
 from virst_jax.models.virst import Virst
+
+from .assemble import assemble, take_apart
+from .checkpoint import Release
+from .formats.torch_file import write_torch_file
+from .rules import rule_table
 
 DTYPES = ("bfloat16", "float32", "source")
 SCRATCH = "scratch"
@@ -172,13 +174,14 @@ def _wrapped(name: str) -> str:
     return f"base_model.model.{name}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m conversion.convert",
-        description="Convert the released PyTorch checkpoints to a model folder, or back.",
-        epilog="Example: python -m conversion.convert --videochat checkpoints/videochat --sam2 "
-        "checkpoints/sam2.1_hiera_large.pt --virst checkpoints/virst.pt --out virst_7b",
-    )
+HELP = "Convert the released PyTorch checkpoints to a model folder, or back."
+EXAMPLES = """examples:
+  virst convert --videochat checkpoints/videochat --sam2 checkpoints/sam2.1_hiera_large.pt \\
+      --virst checkpoints/virst.pt --out virst_7b
+  virst convert --to-torch virst_7b --out back.pt"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videochat", type=Path, metavar="DIR", help="VideoChat-Flash: safetensors and tokenizer")
     parser.add_argument("--sam2", type=Path, metavar="FILE.pt", help="sam2.1_hiera_large.pt")
     parser.add_argument(
@@ -192,14 +195,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lora-alpha", type=float, default=16.0, metavar="A", help="(default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer's folder (default: --videochat)")
     parser.add_argument("--peft-names", action="store_true", help="with --to-torch: name as PEFT wraps them")
-    options = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts.
+
+    Raises:
+      UserError: bad arguments, or what is wrong with the files.
+    """
     jax.config.update("jax_platforms", "cpu")  # only shapes and files: leave accelerators alone
-    sources = (options.videochat, options.sam2, options.virst)
+    sources = (args.videochat, args.sam2, args.virst)
     try:
-        if options.to_torch:
+        if args.to_torch:
             if any(sources):
                 raise UserError("--to-torch takes a model folder alone: leave out --videochat, --sam2 and --virst")
-            to_torch(options.to_torch, options.out, peft=options.peft_names)
+            to_torch(args.to_torch, args.out, peft=args.peft_names)
         else:
             if not all(sources[:2]):
                 raise UserError(
@@ -208,21 +218,21 @@ def main(argv: list[str] | None = None) -> int:
                 )
             convert(
                 *sources,
-                options.out,
-                cfg=read_config(options.config),
-                dtype=options.dtype,
-                lora=options.lora,
-                lora_alpha=options.lora_alpha,
-                tokenizer=options.tokenizer,
+                args.out,
+                cfg=read_config(args.config),
+                dtype=args.dtype,
+                lora=args.lora,
+                lora_alpha=args.lora_alpha,
+                tokenizer=args.tokenizer,
             )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(f"wrote {options.out}")
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt("interrupted; nothing was written") from error
+    print(f"wrote {args.out}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.call(sys.modules[__name__], argv, "python -m conversion.convert")
 
 
 if __name__ == "__main__":

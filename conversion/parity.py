@@ -3,6 +3,7 @@
     python -m conversion.parity CASE_DIR [--case NAME ...] [--dtype float32] [--json FILE]
 
 Exit status: 0 all outputs pass; 1 an output fails, a case is unknown or a file is damaged; 2 bad arguments.
+`virst parity` is the same.
 """
 
 import argparse
@@ -16,10 +17,12 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from conversion.cases import modules, network, tables, training
-from conversion.cases.case import Case, Check, Runner, case_names, load_case
+from virst_jax import cli
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
+
+from .cases import modules, network, tables, training
+from .cases.case import Case, Check, Runner, case_names, load_case
 
 RUNNERS: list[tuple[str, Runner]] = [
     (r"qwen2.*", modules.run_qwen2),
@@ -100,8 +103,15 @@ def _row(name: str, check: Check, seconds: float | None) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m conversion.parity", description=__doc__.split("\n")[0])
+HELP = "Compare the network with recorded outputs of the PyTorch release, case by case."
+EXAMPLES = """examples:
+  virst parity cases
+  virst parity cases --case e2e_dog --checkpoint virst_7b
+
+Exit status: 0 all outputs pass; 1 an output fails, a case is unknown or a file is damaged; 2 bad arguments."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("case_dir", type=Path, metavar="CASE_DIR", help="directory of NAME.json and NAME.npz")
     parser.add_argument("--case", nargs="+", metavar="NAME", help="run these cases only")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -113,20 +123,25 @@ def main(argv: list[str] | None = None) -> int:
         help="Qwen2 tokenizer of the prompts case (default: CASE_DIR/../tokenizer)",
     )
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="converted checkpoint, for recorded cases")
-    options = parser.parse_args(argv)
-    folder = options.case_dir
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the cases and prints the table; 1 if one fails.
+
+    Raises:
+      UserError: there are no cases.
+    """
+    folder = args.case_dir
     if not folder.is_dir():
-        print(f"error: {folder}: no such directory; give one that holds NAME.json and NAME.npz", file=sys.stderr)
-        return 2
-    names = options.case or case_names(folder)
+        raise UserError(f"{folder}: no such directory; give one that holds NAME.json and NAME.npz")
+    names = args.case or case_names(folder)
     if not names:
-        print(f"error: {folder}: holds no cases (NAME.json, NAME.npz)", file=sys.stderr)
-        return 2
+        raise UserError(f"{folder}: holds no cases (NAME.json, NAME.npz)")
     beside = folder.resolve().parent / "tokenizer"
     given = {
-        "dtype": options.dtype,
-        "tokenizer": options.tokenizer or (beside if beside.is_dir() else None),
-        "checkpoint": options.checkpoint,
+        "dtype": args.dtype,
+        "tokenizer": args.tokenizer or (beside if beside.is_dir() else None),
+        "checkpoint": args.checkpoint,
     }
     console = Console(highlight=False, soft_wrap=True)
     console.print(_line(*HEADER), style="bold")
@@ -139,12 +154,16 @@ def main(argv: list[str] | None = None) -> int:
                 row = _row(name if k == 0 else "", check, seconds if k == 0 else None)
                 console.print(row, style=None if check.passed else "red", markup=False)
             results.append({"case": name, "seconds": seconds, "checks": [dataclasses.asdict(c) for c in checks]})
-            if options.json:
-                atomic.write_json(options.json, results)
+            if args.json:
+                atomic.write_json(args.json, results)
     failed = sum(not check["passed"] for result in results for check in result["checks"])
     total = sum(len(result["checks"]) for result in results)
     console.print(f"{len(results)} cases, {total} outputs, {failed} failed")
     return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.call(sys.modules[__name__], argv, "python -m conversion.parity")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion.recording.case import PREFIX, check_place, differences, write_case
-from conversion.recording.checkout import TINY, Network, Release, build_network, load_tokenizer, open_checkout
-from conversion.recording.inputs import Inputs, Like, from_like, from_video, read_frames, read_like
-from conversion.recording.run import Record, prepare, run_release
-from conversion.recording.state import Files, Rule
-from conversion.recording.stubs import require
+from virst_jax import cli
 from virst_jax.errors import UserError
+
+from .recording.case import PREFIX, check_place, differences, write_case
+from .recording.checkout import TINY, Network, Release, build_network, load_tokenizer, open_checkout
+from .recording.inputs import Inputs, Like, from_like, from_video, read_frames, read_like
+from .recording.run import Record, prepare, run_release
+from .recording.state import Files, Rule
+from .recording.stubs import require
 
 SAM2 = "sam2.1_hiera_large.pt"
 INPUTS = (
@@ -36,9 +38,14 @@ INPUTS = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(prog="python -m conversion.record", description="Record a case with the release.")
+HELP = "Record a parity case with the PyTorch release: the numbers that the converted network has to give."
+EXAMPLES = """examples:
+  virst record --release VIRST --checkpoint VIRST/checkpoints --video dog.mp4 --expression "the dog" --out cases
+
+Runs in the Python environment of the release (torch; JAX is not needed)."""
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--release", type=Path, required=True, metavar="DIR", help="checkout of the release")
     state = p.add_argument_group("parameters: a checkpoint, or the rule")
     state.add_argument("--checkpoint", type=Path, metavar="DIR", help="videochat/, sam2.1_hiera_large.pt and the .pt")
@@ -54,15 +61,14 @@ def parser() -> argparse.ArgumentParser:
     inputs.add_argument("--max-frames", type=int, metavar="N", help="use the first N frames only")
     inputs.add_argument("--seed", type=int, default=42, help="of the choice of frames and prompt (42)")
     inputs.add_argument("--like", type=Path, metavar="CASE.json", help="take sizes, video and tokens from a case")
-    run = p.add_argument_group("the run")
-    run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    run.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    run.add_argument("--attention", choices=("eager", "sdpa"), help="of the LLM (eager; sdpa in bfloat16)")
-    run.add_argument("--initial-fusion", action="store_true", help="enable it (the release's evaluation does not)")
-    run.add_argument("--encode-batch", type=int, default=4, metavar="N", help="frames encoded at a time, 0: all (4)")
+    run_of = p.add_argument_group("the run")
+    run_of.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    run_of.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    run_of.add_argument("--attention", choices=("eager", "sdpa"), help="of the LLM (eager; sdpa in bfloat16)")
+    run_of.add_argument("--initial-fusion", action="store_true", help="enable it (the release's evaluation does not)")
+    run_of.add_argument("--encode-batch", type=int, default=4, metavar="N", help="frames encoded at a time, 0: all (4)")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of cases; NAME.json and NAME.npz")
     p.add_argument("--name", help="of the case: e2e_... (from the video's name)")
-    return p
 
 
 def sources(args: argparse.Namespace) -> Rule | Files:
@@ -264,15 +270,19 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Exit status 0, or 2 after bad input with one line on stderr."""
-    try:
-        for path in record(parser().parse_args(argv)):
-            print(path)
-    except UserError as error:
-        _warn(f"error: {error}")
-        return 2
+def run(args: argparse.Namespace) -> int:
+    """Records and prints the names of the files.
+
+    Raises:
+      UserError: see `record`.
+    """
+    for path in record(args):
+        print(path)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.call(sys.modules[__name__], argv, "python -m conversion.record")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import argparse
 import errno
 import functools
-import importlib
 import json
 import os
 import signal
@@ -249,7 +248,7 @@ def test_compiled_programs_are_kept(tmp_path):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_explains_itself(name, capsys):
-    command = importlib.import_module(f"virst_jax.commands.{name}")
+    command = cli.command_module(name)
     assert command.HELP
     with pytest.raises(SystemExit) as exit:
         cli.main([name, "--help"])

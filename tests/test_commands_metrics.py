@@ -44,7 +44,7 @@ def test_metrics_of_pngs_are_those_of_eval(tmp_path, capsys, name, value, flat):
     source = data_set(name, tmp_path)
     write_pngs(source, predict_shifted, tmp_path / "theirs", value, flat)
     known = evaluate(source, predict_shifted, tmp_path / "ours", {}, progress=False)
-    common = ("--dataset", name, "--data_root", tmp_path / "data", "--quiet")
+    common = ("--dataset", name, "--data-root", tmp_path / "data", "--quiet")
     for folder, workers in (("theirs", 0), ("theirs", 2), ("ours", 0)):
         assert call(metrics, tmp_path / folder, *common, "--workers", workers, "--out", tmp_path / "report") == 0
         summary = json.loads((tmp_path / "report/summary.json").read_text())
@@ -64,7 +64,7 @@ def test_metrics_of_palette_pngs(tmp_path, capsys):
                 image = Image.fromarray(video.read_masks.labels(t).astype(np.uint8))
                 image.putpalette(list(range(256)) * 3)
                 image.save(folder / f"{video.frame_names[t]}.png")
-    common = ("--dataset", "ref_davis17", "--data_root", tmp_path / "data", "--quiet", "--workers", 0)
+    common = ("--dataset", "ref_davis17", "--data-root", tmp_path / "data", "--quiet", "--workers", 0)
     assert call(metrics, tmp_path / "theirs", *common, "--out", tmp_path / "report") == 0
     out = capsys.readouterr().out
     assert "official" in out
@@ -77,7 +77,7 @@ def test_a_missing_expression_is_named(tmp_path, capsys):
     write_pngs(source, predict_truth, tmp_path / "theirs")
     gone = tmp_path / "theirs" / source.names[1] / "2"
     shutil.rmtree(gone)
-    common = ("--dataset", "mevis", "--data_root", tmp_path / "data", "--quiet", "--workers", 0)
+    common = ("--dataset", "mevis", "--data-root", tmp_path / "data", "--quiet", "--workers", 0)
     assert call(metrics, tmp_path / "theirs", *common) == 1
     shown = capsys.readouterr()
     assert "INCOMPLETE" in shown.out
@@ -90,14 +90,14 @@ def test_a_missing_expression_is_named(tmp_path, capsys):
 
 def test_bad_folders_are_told(tmp_path):
     data_set("mevis", tmp_path)
-    common = ("--dataset", "mevis", "--data_root", tmp_path / "data", "--quiet")
+    common = ("--dataset", "mevis", "--data-root", tmp_path / "data", "--quiet")
     with pytest.raises(UserError, match="nowhere: no such folder"):
         call(metrics, tmp_path / "nowhere", *common)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: is empty"):
         call(metrics, tmp_path / "empty", *common)
     with pytest.raises(UserError, match="unknown data set"):
-        call(metrics, tmp_path, "--dataset", "x", "--data_root", tmp_path)
+        call(metrics, tmp_path, "--dataset", "x", "--data-root", tmp_path)
 
 
 def test_submit_writes_and_checks(tmp_path, capsys):
@@ -108,7 +108,7 @@ def test_submit_writes_and_checks(tmp_path, capsys):
             yield t, np.ones((len(expressions), *video.size), bool), np.ones(len(expressions))
 
     evaluate(source, predict, tmp_path / "ours", {}, progress=False)
-    common = ("--dataset", "mevis", "--data_root", tmp_path / "data", "--split", "valid", "--quiet")
+    common = ("--dataset", "mevis", "--data-root", tmp_path / "data", "--split", "valid", "--quiet")
     path = tmp_path / "mevis.zip"
     assert call(submit, tmp_path / "ours", *common, "--out", path) == 0
     assert "masks of 2 videos, checked" in capsys.readouterr().out

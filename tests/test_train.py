@@ -12,6 +12,7 @@ from train_cases import ROOT, command, recipe
 
 import train
 import virst_jax
+from virst_jax import cli
 from virst_jax.errors import UserError
 from virst_jax.io.model_folder import load_model
 
@@ -154,7 +155,7 @@ def test_goes_on_with_more_devices_on_another_mesh(tmp_path):
 def test_bad_flags_are_one_line(tmp_path):
     done = run(command(tmp_path, "--config.sead=3"))
     assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert "sead" in lines[0]
     assert "Traceback" not in done.stderr
@@ -162,9 +163,9 @@ def test_bad_flags_are_one_line(tmp_path):
 
 def test_steps_are_compiled_without_being_run(capsys):
     config = f"--config={ROOT}/tests/train_cases.py:image_text"
-    assert train.run(["train.py", config, "--compile_only"]) == 2
+    assert cli.main(["train", config, "--compile-only"]) == 2
     assert "--topology is missing" in capsys.readouterr().err
-    assert train.run(["train.py", config, "--compile_only", "--topology=cpu:1"]) == 0
+    assert cli.main(["train", config, "--compile_only", "--topology=cpu:1"]) == 0
     printed = capsys.readouterr().out
     assert "stage, batches of kind shapes: 2 samples" in printed
     assert "cpu:1: 1 devices" in printed

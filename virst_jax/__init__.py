@@ -2,11 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from virst_jax.errors import UserError
+
 if TYPE_CHECKING:
-    from virst_jax.api import Model as Model
-    from virst_jax.api import load as load
+    from virst_jax.api import Model, load
 
 __version__ = "0.1.0"
+__all__ = ["Model", "UserError", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,3 +18,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'virst_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

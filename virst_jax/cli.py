@@ -1,18 +1,18 @@
-"""The command `virst`: subcommands, each a module of virst_jax.commands with HELP, add_arguments and run.
+"""The command `virst`: subcommands, each a module with HELP, add_arguments and run.
 
-Exit status: that of the subcommand, 2 for bad input (one line on stderr says what, where and how to mend it), 130 when
+Exit status: that of the subcommand, 2 for bad input (one line on stderr says what, where and how to fix it), 130 when
 interrupted.
 """
 
 import argparse
-import errno
 import importlib
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
-from virst_jax import __version__
-from virst_jax.commands import interrupt
-from virst_jax.errors import UserError
+from virst_jax import __version__, programs
+from virst_jax.commands import failures, interrupt
+from virst_jax.commands.parser import Parser, did_you_mean
 
 # imported when they are called: help is there at once
 COMMANDS = {
@@ -21,31 +21,114 @@ COMMANDS = {
     "demo": "segment the sample clip with the small model of this package",
     "info": "show devices, versions and what a model is",
     "data": "check, show or build data sets",
+    "train": "train a model by a recipe",
+    "eval": "evaluate a model on a benchmark",
     "metrics": "score folders of predicted masks",
     "submit": "write and check submissions to benchmark servers",
+    "convert": "convert the released PyTorch checkpoints, or back",
+    "parity": "compare the network with recorded outputs of the release",
+    "record": "record outputs of the release (needs PyTorch)",
+    "completion": "print a script that completes `virst` in a shell",
 }
+Run = Callable[[argparse.Namespace], int]
+HELP_SUMMARY = "explain a command"
+# commands that are modules beside the package in a checkout, where `python -m` runs them too
+BESIDE = {name: f"conversion.{name}" for name in ("convert", "parity", "record")}
 EXAMPLES = """examples:
   virst demo
   virst segment dog.mp4 "the dog" "what does the dog chase?" --model virst_7b --out masks
   virst chat dog.mp4 "what happens in the video?" --model virst_7b
   virst info --model virst_7b
+  virst train --config=synthetic --steps=2
 
-`virst COMMAND --help` explains a command."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors take one line."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+`virst help COMMAND`, or `virst COMMAND --help`, explains a command."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand and returns its exit status."""
-    listing = "\n".join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _listing()
+    if not argv:
+        parser.print_help()
+        return 2
+    known = parser.parse_args(argv)
+    name, rest = known.command, known.rest
+    if name == "help":
+        if not rest or rest[0].startswith("-"):
+            parser.print_help()
+            return 0
+        name, rest = rest[0], ["--help"]
+    if name not in COMMANDS:
+        meant = did_you_mean(name, [*COMMANDS, "help"])
+        parser.error(f"unknown command {name!r}{meant or ': choose one of ' + ', '.join(COMMANDS)}")
+    return guarded(lambda: _run(name, rest))
+
+
+def call(command: ModuleType, argv: Sequence[str] | None, prog: str, run: Run | None = None) -> int:
+    """The exit status of a command that is a program of its own, such as train.py.
+
+    Args:
+      command: defines the arguments, and what they do.
+      argv: None: this process's arguments.
+      prog: how the user called it.
+      run: takes the place of the command's.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    return guarded(lambda: (run or command.run)(_options(command, prog).parse_args(given)))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """The exit status of `run`; what a person can do something about takes one line on stderr."""
+    try:
+        with interrupt.watched():
+            return run()
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted; finished parts are kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        failures.leave_pipe()
+        return 1
+    except Exception as error:
+        line = failures.one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+
+
+def command_module(name: str) -> ModuleType:
+    """The module of a command."""
+    if name in BESIDE:
+        return programs.load(BESIDE[name])
+    return importlib.import_module(f"virst_jax.commands.{name}")
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """A parser of all commands, for shell completion; imports them all."""
+    parser = Parser(prog="virst", description="Segment in a video what a sentence describes.")
+    parser.add_argument("--version", action="version", version=f"virst_jax {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command_module(name).add_arguments(commands.add_parser(name, help=summary))
+    names = commands.add_parser("help", help=HELP_SUMMARY)
+    names.add_argument("command", nargs="?", choices=list(COMMANDS))
+    return parser
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    command = command_module(name)
+    return command.run(_options(command, f"virst {name}").parse_args(arguments))
+
+
+def _options(command: ModuleType, prog: str) -> Parser:
+    parser = Parser(prog=prog, description=command.HELP, epilog=getattr(command, "EXAMPLES", None))
+    command.add_arguments(parser)
+    return parser
+
+
+def _listing() -> Parser:
+    summaries = {**COMMANDS, "help": HELP_SUMMARY}
+    listing = "\n".join(f"  {name:12}{summary}" for name, summary in summaries.items())
     parser = Parser(
         prog="virst",
         usage="virst [--version] COMMAND ...",
@@ -56,35 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"virst_jax {__version__}")
     parser.add_argument("command", help=argparse.SUPPRESS)
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv:
-        parser.print_help()
-        return 2
-    known = parser.parse_args(argv)
-    if known.command not in COMMANDS:
-        parser.error(f"unknown command {known.command!r}: choose one of {', '.join(COMMANDS)}")
-    command = importlib.import_module(f"virst_jax.commands.{known.command}")
-    options = Parser(prog=f"virst {known.command}", description=command.HELP, epilog=getattr(command, "EXAMPLES", None))
-    command.add_arguments(options)
-    try:
-        with interrupt.watched():
-            return command.run(options.parse_args(known.rest))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished parts are kept", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # the reader of our output has gone
-        sys.stderr.close()
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}no space left on the disk; free some and run it again", file=sys.stderr)
-        return 2
+    return parser
 
 
 if __name__ == "__main__":

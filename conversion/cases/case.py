@@ -17,11 +17,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from conversion.assemble import assemble
-from conversion.rules import Rule
-from conversion.weights_rule import make_input, make_state
 from virst_jax.errors import UserError
 from virst_jax.models.tree import flatten, unflatten
+
+from ..assemble import assemble
+from ..rules import Rule
+from ..weights_rule import make_input, make_state
 
 
 @dataclass(frozen=True)

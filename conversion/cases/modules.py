@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conversion.cases.case import Case, close
-from conversion.rules import fusion_rules, llm_rules, sam2_rules, vision_rules
 from virst_jax.config import (
     Compute,
     FusionConfig,
@@ -31,6 +29,9 @@ from virst_jax.models.umt import VideoEncoder
 from virst_jax.ops.position import sine_2d, sinusoid_table
 from virst_jax.ops.token_merge import merge_tokens
 from virst_jax.training import losses
+
+from ..rules import fusion_rules, llm_rules, sam2_rules, vision_rules
+from .case import Case, close
 
 SEG_MODEL = "model.seg_model."
 

@@ -11,10 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conversion.cases.case import Case, Check, close, exact, same_masks, within
-from conversion.cases.modules import channels_first, compute_of, qwen_config, sam2_config, vision_config
-from conversion.rules import rule_table
-from conversion.weights_rule import make_input, make_video
 from virst_jax.config import FusionConfig, LoraConfig, VirstConfig, virst_7b
 from virst_jax.data.frames import eval_anchors
 from virst_jax.data.sequence import splice
@@ -27,6 +23,11 @@ from virst_jax.inference.texts import cut_behind_video
 from virst_jax.io.model_folder import load_model
 from virst_jax.models.sam2.sam2 import Features
 from virst_jax.models.virst import Virst
+
+from ..rules import rule_table
+from ..weights_rule import make_input, make_video
+from .case import Case, Check, close, exact, same_masks, within
+from .modules import channels_first, compute_of, qwen_config, sam2_config, vision_config
 
 SEG_MODEL = "model.seg_model."
 LOW_PRECISION = 5e-2  # relative L2 error that bfloat16 explains over a network of this depth

@@ -5,11 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from conversion.cases.case import Case, exact, within
 from virst_jax.data import frames, prompts, transforms
 from virst_jax.errors import UserError
 from virst_jax.evaluation import metrics
 from virst_jax.models.sam2.anchors import select_anchors
+
+from .case import Case, exact, within
 
 
 def _all(case: Case, output: str, wrong: list[str], count: int) -> None:

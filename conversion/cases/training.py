@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conversion.assemble import take_apart
-from conversion.cases.case import Case, Check, close, within
-from conversion.cases.network import network_config, rule_clips, rule_params
-from conversion.rules import rule_table
-from conversion.weights_rule import make_video
 from virst_jax.config import VirstConfig
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import sam_pixels
 from virst_jax.models.tree import flatten
 from virst_jax.training.losses import VideoBatch, video_losses
+
+from ..assemble import take_apart
+from ..rules import rule_table
+from ..weights_rule import make_video
+from .case import Case, Check, close, within
+from .network import network_config, rule_clips, rule_params
 
 ELLIPSE = re.compile(r"\(\(y-(\d+)-(\d+)t\)/(\d+)\)\^2\+\(\(x-(\d+)-(\d+)t\)/(\d+)\)\^2")
 

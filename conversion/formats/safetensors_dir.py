@@ -17,8 +17,11 @@ from typing import Any, NamedTuple, Self
 import ml_dtypes
 import numpy as np
 
-from conversion.formats.shards import check_promises, find_shards, twice
-from conversion.formats.source import (
+from virst_jax.errors import UserError
+from virst_jax.io import atomic
+
+from .shards import check_promises, find_shards, twice
+from .source import (
     TensorSpec,
     element_count,
     ends_early,
@@ -26,8 +29,6 @@ from conversion.formats.source import (
     no_such_name,
     tensor_bytes,
 )
-from virst_jax.errors import UserError
-from virst_jax.io import atomic
 
 INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype] = {

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from conversion.formats.source import map_file, some
 from virst_jax.errors import UserError
+
+from .source import map_file, some
 
 _MAX_INDEX = 16 << 20  # bytes; that of 2000 tensors has 200 kB
 

@@ -10,9 +10,10 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from conversion.formats.source import ends_early, map_file
-from conversion.formats.torch_pickle import MAX_BYTES, stored_bytes
 from virst_jax.errors import UserError
+
+from .source import ends_early, map_file
+from .torch_pickle import MAX_BYTES, stored_bytes
 
 _MAX_DIRECTORY = 16 << 20  # bytes; zipfile takes some 15 times as much memory. 2000 tensors have 200 kB
 _HEADER = 30  # bytes before an entry's name

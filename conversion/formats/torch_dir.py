@@ -6,9 +6,9 @@ from typing import Self
 
 import numpy as np
 
-from conversion.formats.shards import check_promises, find_shards, twice
-from conversion.formats.source import no_such_name
-from conversion.formats.torch_file import TorchFile
+from .shards import check_promises, find_shards, twice
+from .source import no_such_name
+from .torch_file import TorchFile
 
 INDEX = "pytorch_model.bin.index.json"
 

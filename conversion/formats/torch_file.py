@@ -18,17 +18,18 @@ from typing import Any, Self
 
 import numpy as np
 
-from conversion.formats.source import (
+from virst_jax.errors import UserError
+from virst_jax.io import atomic
+
+from .source import (
     TensorSpec,
     element_count,
     no_such_name,
     some,
     tensor_bytes,
 )
-from conversion.formats.torch_archive import Archive
-from conversion.formats.torch_pickle import DTYPES, MAX_BYTES, Tensor, dump_pickle, load_pickle
-from virst_jax.errors import UserError
-from virst_jax.io import atomic
+from .torch_archive import Archive
+from .torch_pickle import DTYPES, MAX_BYTES, Tensor, dump_pickle, load_pickle
 
 _MAX_REPEATED_BYTES = 1 << 30  # of a tensor that shows its storage more than once, as torch.expand does
 _ALIGNMENT = 64  # as torch.save

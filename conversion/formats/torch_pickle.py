@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from conversion.formats.source import MAX_DIMS
 from virst_jax.errors import UserError
+
+from .source import MAX_DIMS
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(getattr(ml_dtypes if hasattr(ml_dtypes, name) else np, name))

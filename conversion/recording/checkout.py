@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.recording.state import Files, Rule, fill_by_rule, fill_from_files, manifest_of, table_rows
-from conversion.recording.stubs import NEEDED, first_line, require, stubbed
 from virst_jax.errors import UserError
+
+from .state import Files, Rule, fill_by_rule, fill_from_files, manifest_of, table_rows
+from .stubs import NEEDED, first_line, require, stubbed
 
 COMMIT = "954276f"
 TRANSFORMERS, TORCH = "4.40.1", "2.6.0"  # the release's requirements.txt

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from conversion.recording.checkout import IMAGE_TOKEN, Release
-from conversion.weights_rule import make_input, make_video
 from virst_jax.errors import UserError
+
+from ..weights_rule import make_input, make_video
+from .checkout import IMAGE_TOKEN, Release
 
 _IMAGES = (".jpg", ".jpeg", ".png")
 _VIDEO = "recorded"  # name of the one video in the data set on disk

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion.recording.inputs import Inputs
+from .inputs import Inputs
 
 WIDE = 512  # token features wider than this are thinned
 

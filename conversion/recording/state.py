@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.recording.stubs import first_line, require
-from conversion.weights_rule import make_tensor
 from virst_jax.errors import UserError
+
+from ..weights_rule import make_tensor
+from .stubs import first_line, require
 
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -12,8 +12,8 @@ EXAMPLES = """\
 PRED_DIR holds VIDEO/EXPRESSION/FRAME.png of 0 and 255 (or 0 and 1), of the video's size, under Annotations/ or not;
 for Ref-DAVIS17 also anno_0 to anno_3 with VIDEO/FRAME.png, palette pictures of all objects; or results of eval.py.
 
-  virst metrics results/mevis --dataset mevis --data_root data/RVOS --split valid_u --out scores
-  virst metrics results/davis --dataset ref_davis17 --data_root data/RVOS
+  virst metrics results/mevis --dataset mevis --data-root data/RVOS --split valid_u --out scores
+  virst metrics results/davis --dataset ref_davis17 --data-root data/RVOS
 """
 
 
@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """--dataset, --data_root, --split and --quiet."""
+    """--dataset, --data-root, --split and --quiet."""
     parser.add_argument("--dataset", required=True, metavar="NAME", help="as `virst data --help` lists them")
-    parser.add_argument("--data_root", required=True, type=Path, metavar="DIR", help="the data set's folder")
+    parser.add_argument("--data-root", required=True, type=Path, metavar="DIR", help="the data set's folder")
     parser.add_argument("--split", default="", help="default: the one that is scored")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 

@@ -11,8 +11,8 @@ EXAMPLES = """\
 PRED_DIR is WORKDIR/DATASET-SPLIT of eval.py, or a folder of VIDEO/EXPRESSION/FRAME.png. The zip is checked before it
 appears: all frames of all expressions, sizes, values 0 and 255, nothing else.
 
-  virst submit runs/mevis-valid --dataset mevis --split valid --data_root data/RVOS --out mevis.zip
-  virst submit --check theirs.zip --dataset ref_youtube_vos --data_root data/RVOS
+  virst submit runs/mevis-valid --dataset mevis --split valid --data-root data/RVOS --out mevis.zip
+  virst submit --check theirs.zip --dataset ref_youtube_vos --data-root data/RVOS
 """
 
 

@@ -1,0 +1,65 @@
+"""`virst train`: training by a recipe. train.py, beside this package or in it, does the work."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from virst_jax import programs
+from virst_jax.commands import config_file
+from virst_jax.errors import UserError
+
+HELP = """Train a model by a recipe. The same command goes on where an earlier run stopped, or was killed.
+
+A recipe is one of the package (synthetic, stage1, stage2, stage3, finetune) or a Python file of your own; every value
+of it can be changed: --config.seed=3, --config.stage1.optim.learning_rate=1e-4."""
+EXAMPLES = """examples:
+  virst train --config=synthetic --workdir=runs/synthetic
+  virst train --config=synthetic --steps=2                 does it run at all?
+  virst train --config=finetune --workdir=runs/mine --config.model.init=virst_7b --config.data_root=my_videos
+  virst train --config=stage1 --compile-only --topology=v5e:4x4"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    config_file.add_arguments(parser, "the recipe: a name, or a Python file (configs/ of a checkout holds examples)")
+    parser.add_argument(
+        "--workdir", type=Path, metavar="DIR", help="where checkpoints, logs and the trained model go (runs/NAME)"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="at most so many steps of every stage")
+    parser.add_argument("--compile-only", action="store_true", help="compile for --topology and print what it needs")
+    parser.add_argument("--topology", default="", help="hardware to compile for: v5e:4x4, v5p:2x2x2, h100:8, cpu:8")
+
+
+def config_of(args: argparse.Namespace) -> Any:
+    """The recipe that the arguments name, with their changes.
+
+    Raises:
+      UserError: there is none, or a change does not fit it.
+    """
+    if not args.config:
+        raise UserError(f"--config is missing: name a recipe ({', '.join(config_file.recipes())}) or a Python file")
+    config = config_file.load(args.config, args.settings)
+    return config if args.steps is None else limit_steps(config, args.steps)
+
+
+def limit_steps(config: Any, steps: int) -> Any:
+    """The recipe with at most `steps` steps of every stage, and no longer a warm-up than that."""
+    if steps < 1:
+        raise UserError(f"--steps {steps}: give 1 or more")
+    for name in config.get("stages", ()):
+        stage = config.get(name, {})
+        if isinstance(stage.get("steps"), int):
+            stage.steps = min(stage.steps, steps)
+        optim = stage.get("optim", {})
+        if isinstance(optim.get("warmup_steps"), int):
+            optim.warmup_steps = min(optim.warmup_steps, steps)
+    return config
+
+
+def workdir_of(args: argparse.Namespace) -> Path:
+    """--workdir, or runs/NAME; a run that --steps cut short has a folder of its own, since its models are no models."""
+    name = Path(args.config.partition(":")[0]).stem
+    return args.workdir or Path("runs") / (name if args.steps is None else f"{name}-{args.steps}-steps")
+
+
+def run(args: argparse.Namespace) -> int:
+    return programs.load("train").main(args)
