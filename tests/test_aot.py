@@ -5,19 +5,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from helpers.places import PROGRAMS, ROOT
 from virst_jax.errors import UserError
 from virst_jax.parallel import sharding
 from virst_jax.profiling import aot
 from virst_jax.profiling.collectives import Traffic, collective_traffic
-
-ROOT = Path(__file__).parents[1]
 
 HLO = """HloModule jit_step, is_scheduled=true
 
@@ -104,36 +102,10 @@ def test_loops_of_unknown_length_are_counted():
         collective_traffic("nothing")
 
 
-PROGRAM = """
-import json, sys
-import jax, jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec as P
-from virst_jax.profiling import aot
-from virst_jax.parallel import sharding
-mesh = sharding.make_mesh(2, 4, 1, devices=aot.topology_devices("cpu:8"))
-S = jax.ShapeDtypeStruct
-def step(state, batch):
-    def loss(w):
-        turn = lambda h, w: (jax.lax.with_sharding_constraint(h, P(("data", "fsdp"))) @ w, None)
-        return (jax.lax.scan(turn, batch, w)[0] ** 2).mean()
-    value, gradient = jax.value_and_grad(loss)(state["w"])
-    return {"w": state["w"] - gradient, "m": state["m"]}, {"loss": value}
-split = NamedSharding(mesh, P(None, "fsdp"))
-state = {"w": S((5, 64, 64), jnp.float32), "m": S((100,), jnp.float32)}
-with sharding.use_mesh(mesh):
-    report = aot.compile_report(
-        step, state, S((16, 64), jnp.float32), {"w": split, "m": sharding.replicated(mesh)},
-        sharding.batch_sharding(mesh), "cpu:8", flops=8e6, hlo_path=sys.argv[1],
-        parts=lambda s: {"parameters": s["w"], "optimizer": s["m"]})
-print(json.dumps([report.parts, report.num_devices, report.flops, report.xla_flops, report.temporary, report.peak,
-                  report.traffic["all-gather"].count, report.traffic["all-gather"].payload]))
-"""
-
-
 def test_report_of_eight_virtual_devices(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["JAX_PLATFORMS"] = "cpu"
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "step.txt")]
+    command = [sys.executable, str(PROGRAMS / "aot_report.py"), str(tmp_path / "step.txt")]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     parts, devices, flops, xla_flops, temporary, peak, gathers, payload = json.loads(done.stdout.splitlines()[-1])

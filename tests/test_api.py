@@ -1,7 +1,6 @@
 """Videos and sentences through the whole program: sharing, batching, streaming, and what the input may be."""
 
 import dataclasses
-import functools
 import gc
 import os
 import random
@@ -17,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_models_virst import SMALL, random_params
 
 import virst_jax
+from helpers.network import CFG, SMALL, params, write_model
+from helpers.places import PROGRAMS, ROOT, TOKENIZER
 from virst_jax.api import Model, load
-from virst_jax.config import FusionConfig, HieraConfig, LoraConfig, to_json
+from virst_jax.config import to_json
 from virst_jax.data import frames as frame_choice
 from virst_jax.data.prompts import ANSWERS, QUESTIONS, build_prompt, load_tokenizer
 from virst_jax.data.sequence import splice
@@ -38,40 +38,12 @@ from virst_jax.models.sam2.tracker import Tracked
 from virst_jax.models.virst import Virst
 from virst_jax.ops.resize import resize_maps
 
-TOKENIZER = Path(__file__).parent / "data" / "tokenizer"
-CFG = dataclasses.replace(
-    SMALL,
-    llm=dataclasses.replace(SMALL.llm, vocab_size=151647, num_layers=1, lora=LoraConfig(rank=0)),
-    vision=dataclasses.replace(SMALL.vision, depth=2),
-    sam2=dataclasses.replace(
-        SMALL.sam2,
-        hiera=HieraConfig(8, 1, (1, 1, 1, 1), global_att_blocks=(2,), window_spec=(8, 4, 4, 2)),
-        memory_layers=1,
-        decoder_layers=1,
-        memory_fuser_layers=1,
-    ),
-    fusion=FusionConfig(num_layers=1),
-    seg_token_id=151646,
-    max_video_frames=8,
-    max_seg_frames=8,
-    num_seg_tokens=3,
-)
 DOG, CAT, CAR = "the dog", "A red cat   that runs", "what scared the seal?"
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
     return Model(CFG, params(), load_tokenizer(TOKENIZER, CFG.seg_token_id), chunk=2, group_size=2)
-
-
-@functools.cache
-def params() -> Any:
-    given = random_params(CFG)
-    fusion = dict(given["second_fusion"])
-    # expressions matter: they are heard above the image, and the prompts above the features
-    fusion["seg_proj"] = jax.tree.map(lambda x: 20 * x, fusion["seg_proj"])
-    fusion["layer0"] = {**fusion["layer0"], "norm3": jax.tree.map(lambda x: 10 * x, fusion["layer0"]["norm3"])}
-    return {**given, "second_fusion": fusion}
 
 
 def video(count: int, height: int = 40, width: int = 56) -> np.ndarray:
@@ -479,14 +451,6 @@ def folder(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "small")
 
 
-def write_model(path: Path) -> Path:
-    path.mkdir()
-    model_folder.write_parameters(path / model_folder.PARAMS, jax.tree.map(np.asarray, params()))
-    (path / model_folder.CONFIG).write_text(to_json(CFG))
-    model_folder.copy_tokenizer(TOKENIZER, path / model_folder.TOKENIZER)
-    return path
-
-
 def test_load(folder, three):
     loaded = virst_jax.load(folder)
     assert isinstance(loaded, virst_jax.Model)
@@ -523,30 +487,15 @@ def test_the_package_does_without_jax_until_it_is_used():
         _ = virst_jax.nothing
 
 
-ON_A_MESH = """
-import sys
-import jax, numpy as np
-import virst_jax
-from virst_jax.parallel import sharding
-
-folder, clip, out = sys.argv[1:]
-mesh = sharding.make_mesh(1, 2, 2)
-model = virst_jax.load(folder, mesh=mesh)
-split = [x for x in jax.tree.leaves(model.network.params) if not x.sharding.is_fully_replicated]
-result = model.segment(np.load(clip), ["the dog", "A red cat   that runs", "what scared the seal?"])
-np.savez(out, split=len(split), masks=result.masks, scores=result.scores)
-"""
-
-
 def test_four_devices_give_what_one_gives(tmp_path):
     folder, clip, out = tmp_path / "model", tmp_path / "clip.npy", tmp_path / "out.npz"
     model_folder.save_model(folder, CFG, params(), TOKENIZER)
     np.save(clip, video(5))
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     subprocess.run(
-        [sys.executable, "-c", ON_A_MESH, folder, clip, out],
+        [sys.executable, PROGRAMS / "segment_on_mesh.py", folder, clip, out],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         check=True,
         timeout=900,
     )

@@ -33,9 +33,8 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
 
 @pytest.mark.torch
 def test_names_are_those_of_transformers_and_lead_back() -> None:
-    from torch_sam2 import release_name
-
     from benchmarks.transformers_sam2 import PREFIX, peer_name
+    from helpers.torch_sam2 import release_name
 
     names = [name.removeprefix(PREFIX) for name, _ in sam2_rules(Sam2Config())]
     rows = [name for name in names if ".point_embeddings." in name]  # a table in transformers

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco
-from test_api import CFG, write_model
 
 import virst_jax
+from helpers.network import CFG, write_model
 from virst_jax import cli
 from virst_jax.commands import chat, demo, segment
 from virst_jax.commands.progress import Progress

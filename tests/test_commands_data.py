@@ -3,9 +3,9 @@ import json
 
 import numpy as np
 import pytest
-from dataset_layouts import write_layout
 from PIL import Image
 
+from helpers.dataset_layouts import write_layout
 from virst_jax.commands import data
 from virst_jax.data.builders.builder import open_built
 from virst_jax.data.datasets.contact_sheet import COLORS, overlay

@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from dataset_layouts import write_layout
-from evaluation_cases import predict_shifted, predict_truth
 from PIL import Image
 
+from helpers.dataset_layouts import write_layout
+from helpers.evaluation_cases import predict_shifted, predict_truth
 from virst_jax.commands import metrics, submit
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.errors import UserError

@@ -17,6 +17,7 @@ from conversion.checkpoint import SEG_MODEL, canonical
 from conversion.formats.safetensors_dir import write_safetensors_dir
 from conversion.formats.torch_file import TorchFile, write_torch_file
 from conversion.rules import LLM_PROJECTIONS, rule_table
+from helpers.places import DATA
 from virst_jax.config import (
     HieraConfig,
     LoraConfig,
@@ -31,7 +32,6 @@ from virst_jax.io.model_folder import load_model, parameter_shapes
 from virst_jax.models.lora import merge_lora
 from virst_jax.models.tree import flatten
 
-DATA = Path(__file__).parent / "data"
 BASE_ROWS = 48  # of the base model's vocabulary, more than the tokenizer needs
 
 

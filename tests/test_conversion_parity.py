@@ -10,8 +10,8 @@ import pytest
 from conversion import parity
 from conversion.cases.case import Case, case_names, load_case
 from conversion.cases.training import ellipse_targets
+from helpers.places import PARITY as CASES
 
-CASES = Path(__file__).parent / "data" / "parity"
 FIELDS = ("shapes", "clip", "clip_frames", "memory_frames", "pointer_tokens", "image_size", "n_frames", "hw", "t_vlm")
 HEAVY = ("e2e_", "train_loss")
 NAMES = case_names(CASES)

@@ -1,4 +1,4 @@
-"""The recorder, tried on a checkout that looks like the release from outside (tests/fake_release.py)."""
+"""The recorder, tried on a checkout that looks like the release from outside (tests/helpers/fake_release.py)."""
 
 import json
 import sys
@@ -6,12 +6,12 @@ import types
 
 import numpy as np
 import pytest
-from fake_release import SIDE, write_release
 from PIL import Image
 
 from conversion import record
 from conversion.recording.checkout import TINY
 from conversion.weights_rule import make_input, make_tensor, make_video
+from helpers.fake_release import SIDE, write_release
 
 torch = pytest.importorskip("torch")
 

@@ -10,11 +10,11 @@ import types
 
 import numpy as np
 import pytest
-from fake_release import write_release
 from PIL import Image
 
 from conversion.recording import case, checkout, inputs, state, stubs
 from conversion.weights_rule import make_video
+from helpers.fake_release import write_release
 from virst_jax.errors import UserError
 
 pytest.importorskip("torch")

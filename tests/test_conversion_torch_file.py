@@ -13,10 +13,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from torch_archives import ORDERED, SIX, Call, Global, Outside, encode, program, tensor, write_archive
 
 from conversion.formats.source import TensorSource
 from conversion.formats.torch_file import TorchFile, write_torch_file
+from torch_archives import ORDERED, SIX, Call, Global, Outside, encode, program, tensor, write_archive
 from virst_jax.errors import UserError
 
 

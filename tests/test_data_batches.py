@@ -1,9 +1,9 @@
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.places import ROOT
 from virst_jax.config import IGNORE, tiny
 from virst_jax.data.batches import BatchConfig, ExampleMaker, batch_shapes, resized
 from virst_jax.data.pipeline import Mixture, batches
@@ -14,7 +14,7 @@ from virst_jax.errors import UserError
 from virst_jax.pretraining.patches import paths_in_words
 
 CFG = tiny()
-TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "virst_jax" / "assets" / "tiny" / "tokenizer", CFG.seg_token_id)
+TOKENIZER = load_tokenizer(ROOT / "virst_jax" / "assets" / "tiny" / "tokenizer", CFG.seg_token_id)
 KINDS = {
     "video": BatchConfig(kind="video", batch_size=2, conversations=5, text_length=80),
     "tracked": BatchConfig(

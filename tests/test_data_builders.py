@@ -7,8 +7,8 @@ import sys
 import grain
 import numpy as np
 import pytest
-from dataset_layouts import write_layout
 
+from helpers.dataset_layouts import write_layout
 from virst_jax.data.builders.builder import build, open_built, open_source
 from virst_jax.data.datasets.registry import DATASETS, open_dataset
 from virst_jax.data.samples import Question

@@ -7,9 +7,9 @@ import unicodedata
 
 import numpy as np
 import pytest
-from dataset_layouts import Clip, encode, make_clip, write_binary, write_frames, write_json, write_layout
 from PIL import Image
 
+from helpers.dataset_layouts import Clip, encode, make_clip, write_binary, write_frames, write_json, write_layout
 from virst_jax import cli
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.data.datasets.validate import check

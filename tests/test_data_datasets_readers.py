@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-from dataset_layouts import COLORS, NUM_OBJECTS, WRITERS, make_clip, write_layout
 from PIL import Image
 
+from helpers.dataset_layouts import COLORS, NUM_OBJECTS, WRITERS, make_clip, write_layout
 from virst_jax.data.datasets.registry import ALIASES, DATASETS, guess_name, open_dataset, resolve
 from virst_jax.data.samples import Question, Video
 from virst_jax.errors import UserError

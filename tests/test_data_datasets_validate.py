@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from dataset_layouts import write_layout
 from PIL import Image
 
+from helpers.dataset_layouts import write_layout
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.data.datasets.validate import Report, check, inspect, summarize
 from virst_jax.errors import UserError

@@ -2,15 +2,14 @@
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.places import PARITY
 from virst_jax.data import frames
 from virst_jax.errors import UserError
 
-PARITY = Path(__file__).parent / "data/parity"
 ROWS = json.loads((PARITY / "frame_indices.json").read_text())
 ANCHORS = json.loads((PARITY / "anchors.json").read_text())["eval_anchors"]
 

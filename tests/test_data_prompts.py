@@ -3,15 +3,14 @@
 import json
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.places import DATA
 from virst_jax.data import prompts
 from virst_jax.errors import UserError
 
-DATA = Path(__file__).parent / "data"
 ROWS = json.loads((DATA / "parity/prompts.json").read_text(encoding="utf-8"))["rows"]
 VARIANTS = json.loads((DATA / "parity/prompt_variants.json").read_text(encoding="utf-8"))
 RESULTS = ("input_ids", "labels", "conversation")

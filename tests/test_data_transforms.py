@@ -1,17 +1,16 @@
 """Pixels and masks against the release's."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from helpers.places import PARITY
 from virst_jax.data import transforms
 from virst_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def case():
-    with np.load(Path(__file__).parent / "data/parity/transforms.npz") as arrays:
+    with np.load(PARITY / "transforms.npz") as arrays:
         return dict(arrays)
 
 

@@ -7,16 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_layouts import write_layout
-from evaluation_cases import files_of
 from PIL import Image
+
+from helpers.dataset_layouts import write_layout
+from helpers.evaluation_cases import files_of
+from helpers.places import ROOT
 from process_cases import Group
 
-ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "eval.py"
 sys.path.insert(0, str(ROOT))
 
@@ -149,8 +149,7 @@ BENCHMARKS += ("refcoco", "refcoco+", "refcocog", "refclef", "reasonseg")
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
     """A folder with a small network of random parameters."""
-    from test_models_virst import SMALL, random_params
-
+    from helpers.network import SMALL, random_params
     from virst_jax.config import LoraConfig
     from virst_jax.io import model_folder
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from dataset_layouts import write_layout
-from evaluation_cases import plain_j, plain_scores, predict_empty, predict_shifted, predict_truth
 
+from helpers.dataset_layouts import write_layout
+from helpers.evaluation_cases import plain_j, plain_scores, predict_empty, predict_shifted, predict_truth
 from virst_jax.data.datasets.mevis import NO_TARGET
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.errors import UserError

@@ -5,9 +5,9 @@ import itertools
 
 import numpy as np
 import pytest
-from evaluation_cases import plain_scores
 from PIL import Image
 
+from helpers.evaluation_cases import plain_scores
 from virst_jax.data.datasets.readers import LabelMasks
 from virst_jax.data.samples import Expression, Video
 from virst_jax.errors import UserError

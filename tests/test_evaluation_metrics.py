@@ -1,16 +1,16 @@
 """J, F, A and R against the release's, and F on its crop against the whole frame."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from helpers.places import PARITY
 from virst_jax.errors import UserError
 from virst_jax.evaluation import metrics
 
-ROWS = json.loads((Path(__file__).parent / "data/parity/metrics.json").read_text())["rows"]
+ROWS = json.loads((PARITY / "metrics.json").read_text())["rows"]
 
 
 def unpack(row, key):

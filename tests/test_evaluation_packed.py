@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from evaluation_cases import whole_frame_f
 from scipy import ndimage
 
+from helpers.evaluation_cases import whole_frame_f
 from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask
 

@@ -9,10 +9,10 @@ import re
 
 import numpy as np
 import pytest
-from dataset_layouts import write_layout
-from evaluation_cases import files_of, predict_shifted
 from PIL import Image
 
+from helpers.dataset_layouts import write_layout
+from helpers.evaluation_cases import files_of, predict_shifted
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.evaluation import report
 from virst_jax.evaluation.predictions import StoredReader

@@ -3,19 +3,19 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_layouts import write_layout
-from evaluation_cases import SETTINGS, files_of, predict_shifted, predict_truth
 
+from helpers.dataset_layouts import write_layout
+from helpers.evaluation_cases import SETTINGS, files_of, predict_shifted, predict_truth
+from helpers.places import ROOT
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.errors import UserError
 from virst_jax.evaluation.predictions import mask_file, read_masks
 from virst_jax.evaluation.runner import evaluate, fingerprint_of, missing_expressions
 
-PROGRAM = Path(__file__).with_name("evaluation_cases.py")
+PROGRAM = ROOT / "tests" / "helpers" / "evaluation_cases.py"
 
 
 @pytest.fixture(scope="module")

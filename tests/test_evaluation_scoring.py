@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from dataset_layouts import encode
-from evaluation_cases import plain_scores
 
+from helpers.dataset_layouts import encode
+from helpers.evaluation_cases import plain_scores
 from virst_jax.data.datasets.json_index import index_members
 from virst_jax.data.datasets.readers import RleMasks
 from virst_jax.data.samples import Expression, Video

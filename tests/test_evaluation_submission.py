@@ -5,9 +5,9 @@ import zipfile
 
 import numpy as np
 import pytest
-from dataset_layouts import write_layout
 from PIL import Image
 
+from helpers.dataset_layouts import write_layout
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from helpers.places import ROOT
 
 # From top to bottom. A module belongs to the longest prefix that fits it and may import its own entry and what the
 # entry lists; what is listed by an entry below is not inherited.

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from test_models_virst import SMALL, random_params
 
+from helpers.network import SMALL, random_params
 from virst_jax.data.frames import eval_anchors
 from virst_jax.data.sequence import splice
 from virst_jax.errors import UserError

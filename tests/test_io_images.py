@@ -3,16 +3,16 @@ import os
 import shutil
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.places import DATA
 from virst_jax.errors import UserError
 from virst_jax.io import images
 
-CASES = Path(__file__).parent / "data" / "cases"
+CASES = DATA / "cases"
 
 
 def animation(path, count=3, **options):

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from process_cases import PROGRAMS, Group
 
+from process_cases import PROGRAMS, Group
 from virst_jax.api import EMBEDDED
 from virst_jax.io.model_folder import load_model
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models_qwen2 import SMALL, prompt, random_params
 
+from helpers.qwen2 import SMALL, prompt, random_params
 from virst_jax.config import Compute
 from virst_jax.errors import UserError
 from virst_jax.models.generate import filter_logits, generate

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import zlib
 from typing import Any
 
 import flax.linen as nn
@@ -11,18 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from virst_jax.config import (
-    Compute,
-    HieraConfig,
-    LoraConfig,
-    QwenConfig,
-    Sam2Config,
-    VirstConfig,
-    VisionConfig,
-    get_preset,
-    tiny,
-    virst_7b,
-)
+from helpers.network import SMALL, random_params
+from virst_jax.config import Compute, get_preset, tiny, virst_7b
 from virst_jax.errors import UserError
 from virst_jax.io.model_folder import parameter_shapes
 from virst_jax.models.layers import AXES
@@ -31,42 +20,6 @@ from virst_jax.models.sam2.hiera import ImageEncoder
 from virst_jax.models.sam2.memory import MemoryAttention
 from virst_jax.models.umt import VideoEncoder
 from virst_jax.models.virst import Virst
-
-SMALL = VirstConfig(
-    llm=QwenConfig(30, 16, 24, num_layers=2, num_heads=4, num_kv_heads=2, lora=LoraConfig(rank=2)),
-    vision=VisionConfig(hidden_size=8, depth=3, num_heads=2, image_size=64),
-    sam2=Sam2Config(
-        hiera=HieraConfig(8, 1, (1, 2, 3, 1), global_att_blocks=(4,), window_spec=(8, 4, 4, 2)),
-        image_size=128,
-        hidden_size=32,
-        memory_dim=8,
-        memory_layers=2,
-        memory_mlp_dim=16,
-        decoder_mlp_dim=16,
-        iou_head_dim=16,
-    ),
-    seg_token_id=29,
-)
-
-
-@functools.cache
-def random_params(cfg: VirstConfig) -> Any:
-    """Kernels of unit gain, so that nothing fades or grows."""
-
-    def draw(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
-        name, rng = path[-1].key, np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
-        x = rng.standard_normal(shape.shape)
-        if "kernel" in name or "lora" in name:
-            inputs = shape.shape[-3] if "qkv" in str(path) else shape.shape[-2]
-            x /= math.sqrt(max(1, inputs))
-        elif name in ("scale", "gamma"):
-            x = 1 + 0.1 * x
-        x = 0.3 * x if name == "bias" else x
-        # objects are there: an absent one's mask is constant
-        x = x + 30 if jax.tree_util.keystr(path).endswith("['object_head']['layer2']['bias']") else x
-        return jnp.asarray(x, shape.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, parameter_shapes(cfg))
 
 
 @pytest.mark.parametrize("name", ["virst_7b", "tiny"])

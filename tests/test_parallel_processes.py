@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+
 from process_cases import PROGRAMS, Group
 
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import flax
@@ -15,14 +16,14 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from helpers.places import DATA, PROGRAMS, ROOT
 from virst_jax.config import tiny, virst_7b
 from virst_jax.errors import UserError
 from virst_jax.models.layers import AXES
 from virst_jax.ops.constrain import ACTIVATIONS, activation_rules, constrain
 from virst_jax.parallel import sharding
 
-HERE = Path(__file__).parent
-SNAPSHOTS = HERE / "data" / "sharding"
+SNAPSHOTS = DATA / "sharding"
 MESHES = [(4, 4, 1), (1, 16, 1), (1, 4, 4), (8, 32, 1)]
 
 
@@ -160,156 +161,17 @@ def test_constraints_do_nothing_without_a_mesh():
 
 # Several devices need a process of their own: their number is settled before JAX starts.
 
-PROGRAM = """
-import dataclasses, json, os, sys
-import flax, jax, jax.numpy as jnp, numpy as np, optax
-data, fsdp, tensor, process, processes, port, out = map(str, sys.argv[1:])
-if int(processes) > 1:
-    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=int(processes), process_id=int(process))
-from virst_jax.parallel import sharding
-from virst_jax.config import Compute, LoraConfig, QwenConfig
-from virst_jax.models.qwen2 import Qwen2
-from virst_jax.ops.constrain import constrain
 
-cfg = QwenConfig(64, 32, 64, 2, 4, 2, lora=LoraConfig(rank=4))
-model = Qwen2(cfg, Compute(remat="full"))
-boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 4, 32)), None))["params"]
-params = flax.linen.unbox(boxed)
-rng = np.random.default_rng(0)
-host = jax.tree.map(lambda x: (0.1 * rng.standard_normal(x.shape)).astype(np.float32), params)
-batch = {"ids": rng.integers(64, size=(8, 3, 10)).astype(np.int32), "weight": rng.random((8, 3, 10), np.float32)}
-mesh = sharding.make_mesh(int(data), int(fsdp), int(tensor))
-is_box = lambda x: isinstance(x, flax.linen.meta.AxisMetadata)
-names = jax.tree.map(lambda b: b.names, boxed, is_leaf=is_box)
-specs = {path: sharding.partition("/".join(path), leaf.shape, flax.traverse_util.flatten_dict(names)[path], mesh, 0)
-         for path, leaf in flax.traverse_util.flatten_dict(params).items()}
-shardings = flax.traverse_util.unflatten_dict(
-    {path: jax.sharding.NamedSharding(mesh, spec) for path, spec in specs.items()})
-optimizer = optax.adam(1e-2, eps=1e-2)
-opt_shardings = sharding.state_shardings(jax.eval_shape(optimizer.init, params), shardings, params, mesh)
-
-def step(params, opt_state, batch):
-    def of_row(ids, weight, params):
-        embeds = model.apply({"params": params}, ids, method=Qwen2.embed)
-        hidden = model.apply({"params": params}, embeds, None)
-        logits = model.apply({"params": params}, hidden, method=Qwen2.logits)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
-        return (loss * weight[:, 1:]).mean()
-    def loss(params):
-        params = sharding.replicate(params, ("norm",))
-        rows = jax.vmap(of_row, (0, 0, None), spmd_axis_name=sharding.BATCH_AXES)(batch["ids"], batch["weight"], params)
-        return rows.mean()
-    value, gradients = jax.value_and_grad(loss)(params)
-    updates, opt_state = optimizer.update(gradients, opt_state)
-    return optax.apply_updates(params, updates), opt_state, value
-
-with sharding.use_mesh(mesh):
-    placed = sharding.put_global(host, shardings)
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(placed)
-    index, count = sharding.process_share(mesh)
-    rows = 8 // count
-    local = jax.tree.map(lambda x: x[index * rows : (index + 1) * rows], batch)
-    run = jax.jit(step, out_shardings=(shardings, opt_shardings, sharding.replicated(mesh)))
-    for _ in range(2):
-        placed, opt_state, value = run(placed, opt_state, sharding.global_batch(local, mesh))
-        jax.block_until_ready(value)
-    whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(placed)
-kernel = placed["layers"]["mlp"]["up_proj"]["kernel"]
-share = kernel.addressable_shards[0].data.size / kernel.size
-if int(process) == 0:
-    flat = {"/".join(k): np.asarray(v) for k, v in flax.traverse_util.flatten_dict(whole).items()}
-    np.savez(out, loss=np.asarray(value), share=share, devices=jax.device_count(), **flat)
-"""
-
-
-TRAINING = """
-import dataclasses, sys
-import flax, jax, jax.numpy as jnp, numpy as np
-data, fsdp, tensor, process, processes, port, out = map(str, sys.argv[1:])
-if int(processes) > 1:
-    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=int(processes), process_id=int(process))
-from virst_jax.parallel import sharding
-from virst_jax.config import Compute, HieraConfig, tiny
-from virst_jax.training.losses import VideoBatch
-from virst_jax.models.virst import Virst
-from virst_jax.training.optim import OptimConfig
-from virst_jax.training.step import init_state, make_train_step
-
-cfg = tiny()
-hiera = dataclasses.replace(cfg.sam2.hiera, stages=(1, 1, 1, 1), global_att_blocks=(2,))
-cfg = dataclasses.replace(
-    cfg,
-    llm=dataclasses.replace(cfg.llm, num_layers=2, vocab_size=1023),
-    vision=dataclasses.replace(cfg.vision, depth=3, image_size=64, pretrained_grid=4),
-    sam2=dataclasses.replace(cfg.sam2, hiera=hiera, memory_layers=1, decoder_layers=1, memory_kernel=3,
-                             memory_fuser_layers=1, num_multimask=1),
-    compute=Compute(attention="plain"),
-)
-B, O, L, T, A, N, side, image = 4, 2, 100, 3, 2, 2, 64, 128
-rng = np.random.default_rng(0)
-batch = dict(
-    clips=rng.integers(256, size=(B, 1, 4, side, side, 3)).astype(np.uint8),
-    token_ids=rng.integers(1000, size=(B, O, L)).astype(np.int32),
-    visual_index=np.tile(np.r_[[-1] * 8, :64, [-1] * 28].astype(np.int32), (B, O, 1)),
-    labels=np.where(np.arange(L) < 80, -100, rng.integers(1000, size=(B, O, L))).astype(np.int32),
-    mask=np.ones((B, O, L), bool),
-    seg_positions=np.tile(np.arange(90, 90 + N, dtype=np.int32), (B, O, 1)),
-    frames=rng.integers(256, size=(B, T, image, image, 3)).astype(np.uint8),
-    targets=rng.random((B, O, T, image, image)) > 0.7,
-    anchors=np.tile(np.int32([0, 2]), (B, 1)),
-    frames_used=np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-)
-batch["token_ids"][:, :, :72] = batch["token_ids"][:, :1, :72]
-mesh = sharding.make_mesh(int(data), int(fsdp), int(tensor))
-optim = OptimConfig(learning_rate=1e-3, warmup_steps=1, eps=1e-2, ema=0.5)
-groups = (("occ_predictor/.*", 0.0), ("vision/.*", 0.0), (".*", 1.0))
-shapes, _ = sharding.logical_axes(cfg)
-parameters = sharding.parameter_shardings(cfg, mesh, replicate_below=0)
-abstract = jax.eval_shape(lambda p: init_state(cfg, optim, groups, p), shapes)
-shardings = sharding.state_shardings(abstract, parameters, shapes, mesh)
-step = make_train_step(cfg, optim, groups, mesh_axes=sharding.BATCH_AXES, dropout=False)
-with sharding.use_mesh(mesh):
-    draw = np.random.default_rng(1)
-    host = jax.tree.map(lambda x: (0.05 * draw.standard_normal(x.shape)).astype(np.float32), shapes)
-    begin = jax.jit(lambda p: init_state(cfg, optim, groups, p), out_shardings=shardings)
-    state = begin(sharding.put_global(host, parameters))
-    index, count = sharding.process_share(mesh)
-    rows = B // count
-    local = {name: x[index * rows : (index + 1) * rows] for name, x in batch.items()}
-    placed = VideoBatch(**sharding.global_batch(local, mesh), shared=72)
-    run = jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)))
-    state, metrics = run(state, placed)
-    jax.block_until_ready(state)
-    whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(state)
-kernel = state.params["llm"]["layers"]["mlp"]["up_proj"]["kernel"]
-share = kernel.addressable_shards[0].data.size / kernel.size
-assert bool(metrics["finite"])
-if int(process) == 0:
-    flat = {"/".join(k): np.asarray(v) for k, v in flax.traverse_util.flatten_dict(whole.params).items()}
-    flat |= {"metric/" + k: np.asarray(v) for k, v in metrics.items()}
-    np.savez(out, share=share, devices=jax.device_count(), **flat)
-"""
-
-
-def start(
-    out: Path,
-    sizes: tuple[int, int, int],
-    devices: int,
-    process: int = 0,
-    processes: int = 1,
-    port: int = 0,
-    program: str = PROGRAM,
-):
+def start(out: Path, meshes: Sequence[str], devices: int, *options: str, program: str) -> subprocess.Popen:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         " --xla_llvm_disable_expensive_passes=true",
     }
-    arguments = [*map(str, sizes), str(process), str(processes), str(port), str(out)]
-    command = [sys.executable, "-c", program, *arguments]
+    command = [sys.executable, str(PROGRAMS / program), *meshes, *options, f"--out={out}/{{}}.npz"]
     return subprocess.Popen(
-        command, env=environment, cwd=HERE.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -323,50 +185,39 @@ def finish(*running: subprocess.Popen) -> None:
             process.kill()
 
 
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    out = tmp_path_factory.mktemp("one") / "one.npz"
-    finish(start(out, (1, 1, 1), 1))
-    return dict(np.load(out))
+def one_process(out: Path, program: str) -> None:
+    """One device, and eight."""
+    finish(start(out, ["1x1x1", "2x2x2"], 8, program=program))
 
 
-def compare(out: Path, one_device: dict, devices: int, share: float) -> None:
-    found = dict(np.load(out))
-    assert found.pop("devices") == devices
-    assert found.pop("share") == pytest.approx(share)
-    expected = {name: value for name, value in one_device.items() if name not in ("devices", "share")}
+def two_processes(out: Path, program: str) -> None:
+    """Of two devices each."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = ("--processes=2", f"--port={port}")
+    finish(*(start(out, ["2x2x1"], 2, *shared, f"--process={i}", program=program) for i in range(2)))
+
+
+def compare(path: Path, one_device: Path, devices: int, share: float) -> None:
+    found, expected = dict(np.load(path)), dict(np.load(one_device))
+    assert (found.pop("devices"), expected.pop("devices")) == (devices, 1)
+    assert (found.pop("share"), expected.pop("share")) == (pytest.approx(share), 1)
     assert found.keys() == expected.keys()
     assert any(name.endswith("layers/mlp/up_proj/kernel") and value.std() > 0 for name, value in expected.items())
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
-def test_eight_devices_equal_one(tmp_path, one_device):
-    finish(start(tmp_path / "eight.npz", (2, 2, 2), 8))
-    compare(tmp_path / "eight.npz", one_device, 8, share=1 / 4)
-
-
-def two_processes(out: Path, program: str = PROGRAM) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    finish(*(start(out, (2, 2, 1), 2, process=i, processes=2, port=port, program=program) for i in range(2)))
-
-
-def test_two_processes_equal_one(tmp_path, one_device):
-    two_processes(tmp_path / "two.npz")
-    compare(tmp_path / "two.npz", one_device, 4, share=1 / 2)
-
-
-@pytest.mark.heavy
-def test_training_step_of_the_whole_network(tmp_path):
-    """With tracking: 2 x 2 x 2 devices, and two processes of two, give what one device gives."""
-    finish(start(tmp_path / "one.npz", (1, 1, 1), 1, program=TRAINING))
-    one = dict(np.load(tmp_path / "one.npz"))
-    finish(start(tmp_path / "eight.npz", (2, 2, 2), 8, program=TRAINING))
-    compare(tmp_path / "eight.npz", one, 8, share=1 / 4)
-    two_processes(tmp_path / "two.npz", TRAINING)
-    compare(tmp_path / "two.npz", one, 4, share=1 / 2)
+@pytest.mark.parametrize(
+    "program", ["sharded_step.py", pytest.param("sharded_training.py", marks=pytest.mark.heavy)], ids=["llm", "network"]
+)
+def test_eight_devices_and_two_processes_equal_one_device(tmp_path, program):
+    """Two steps of a language model; a training step of the whole network, with tracking."""
+    one_process(tmp_path, program)
+    compare(tmp_path / "2x2x2.npz", tmp_path / "1x1x1.npz", 8, share=1 / 4)
+    two_processes(tmp_path, program)
+    compare(tmp_path / "2x2x1.npz", tmp_path / "1x1x1.npz", 4, share=1 / 2)
 
 
 def test_tiny_model_has_shardings():

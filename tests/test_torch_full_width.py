@@ -7,10 +7,19 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from torch_sam2 import assert_close, channels_first, fill, hiera_config, inference, random_tensor, release_name, tensor
 
 from conversion.assemble import assemble
 from conversion.rules import Target, hiera_rules, sam2_rules, vision_rules
+from helpers.torch_sam2 import (
+    assert_close,
+    channels_first,
+    fill,
+    hiera_config,
+    inference,
+    random_tensor,
+    release_name,
+    tensor,
+)
 from virst_jax.config import Compute, HieraConfig, Sam2Config, VisionConfig
 from virst_jax.models.sam2.hiera import Block, BlockSpec, Hiera, block_specs
 from virst_jax.models.sam2.memory import MemoryAttention

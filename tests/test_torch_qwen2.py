@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_models_qwen2 import prompt, rel_l2, run, to_params
 
+from helpers.qwen2 import prompt, rel_l2, run, to_params
 from virst_jax.config import Compute, LoraConfig, QwenConfig
 from virst_jax.models.generate import filter_logits, generate
 from virst_jax.models.qwen2 import Qwen2

@@ -7,8 +7,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_sam2 import SMALL, TorchSam2, assert_close, channels_first, channels_last, frames, inference, small, tensor
 
+from helpers.torch_sam2 import (
+    SMALL,
+    TorchSam2,
+    assert_close,
+    channels_first,
+    channels_last,
+    frames,
+    inference,
+    small,
+    tensor,
+)
 from virst_jax.config import Sam2Config
 from virst_jax.models.sam2.hiera import ImageEncoder
 from virst_jax.models.sam2.mask_decoder import Masks, multimask, single_mask

@@ -18,8 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_sam2 import SMALL, TorchSam2, assert_close, channels_first, frames, inference, quick_jit, small, tensor
 
+from helpers.torch_sam2 import (
+    SMALL,
+    TorchSam2,
+    assert_close,
+    channels_first,
+    frames,
+    inference,
+    quick_jit,
+    small,
+    tensor,
+)
 from virst_jax.config import Compute
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.models.sam2.tracker import PROMPT_LOGIT_LIMIT, Anchors, Tracked, Tracker

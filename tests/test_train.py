@@ -8,10 +8,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from train_cases import ROOT, command, recipe
 
 import train
 import virst_jax
+from helpers.places import ROOT
+from helpers.train_cases import command, recipe
 from virst_jax import cli
 from virst_jax.errors import UserError
 from virst_jax.io.model_folder import load_model
@@ -162,7 +163,7 @@ def test_bad_flags_are_one_line(tmp_path):
 
 
 def test_steps_are_compiled_without_being_run(capsys):
-    config = f"--config={ROOT}/tests/train_cases.py:image_text"
+    config = f"--config={ROOT}/tests/helpers/train_cases.py:image_text"
     assert cli.main(["train", config, "--compile-only"]) == 2
     assert "--topology is missing" in capsys.readouterr().err
     assert cli.main(["train", config, "--compile_only", "--topology=cpu:1"]) == 0

@@ -259,7 +259,8 @@ def _refer(name: str, splits: tuple[str, ...], root: Path, num_videos: int, seed
     folder = root / "refer_seg" / name
     clef = name == "refclef"
     pictures = root / "refer_seg" / ("images/saiapr_tc-12" if clef else "images/mscoco/images/train2014")
-    images, annotations, refs = [], [], []
+    images, refs = [], []
+    annotations: list[Any] = []
     for index in range(num_videos * len(splits)):
         clip, split = _still(seed, index), splits[index % len(splits)]
         file_name = f"0{index}/images/{index}.jpg" if clef else f"COCO_train2014_{index:012d}.jpg"
@@ -343,7 +344,8 @@ def _mapillary(root: Path, num_videos: int, seed: int) -> None:
 def _parts(
     annotations: Path, images: Path, prefix: str, categories: tuple[str, ...], num_videos: int, seed: int
 ) -> None:
-    infos, entries = [], []
+    infos = []
+    entries: list[Any] = []
     for i in range(num_videos):
         clip = _still(seed, i)
         height, width = clip.labels.shape[1:]

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-ROOT = Path(__file__).parents[1]
-
 SMALL = {
     "llm": {"num_layers": 2, "hidden_size": 32, "intermediate_size": 48},
     "vision": {"hidden_size": 32, "depth": 2, "image_size": 48, "tokens_per_frame": 4, "tokens_per_image": 4},
@@ -54,9 +52,9 @@ def recipe(kind: str = "image_text", steps: int = 6, **optim: float) -> ConfigDi
 
 
 def get_config(kind: str = "image_text") -> ConfigDict:
-    """For --config=tests/train_cases.py:KIND."""
+    """For --config=tests/helpers/train_cases.py:KIND."""
     return recipe(kind)
 
 
-def command(workdir: Path, *extra: str, config: str = "tests/train_cases.py") -> list[str]:
+def command(workdir: Path, *extra: str, config: str = "tests/helpers/train_cases.py") -> list[str]:
     return [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *extra]

@@ -2,7 +2,7 @@
 
 Run as a program it evaluates a data set, so that tests can share the work among processes and kill them:
 
-    python tests/evaluation_cases.py NAME ROOT OUT INDEX COUNT DIE_AFTER
+    python tests/helpers/evaluation_cases.py NAME ROOT OUT INDEX COUNT DIE_AFTER
 """
 
 import os
