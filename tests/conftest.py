@@ -19,7 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 CACHE_LIMIT = 2**30
 
 # Files that take minutes begin first, so that no worker is left with one at the end.
-LONGEST = ("train", "losses", "tracking", "api", "eval", "conversion_convert", "embedded", "inference", "cli")
+LONGEST = ("test_train", "training/test_losses", "models/test_tracking", "test_api", "test_eval")
+LONGEST += ("conversion/test_convert", "test_embedded", "inference/test_steps", "test_cli")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -33,5 +34,5 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    rank = {ROOT / "tests" / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
