@@ -223,8 +223,9 @@ def _facts(
 ) -> dict[str, Any]:
     import numpy
     import PIL
-    import torch
     import transformers
+
+    import torch
 
     facts: dict[str, Any] = {
         "case": name,

@@ -15,7 +15,7 @@ from PIL import Image
 from helpers.dataset_layouts import write_layout
 from helpers.evaluation_cases import files_of
 from helpers.places import ROOT
-from process_cases import Group
+from helpers.process_cases import Group
 
 CONFIG = ROOT / "configs" / "eval.py"
 sys.path.insert(0, str(ROOT))

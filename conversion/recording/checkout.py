@@ -69,8 +69,9 @@ class Release:
         except UserError:
             raise
         except Exception as error:  # the release meets packages of any version
-            import torch
             import transformers
+
+            import torch
 
             raise UserError(
                 f"{self.path}: {what} ({type(error).__name__}: {first_line(error)}); the release was written for "
@@ -265,8 +266,9 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_init() -> Iterator[None]:
     """No parameter is initialised: all of them are read, and the release builds its 7B decoder three times over."""
-    import torch
     from transformers import PreTrainedModel
+
+    import torch
 
     names = [n for n in dir(torch.nn.init) if n.endswith("_") and not n.startswith("_")]
     with contextlib.ExitStack() as stack:

@@ -208,8 +208,9 @@ def from_like(release: Release, processor: Any, like: Like, root: Path) -> Input
     Raises:
       UserError: the case's frames are not where it says.
     """
-    import torch
     from PIL import Image
+
+    import torch
 
     facts = like.facts
     video, frames = _like_frames(like)

@@ -16,7 +16,7 @@ import pytest
 
 from conversion.formats.source import TensorSource
 from conversion.formats.torch_file import TorchFile, write_torch_file
-from torch_archives import ORDERED, SIX, Call, Global, Outside, encode, program, tensor, write_archive
+from helpers.torch_archives import ORDERED, SIX, Call, Global, Outside, encode, program, tensor, write_archive
 from virst_jax.errors import UserError
 
 

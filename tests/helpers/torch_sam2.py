@@ -230,8 +230,9 @@ class TorchSam2:
     """
 
     def __init__(self, cfg: Sam2Config = SMALL, object_bias: float = 3.0):
-        import torch
         import transformers
+
+        import torch
 
         self.cfg = cfg
         self.round_memory = False
@@ -265,8 +266,9 @@ class TorchSam2:
 
     def open_video(self, pixels: np.ndarray) -> Any:
         """Their state of a video, of frames float32[T, R, R, 3]."""
-        import torch
         import transformers
+
+        import torch
 
         count, height, width, _ = pixels.shape
         return transformers.Sam2VideoInferenceSession(

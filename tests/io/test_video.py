@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.places import DATA
 from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
 from virst_jax.io.video import StridedReader, VideoWriter, open_video, prefetch
 
-CASES = Path(__file__).parent / "data" / "cases"
+CASES = DATA / "cases"
 
 
 def clip(count: int, height: int = 48, width: int = 64) -> np.ndarray:

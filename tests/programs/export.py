@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,7 +26,12 @@ with processes.together():
         model_folder.copy_tokenizer = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         write = model_folder.write_parameters
         if jax.process_index():
-            model_folder.write_parameters = lambda *args: (write(*args), os.kill(os.getpid(), signal.SIGKILL))
+
+            def write_and_die(*args: Any) -> None:
+                write(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            model_folder.write_parameters = write_and_die
     model_folder.save_model(folder, cfg, params, start / model_folder.TOKENIZER)
     assert model_folder.read_config(folder) == cfg
     print("exported", flush=True)

@@ -8,11 +8,12 @@ import av
 import numpy as np
 import pytest
 
+from helpers.places import DATA
 from virst_jax.errors import UserError
 from virst_jax.io.video import FileReader, StridedReader, VideoWriter, open_video
 from virst_jax.io.video_file import ranges
 
-CASES = Path(__file__).parent / "data" / "cases"
+CASES = DATA / "cases"
 
 
 def texture(count: int, height: int = 96, width: int = 128) -> np.ndarray:

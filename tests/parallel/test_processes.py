@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from process_cases import PROGRAMS, Group
+from helpers.places import PROGRAMS
+from helpers.process_cases import Group
 
 
 def stopped_at(group):

@@ -9,8 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PROGRAMS = Path(__file__).parent / "programs"
+from helpers.places import ROOT
 
 
 class Group:

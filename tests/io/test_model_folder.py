@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from process_cases import PROGRAMS, Group
+from helpers.places import PROGRAMS
+from helpers.process_cases import Group
 from virst_jax.api import EMBEDDED
 from virst_jax.io.model_folder import load_model
 

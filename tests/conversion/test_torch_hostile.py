@@ -16,7 +16,7 @@ import pytest
 from conversion.formats.safetensors_dir import SafetensorsDir
 from conversion.formats.torch_dir import TorchDir
 from conversion.formats.torch_file import TorchFile, write_torch_file
-from torch_archives import SIX, Call, Global, Outside, Raw, encode, tensor, write_archive
+from helpers.torch_archives import SIX, Call, Global, Outside, Raw, encode, tensor, write_archive
 from virst_jax.errors import UserError
 
 MIB = 1 << 20
