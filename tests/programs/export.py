@@ -6,6 +6,7 @@ With DIE that process kills itself once the parameters are written.
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ with processes.together():
         write = model_folder.write_parameters
         if jax.process_index():
 
-            def write_and_die(*args: Any) -> None:
-                write(*args)
+            def write_and_die(path: Path, params: Mapping[str, Any]) -> None:
+                write(path, params)
                 os.kill(os.getpid(), signal.SIGKILL)
 
             model_folder.write_parameters = write_and_die
