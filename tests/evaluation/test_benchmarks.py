@@ -1,5 +1,7 @@
 """Every benchmark's table on a small data set in its official layout."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.benchmarks import JF, Subset, VideoScores, protocol_of, score_video, summarize
+from virst_jax.io.json_files import parse_json
 
 VIDEOS = ("mevis", "mevis_v2", "custom", "ref_youtube_vos", "ref_davis17", "revos", "reasonvos", "lvvis")
 IMAGES = ("refcoco", "refcoco+", "refcocog", "refclef", "reasonseg")
@@ -161,7 +164,8 @@ def test_scores_survive_json(sources):
     source = sources("ref_davis17")
     video = source[0]
     scores = score_video(source, video, lambda v, k, frames: bitmask.pack(v.read_masks(k, frames)))
-    assert VideoScores.from_dict(scores.as_dict()) == scores
+    content = json.dumps(scores.as_dict()).encode()
+    assert VideoScores.from_json(parse_json(content, "scores.json")) == scores
 
 
 def test_nothing_scored_is_an_error():

@@ -114,7 +114,7 @@ def test_bad_pngs_are_named(tmp_path):
         read(video, 0, [0, 1])
     whole = (folder / "7.png").read_bytes()
     (folder / "7.png").write_bytes(whole[:60])
-    with pytest.raises(UserError, match=r"7\.png: damaged"):
+    with pytest.raises(UserError, match=r"7\.png: truncated"):
         read(video, 0, [0])
     Image.fromarray(np.full(SIZE, 128, np.uint8)).save(folder / "7.png")
     with pytest.raises(UserError, match=r"7\.png: holds the values \[128\]"):

@@ -3,7 +3,8 @@
 All scores lie in 0..1; tables show percent. Where the field has two ways of counting, both are computed and labelled.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from virst_jax.errors import UserError
 from virst_jax.evaluation.davis import ObjectRow, score_annotators, score_indexed
 from virst_jax.evaluation.predictions import MaskReader
 from virst_jax.evaluation.scoring import Row, score_expressions
+from virst_jax.io.json_files import Json
 
 JF = "J&F"
 MAX_CATEGORIES = 8  # more are not told apart
@@ -91,10 +93,24 @@ class VideoScores:
         return {"rows": [r.as_dict() for r in self.rows], "objects": [o.as_dict() for o in self.objects]}
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> "VideoScores":
-        return VideoScores(
-            tuple(Row(**row) for row in data["rows"]), tuple(ObjectRow(**row) for row in data["objects"])
-        )
+    def from_json(data: Json) -> "VideoScores":
+        """What `as_dict` gave, read from a file. Raises UserError: it is something else."""
+        rows = tuple(Row(**_fields(Row, row)) for row in data["rows"].elements())
+        return VideoScores(rows, tuple(ObjectRow(**_fields(ObjectRow, row)) for row in data["objects"].elements()))
+
+
+def _fields(kind: type, row: Json) -> dict[str, Any]:
+    """The fields of a dataclass of scores, each of its type."""
+    read: dict[type, Callable[[Json], Any]] = {str: Json.text, int: Json.integer, float: Json.number}
+    out: dict[str, Any] = {}
+    for entry in dataclasses.fields(kind):
+        value = row[entry.name]
+        optional = entry.default is None
+        plain = next(t for t in read if entry.type in (t, t | None))
+        out[entry.name] = None if optional and value.value is None else read[plain](value)
+    if len(row) > len(out):
+        raise row.expected("the scores of this version")
+    return out
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,6 @@
 """Scores masks that are there already: other systems' PNG folders, or an earlier evaluation's masks."""
 
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +10,7 @@ from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
 from virst_jax.evaluation.benchmarks import Opened, VideoScores, protocol_of, score_davis_indexed, score_video
 from virst_jax.evaluation.predictions import MaskReader, PngReader, StoredReader
+from virst_jax.evaluation.workers import Result, Workers, reason
 
 
 @dataclass(frozen=True)
@@ -21,7 +18,7 @@ class Scoring:
     """How the masks of a folder are read and scored. Picklable."""
 
     folder: Path
-    read_pred: MaskReader | None  # None: palette PNGs of Ref-DAVIS17, a picture for all objects
+    read_pred: MaskReader | None  # None: palette PNGs of Ref-DAVIS17, an image for all objects
 
     def __call__(self, source: Opened, index: int) -> VideoScores:
         video = cast(Video, source[index])
@@ -58,46 +55,24 @@ def score_existing(
     order = sorted((name, index) for index, name in enumerate(source.names))
     scores: dict[str, VideoScores] = {}
     errors: dict[str, str] = {}
+    pool = Workers(source, scoring, min(workers, len(order)))
     with tqdm(total=len(order), desc="scoring", unit="video", disable=None if progress else True) as bar:
-        for name, result in _results(source, scoring, order, workers):
+
+        def take(name: str, result: Result) -> None:
             try:
                 scores[name] = result()
-            except (UserError, OSError) as error:
-                errors[name] = " ".join(str(error).split())
+            except Exception as error:  # one bad video does not end the others
+                errors[name] = reason(error)
                 tqdm.write(f"video {name}: {errors[name]}")
             bar.update()
-    return [scores[name] for name, _ in order if name in scores], errors
 
-
-Result = Callable[[], VideoScores]
-
-
-def _results(
-    source: Opened, scoring: Scoring, order: list[tuple[str, int]], workers: int
-) -> Iterator[tuple[str, Result]]:
-    if workers < 1:
-        for name, index in order:
-            yield name, partial(scoring, source, index)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, max(len(order), 1)), context, _start, (source, scoring)) as pool:
-        names = {pool.submit(_score, index): name for name, index in order}
         try:
-            for future in as_completed(names):
-                yield names[future], future.result
+            for name, index in order:
+                result = pool.submit(name, index)
+                if result is not None:
+                    take(name, result)
+            for name, result in pool.results(wait=True):
+                take(name, result)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_STATE: tuple[Opened, Scoring] | None = None  # of a worker
-
-
-def _start(source: Opened, scoring: Scoring) -> None:
-    global _STATE
-    _STATE = source, scoring
-
-
-def _score(index: int) -> VideoScores:
-    assert _STATE is not None
-    source, scoring = _STATE
-    return scoring(source, index)
+            pool.close()
+    return [scores[name] for name, _ in order if name in scores], errors

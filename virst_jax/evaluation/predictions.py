@@ -7,43 +7,61 @@ A stored file is FOLDER/VIDEO/EXPRESSION.json, `{"video", "expression", "text", 
 appears whole, and says itself whether it is: the checksum covers all codes.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
 
 from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.rle import pack_codes
-from virst_jax.io import atomic
+from virst_jax.io import atomic, images, mask_images
+from virst_jax.io.json_files import is_whole, read_json
+from virst_jax.io.names import check_name, name_fault, shown
+from virst_jax.io.regular import ADVICE, require_file
+
+_MAX_QUOTED = 200  # characters of a file's name
 
 # an expression's position and frame numbers of a video -> packed masks uint64[n, H, D]
 MaskReader = Callable[[Video, int, Sequence[int]], np.ndarray]
 
 
 def mask_file(folder: Path, video: str, expression: str) -> Path:
-    """Where an expression's masks are stored."""
-    return folder_of(folder, video) / (quote(expression, safe=" +=,@()'!") + ".json")
+    """Where an expression's masks are stored.
+
+    Raises:
+      UserError: as `folder_of`, or the expression's id cannot be written in UTF-8.
+    """
+    if not is_whole(expression):
+        raise UserError(f"video {video}: an expression cannot have the id{shown(expression)}, half of a character")
+    return folder_of(folder, video) / (_file_name(expression) + ".json")
 
 
 def folder_of(folder: Path, video: str) -> Path:
     """The folder of a video; slashes in its name become folders, and no name leads out of `folder`.
 
     Raises:
-      UserError: the name is empty or has a part that is "." or "..".
+      UserError: no folder can have the name, see io/names.py.
     """
-    parts = video.split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        raise UserError(f"a video cannot be named {video!r}: parts between slashes must be names")
-    return folder.joinpath(*(quote(part, safe=" +=,@()'!") for part in parts))
+    fault = name_fault(video, nested=True)
+    if fault:
+        raise UserError(f"a video cannot be named{shown(video)}: it {fault}")
+    return folder.joinpath(*map(_file_name, video.split("/")))
+
+
+def _file_name(name: str) -> str:
+    quoted = quote(name, safe=" +=,@()'!")
+    if len(quoted) <= _MAX_QUOTED:
+        return quoted
+    # letters of most scripts take nine characters each
+    return f"{quoted[: _MAX_QUOTED - 17]}~{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
@@ -86,24 +104,25 @@ def read_masks(path: Path) -> StoredMasks:
     Raises:
       UserError: the file is missing, truncated, changed or of another form.
     """
+    advice = "delete it and run the evaluation again"
+    require_file(path, "run the evaluation again")
     try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
         masks = StoredMasks(
-            video=content["video"],
-            expression=content["expression"],
-            text=content["text"],
-            fingerprint=content["fingerprint"],
-            size=(int(content["size"][0]), int(content["size"][1])),
-            counts=tuple(content["counts"]),
-            scores=tuple(content["scores"]),
+            video=content["video"].text(),
+            expression=content["expression"].text(),
+            text=content["text"].text(),
+            fingerprint=content["fingerprint"].text(),
+            size=(content["size"][0].integer(1), content["size"][1].integer(1)),
+            counts=tuple(code.text() for code in content["counts"].elements()),
+            scores=tuple(score.number() for score in content["scores"].elements()),
         )
-        sound = masks.checksum == content["crc32"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the evaluation again") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: not a file of masks ({error}); delete it and run the evaluation again") from error
-    if not sound:
-        raise UserError(f"{path}: damaged (its checksum differs); delete it and run the evaluation again")
+        stated = content["crc32"].integer()
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ").removesuffix(f"; {ADVICE}")
+        raise UserError(f"{path}: not a file of masks ({reason}); {advice}") from error
+    if not all(code.isascii() for code in masks.counts) or masks.checksum != stated:
+        raise UserError(f"{path}: damaged (its checksum differs); {advice}")
     return masks
 
 
@@ -159,7 +178,8 @@ class PngReader:
         Raises:
           UserError: there is none.
         """
-        expression = video.expressions[position].id
+        expression = check_name(video.expressions[position].id, f"video {video.name}: the expression's id")
+        check_name(video.name, "the video's name", nested=True)
         root = png_root(Path(self.folder))
         for name in (video.name, video.name.rsplit("/", 1)[-1]):
             if (root / name / expression).is_dir():
@@ -188,36 +208,28 @@ def read_png(path: Path, size: tuple[int, int] | None) -> np.ndarray:
       UserError: it is missing, damaged, of other values, or not of `size`.
     """
     values = read_index(path, size)
-    present = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256))
-    others = [int(v) for v in present if v]
-    if len(others) > 1 or (others and others[0] not in (1, 255)):
-        raise UserError(f"{path}: holds the values {present.tolist()[:6]}; a mask has 0 and 255, or 0 and 1")
+    others = [int(v) for v in np.unique(values) if v]
+    full = 65535 if values.dtype.itemsize > 1 else 255
+    if len(others) > 1 or (others and others[0] not in (1, 255, full)):
+        present = np.unique(values)[:6].tolist()
+        raise UserError(f"{path}: holds the values {present}; a mask has 0 and 255, or 0 and 1")
     return values != 0
 
 
 def read_index(path: Path, size: tuple[int, int] | None) -> np.ndarray:
-    """A PNG's values, of a palette its indices: uint8[H, W].
+    """A PNG's values, of a palette its indices: integers [H, W].
 
     Raises:
       UserError: it is missing, damaged, or not of `size`.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1"):
-                if image.mode not in ("RGB", "RGBA", "LA"):
-                    raise UserError(f"{path}: a picture of mode {image.mode}; masks are grey or palette PNGs")
-                values = np.asarray(image.convert("L"))
-            else:
-                values = np.asarray(image)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the mask of this frame is missing") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not a picture ({error}); write it again") from error
-    if size is not None and values.shape != size:
+    remedy = "write it again"
+    require_file(path, "the mask of this frame is missing")
+    found = images.read_size(path, upright=False, remedy=remedy)
+    if size is not None and found != size:  # before it is decoded, for it may be huge
         raise UserError(
-            f"{path}: a mask of {_by(values.shape)} pixels, the video has {_by(size)}; write masks of the video's size"
+            f"{path}: a mask of {_by(found)} pixels, the video has {_by(size)}; write masks of the video's size"
         )
-    return values.astype(np.uint8, copy=False)
+    return mask_images.read_index(path, remedy=remedy)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -24,11 +24,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from virst_jax.data.samples import Video
-from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.benchmarks import MAX_CATEGORIES, Opened, Summary, VideoScores
 from virst_jax.evaluation.predictions import MaskReader, frame_names
 from virst_jax.evaluation.scoring import Row, ratio
+from virst_jax.evaluation.workers import reason
 from virst_jax.io import atomic
 
 PICTURES = 3  # frames shown of a bad case
@@ -59,16 +59,18 @@ def write_report(
     objects = [row for video in scores for row in video.objects]
     table = format_table(summary, errors)
 
-    def write(name: str, content: bytes) -> None:
-        atomic.write_bytes(folder / name, content, parents=True)
+    def write(name: str, content: bytes | str) -> None:
+        # half of a character in a text, which UTF-8 cannot hold, is written as an escape
+        raw = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+        atomic.write_bytes(folder / name, raw, parents=True)
 
-    write("summary.json", (json.dumps(as_json(summary, errors), ensure_ascii=False, indent=1) + "\n").encode())
-    write("table.txt", table.encode())
+    write("summary.json", json.dumps(as_json(summary, errors), ensure_ascii=False, indent=1) + "\n")
+    write("table.txt", table)
     if rows:
         write("expressions.csv", _csv([row.as_dict() for row in rows]))
         write("expressions.png", plot_rows(rows, summary))
         cases = worst_cases(rows, source, read_pred, worst, progress)
-        write("worst.html", render_page(summary, cases, table).encode())
+        write("worst.html", render_page(summary, cases, table))
     if objects:
         write("objects.csv", _csv([row.as_dict() for row in objects]))
     return table
@@ -159,8 +161,8 @@ def worst_cases(
             video = cast(Video, source[index[row.video]])
             position = next(i for i, e in enumerate(video.expressions) if e.id == row.expression)
             cases.append(Case(row, tuple(_pictures(video, position, read_pred))))
-        except (UserError, OSError, KeyError, StopIteration) as error:
-            cases.append(Case(row, (("", f"no pictures: {error}"),)))
+        except Exception as error:  # the page is there without these images
+            cases.append(Case(row, (("", f"no images: {reason(error)}"),)))
     return cases
 
 
@@ -248,10 +250,10 @@ def render_page(summary: Summary, cases: Sequence[Case], table: str) -> str:
     )
 
 
-def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
     columns = [c for c in rows[0] if any(row[c] is not None for row in rows)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue()

@@ -15,9 +15,7 @@ import errno
 import hashlib
 import itertools
 import json
-import multiprocessing
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from virst_jax.data.samples import Video
-from virst_jax.errors import UserError
+from virst_jax.errors import UserError, printable
 from virst_jax.evaluation.benchmarks import Opened, Summary, VideoScores, score_video, summarize
 from virst_jax.evaluation.predictions import (
     StoredMasks,
@@ -37,7 +35,9 @@ from virst_jax.evaluation.predictions import (
     read_masks,
     write_masks,
 )
+from virst_jax.evaluation.workers import Workers, reason
 from virst_jax.io import atomic
+from virst_jax.io.json_files import kind_of, read_json
 from virst_jax.io.masks import encode_mask
 
 Frame = tuple[int, np.ndarray, np.ndarray]  # number, masks bool[N, H, W], scores float[N]
@@ -100,6 +100,9 @@ def evaluate(
         raise UserError(f"process {process_index} of {process_count}: numbers go from 0 to {process_count - 1}")
     fingerprint = fingerprint_of(settings)
     _claim(out, settings, fingerprint, overwrite)
+    for kind in ("masks", "scores", "errors", "report", "Annotations"):
+        atomic.remove_leftovers(out / kind, deep=True)  # of runs that were killed
+    atomic.remove_leftovers(out)
     order = _sorted_names(source)
     share = order[process_index::process_count]
     for name, _ in share:
@@ -128,7 +131,7 @@ def evaluate(
                     if after_video is not None:
                         after_video(video)
                     scorer.submit(name, index, video)
-                except (UserError, OSError) as error:
+                except Exception as error:  # one bad video does not end the others
                     _record(out, name, error)
                 bar.n = done + 1
                 bar.refresh()
@@ -139,14 +142,31 @@ def evaluate(
     return _conclude(source, out, fingerprint, [name for name, _ in order], tuple(computed))
 
 
-def read_scores(out: Path, name: str, fingerprint: str | None = None) -> dict[str, Any] | None:
-    """The file of a video's scores; None if it is missing, damaged or of another fingerprint."""
+@dataclass(frozen=True)
+class StoredScores:
+    """The file of a video's scores."""
+
+    fingerprint: str
+    masks: list[int]  # checksums of the masks that were scored
+    public: bool  # whether the annotated masks are there
+    image: bool
+    scores: VideoScores
+
+
+def read_scores(out: Path, name: str, fingerprint: str | None = None) -> StoredScores | None:
+    """The file of a video's scores; None if it is missing, empty, damaged or of another fingerprint."""
     try:
-        data = json.loads(_file(out, "scores", name).read_text("utf-8"))
-        sound = {"fingerprint", "masks", "public", "image", "rows", "objects"} <= data.keys()
-    except (OSError, ValueError, AttributeError):
+        data = read_json(_file(out, "scores", name))
+        stored = StoredScores(
+            data["fingerprint"].text(),
+            [crc.integer() for crc in data["masks"].elements()],
+            data["public"].boolean(),
+            data["image"].boolean(),
+            VideoScores.from_json(data),
+        )
+    except UserError:
         return None
-    return data if sound and fingerprint in (None, data["fingerprint"]) else None
+    return stored if fingerprint in (None, stored.fingerprint) else None
 
 
 def missing_expressions(video: Video, folder: Path, fingerprint: str | None = None) -> list[tuple[int, str]]:
@@ -217,80 +237,65 @@ def _checked(predict: Predict, video: Video, positions: Sequence[int]) -> Genera
         raise UserError(f"video {video.name}: the model gave {expected} of {video.num_frames} frames")
 
 
-_SOURCE: Opened | None = None  # of a scoring worker
+@dataclass(frozen=True)
+class _ScoreStored:
+    """Scores the stored masks of a video. Picklable."""
 
+    masks: str
 
-def _start_worker(source: Opened) -> None:
-    global _SOURCE
-    _SOURCE = source
-
-
-def _score_in_worker(index: int, masks: str) -> VideoScores:
-    assert _SOURCE is not None
-    return _score(_SOURCE, index, masks)
-
-
-def _score(source: Opened, index: int, masks: str) -> VideoScores:
-    return score_video(source, cast(Video, source[index]), StoredReader(masks))
+    def __call__(self, source: Opened, index: int) -> VideoScores:
+        return score_video(source, cast(Video, source[index]), StoredReader(self.masks))
 
 
 class _Scorer:
     """Scores videos as their masks are made, here or in worker processes, and writes the files."""
 
     def __init__(self, source: Opened, out: Path, fingerprint: str, workers: int):
-        self.source, self.out, self.fingerprint = source, out, fingerprint
-        self.pool: ProcessPoolExecutor | None = None
-        self.pending: dict[str, tuple[Future[VideoScores], Video, list[int]]] = {}
-        if workers > 0:
-            # "spawn": a fork would copy the threads' locks of the accelerator's runtime
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(workers, context, _start_worker, (source,))
+        self.out, self.fingerprint = out, fingerprint
+        self.pool = Workers(source, _ScoreStored(str(out / "masks")), workers)
+        self.pending: dict[str, tuple[bool, list[int]]] = {}  # whether an image, and checksums of the masks
 
     def submit(self, name: str, index: int, video: Video) -> None:
         folder = self.out / "masks"
         checksums = [read_masks(mask_file(folder, name, e.id)).checksum for e in video.expressions]
         known = read_scores(self.out, name, self.fingerprint)
         public = video.read_masks is not None
-        if known is not None and known["masks"] == checksums and known["public"] == public:
+        if known is not None and known.masks == checksums and known.public == public:
             return
+        self.pending[name] = video.is_image, checksums
         if not public:
-            self._write(video, checksums, None)
-        elif self.pool is None:
-            self._write(video, checksums, _score(self.source, index, str(folder)))
-        else:
-            self.pending[name] = (self.pool.submit(_score_in_worker, index, str(folder)), video, checksums)
-            self._collect(wait=False)
+            self._write(name, None)
+            return
+        result = self.pool.submit(name, index)
+        if result is not None:
+            self._write(name, result())
+        self._collect(wait=False)
 
     def finish(self) -> None:
         self._collect(wait=True)
 
     def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=True, cancel_futures=True)
+        self.pool.close()
 
     def _collect(self, wait: bool) -> None:
-        for name, (future, video, checksums) in list(self.pending.items()):
-            if wait or future.done():
-                del self.pending[name]
-                try:
-                    self._write(video, checksums, future.result())
-                except (UserError, OSError) as error:
-                    _record(self.out, name, error)
+        for name, result in self.pool.results(wait):
+            try:
+                self._write(name, result())
+            except Exception as error:  # one bad video does not end the others
+                _record(self.out, name, error)
 
-    def _write(self, video: Video, checksums: list[int], scores: VideoScores | None) -> None:
+    def _write(self, name: str, scores: VideoScores | None) -> None:
+        is_image, checksums = self.pending.pop(name)
         content = {
-            "video": video.name,
-            "image": video.is_image,
+            "video": name,
+            "image": is_image,
             "fingerprint": self.fingerprint,
             "masks": checksums,
             "public": scores is not None,
             **(scores or VideoScores(())).as_dict(),
         }
-        atomic.write_bytes(
-            _file(self.out, "scores", video.name),
-            json.dumps(content, ensure_ascii=False, indent=1).encode(),
-            parents=True,
-        )
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        atomic.write_bytes(_file(self.out, "scores", name), text.encode(), parents=True)
 
 
 def _conclude(source: Opened, out: Path, fingerprint: str, names: list[str], computed: tuple[str, ...]) -> Outcome:
@@ -302,12 +307,12 @@ def _conclude(source: Opened, out: Path, fingerprint: str, names: list[str], com
         error = _file(out, "errors", name)
         data = None if error.is_file() else read_scores(out, name, fingerprint)
         if error.is_file():
-            errors[name] = json.loads(error.read_text("utf-8"))["error"]
+            errors[name] = _read_error(error)
         elif data is not None:
             finished += 1
-            images = data["image"]
-            if data["public"]:
-                scores.append(VideoScores.from_dict(data))
+            images = data.image
+            if data.public:
+                scores.append(data.scores)
     summary = None
     if scores and finished + len(errors) == len(names):
         summary = summarize(source.name, source.split, images, scores)
@@ -318,16 +323,27 @@ def _claim(out: Path, settings: dict[str, Any], fingerprint: str, overwrite: boo
     path = out / "settings.json"
     if path.is_file() and not overwrite:
         try:
-            before = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not readable ({error}); delete it to go on") from error
-        if before.get("fingerprint") != fingerprint:
-            old = before.get("settings", {})
+            stored = read_json(path)
+            before, old = stored["fingerprint"].text(), stored["settings"].object()
+        except UserError as error:
+            raise UserError(f"{error}; or delete it to go on") from error
+        if before != fingerprint:
             differ = [k for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
-            what = ", ".join(f"{k} {old.get(k)!r} then, {settings.get(k)!r} now" for k in differ[:3])
+            what = ", ".join(f"{k} {_brief(old.get(k))} then, {_brief(settings.get(k))} now" for k in differ[:3])
             raise UserError(f"{out}: holds results of other settings ({what}); choose another workdir, or overwrite")
     content = {"fingerprint": fingerprint, "settings": settings}
     atomic.write_bytes(path, json.dumps(content, sort_keys=True, indent=1).encode(), parents=True)
+
+
+def _brief(value: object) -> str:
+    return repr(value)[:80] if isinstance(value, str | int | float | None) else kind_of(value)
+
+
+def _read_error(path: Path) -> str:
+    try:
+        return read_json(path)["error"].text()
+    except UserError as error:
+        return f"failed; the reason is lost ({error})"
 
 
 def _sorted_names(source: Opened) -> list[tuple[str, int]]:
@@ -341,11 +357,10 @@ def _sorted_names(source: Opened) -> list[tuple[str, int]]:
 def _record(out: Path, name: str, error: Exception) -> None:
     if isinstance(error, atomic.WriteError) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         raise error
-    text = " ".join(str(error).split())
-    tqdm.write(f"video {name}: {text}")
-    atomic.write_bytes(
-        _file(out, "errors", name), json.dumps({"video": name, "error": text}, indent=1).encode(), parents=True
-    )
+    text = reason(error)
+    tqdm.write(f"video {printable(name)}: {text}")
+    content = json.dumps({"video": name, "error": text}, indent=1)
+    atomic.write_bytes(_file(out, "errors", name), content.encode(), parents=True)
 
 
 def _file(out: Path, kind: str, name: str) -> Path:

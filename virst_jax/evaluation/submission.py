@@ -8,7 +8,10 @@ A server takes one grey PNG of 0 and 255 a frame, of the frame's size, for every
 
 import io
 import itertools
+import lzma
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -21,11 +24,16 @@ from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
 from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.benchmarks import Opened
-from virst_jax.evaluation.predictions import MaskReader, folder_of, frame_names
+from virst_jax.evaluation.predictions import MaskReader, frame_names
 from virst_jax.evaluation.scoring import pieces
-from virst_jax.io import atomic
+from virst_jax.io import atomic, images
+from virst_jax.io.names import check_name
+from virst_jax.io.regular import require_file
 
 ROOTS = {"mevis": "", "mevis_v2": "", "ref_youtube_vos": "Annotations/"}  # within the zip, by data set
+_PNG_OVERHEAD = 1 << 20  # bytes of a PNG that are not pixels
+# of zipfile: damaged, encrypted, or packed in a way that Python does not know
+_ZIP_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 _DATE = (1980, 1, 1, 0, 0, 0)  # the same masks give the same zip
 
 
@@ -43,16 +51,19 @@ def mask_pngs(video: Video, read_pred: MaskReader) -> Iterator[tuple[str, bytes]
       UserError: a mask is missing, damaged or of another size.
     """
     names = frame_names(video)
+    where = f"video {video.name}"
+    check_name(video.name, "the video's name", nested=True)
     for position, expression in enumerate(video.expressions):
+        check_name(expression.id, f"{where}: the expression's id")
         for piece in pieces(video.num_frames):
             masks = bitmask.unpack(read_pred(video, position, piece), video.size[1])
             for index, mask in zip(piece, masks, strict=True):
-                yield f"{video.name}/{expression.id}/{names[index]}.png", encode_png(mask)
+                name = check_name(names[index], f"{where}: the frame")
+                yield f"{video.name}/{expression.id}/{name}.png", encode_png(mask)
 
 
 def write_pngs(video: Video, read_pred: MaskReader, folder: Path) -> None:
     """Writes a video's masks as PNGs, FOLDER/VIDEO/EXPRESSION/FRAME.png; what is there is left as it is."""
-    folder_of(folder, video.name)  # refuses names that lead elsewhere
     for name, content in mask_pngs(video, read_pred):
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:
@@ -96,11 +107,10 @@ def check_submission(source: Opened, path: Path, *, progress: bool = True) -> in
       UserError: what is wrong, the first of each kind named and the others counted.
     """
     root = archive_root(source.name)
+    require_file(path, "check its name")
     try:
         archive = zipfile.ZipFile(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, zipfile.BadZipFile) as error:
+    except (*_ZIP_ERRORS, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a zip ({error}); write it again with `virst submit`") from error
     with archive:
         files = [i.filename for i in archive.infolist() if not i.is_dir()]
@@ -117,7 +127,7 @@ def check_submission(source: Opened, path: Path, *, progress: bool = True) -> in
     if missing:
         raise UserError(f"{path}: lacks {missing[0]}{_more(missing)}; every frame of every expression must be there")
     if len(files) != len(set(files)):
-        twice = next(name for name in files if files.count(name) > 1)
+        twice = Counter(files).most_common(1)[0][0]
         raise UserError(f"{path}: holds {twice} twice; write it again with `virst submit`")
     extra = sorted(set(files) - expected)
     if extra:
@@ -126,18 +136,29 @@ def check_submission(source: Opened, path: Path, *, progress: bool = True) -> in
 
 
 def _check_png(path: Path, name: str, archive: zipfile.ZipFile, size: tuple[int, int]) -> None:
+    where, damaged = f"{path}: {name}", "write the zip again"
+    limit = 2 * size[0] * size[1] + _PNG_OVERHEAD
+    if archive.getinfo(name).file_size > limit:
+        raise UserError(f"{where} unpacks to {archive.getinfo(name).file_size} bytes, a mask of this video to less")
     try:
-        with Image.open(io.BytesIO(archive.read(name))) as image:
-            mode, shape, values = image.mode, (image.height, image.width), np.unique(np.asarray(image))
-            kind = image.format
-    except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: {name} is damaged ({error}); write the zip again") from error
-    if kind != "PNG" or mode != "L":
-        raise UserError(f"{path}: {name} is a {kind} of mode {mode}; the server takes grey 8-bit PNGs")
-    if shape != size:
-        raise UserError(f"{path}: {name} has {shape[0]}x{shape[1]} pixels, the video {size[0]}x{size[1]}")
+        with archive.open(name) as entry:
+            content = entry.read(limit + 1)
+    except _ZIP_ERRORS as error:
+        raise UserError(f"{where} is damaged ({error}); {damaged}") from error
+    try:
+        with images.opened(content, name=where, remedy=damaged) as image:
+            if image.format != "PNG" or image.mode != "L":
+                raise UserError(f"{where} is a {image.format} of mode {image.mode}; the server takes grey 8-bit PNGs")
+            shape = image.height, image.width
+            if shape != size:
+                raise UserError(f"{where} has {shape[0]}x{shape[1]} pixels, the video {size[0]}x{size[1]}")
+            values = np.unique(np.asarray(images.decoded(content, image, name=where, remedy=damaged)))
+    except UserError as error:
+        if error.__cause__ is None:
+            raise
+        raise UserError(f"{where} is damaged ({str(error).removeprefix(where + ': ')})") from error
     if not set(values.tolist()) <= {0, 255}:
-        raise UserError(f"{path}: {name} holds the values {values.tolist()[:6]}; the server takes 0 and 255")
+        raise UserError(f"{where} holds the values {values.tolist()[:6]}; the server takes 0 and 255")
 
 
 def _videos(source: Opened, what: str, progress: bool) -> Iterator[Video]:
