@@ -31,6 +31,7 @@ from virst_jax.evaluation.predictions import StoredReader
 from virst_jax.evaluation.report import write_report
 from virst_jax.evaluation.runner import Outcome, Predict, evaluate
 from virst_jax.evaluation.submission import ROOTS, write_pngs
+from virst_jax.io.address import local
 
 DAYS = 7 * 24 * 3600.0  # seconds; one that has ended is noticed sooner
 
@@ -85,9 +86,9 @@ def predictor(config: ConfigDict) -> Predict:
 
 def model_identity(path: str) -> str:
     """A hash of a model's config, tokenizer and parameter files (their names and sizes, and small ones whole)."""
-    from virst_jax.api import EMBEDDED
+    from virst_jax.api import find_model
 
-    folder = Path(path) if Path(path).exists() else EMBEDDED.get(path, Path(path))
+    folder = find_model(path)
     digest = hashlib.sha256()
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
         size = file.stat().st_size
@@ -208,7 +209,7 @@ def main(args: argparse.Namespace) -> int:
     """Evaluates as the arguments of `virst eval` say; gives the exit status."""
     config = command.config_of(args)
     try:
-        return run(config, args.workdir)
+        return run(config, local(args.workdir, "--workdir"))
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("interrupted; what is finished is kept, the same command goes on") from error
 

@@ -24,7 +24,8 @@ from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed
 from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import FrameMasks, Progress, SegmentationStream
 from virst_jax.inference.texts import TEXT_BUCKET, round_up
-from virst_jax.io import model_folder
+from virst_jax.io import model_folder, remote
+from virst_jax.io.address import is_address
 from virst_jax.io.video import ArrayReader, open_video
 from virst_jax.models.generate import generate
 from virst_jax.models.qwen2 import Qwen2
@@ -82,12 +83,12 @@ def load(path: str | Path = "tiny", *, dtype: str | None = None, mesh: Any = Non
 
 
 def find_model(path: str | Path) -> Path:
-    """The folder of a model by its path or name.
+    """The folder of a model by its path, name or address (gs://, s3://, hf://OWNER/NAME), which is copied first.
 
     Raises:
       UserError: there is none.
     """
-    folder = Path(path)
+    folder = remote.fetch(path) if is_address(path) else Path(path)
     if not folder.exists() and str(path) in EMBEDDED:
         folder = EMBEDDED[str(path)]
     if not (folder / model_folder.CONFIG).is_file():

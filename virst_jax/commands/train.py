@@ -7,6 +7,7 @@ from typing import Any
 from virst_jax import programs
 from virst_jax.commands import config_file
 from virst_jax.errors import UserError
+from virst_jax.io.address import local
 
 HELP = """Train a model by a recipe. The same command goes on where an earlier run stopped, or was killed.
 
@@ -58,7 +59,9 @@ def limit_steps(config: Any, steps: int) -> Any:
 def workdir_of(args: argparse.Namespace) -> Path:
     """--workdir, or runs/NAME; a run that --steps cut short has a folder of its own, since its models are no models."""
     name = Path(args.config.partition(":")[0]).stem
-    return args.workdir or Path("runs") / (name if args.steps is None else f"{name}-{args.steps}-steps")
+    if args.workdir:
+        return local(args.workdir, "--workdir")
+    return Path("runs") / (name if args.steps is None else f"{name}-{args.steps}-steps")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from virst_jax.errors import UserError
+from virst_jax.io.address import local
 
 try:
     import fcntl
@@ -42,7 +43,7 @@ def new_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     Raises:
       WriteError: the system refuses to write.
     """
-    path = Path(path)
+    path = local(path, "output")
     with _told(path):
         special = _special(path)
         if special is not None:
@@ -62,7 +63,7 @@ def new_path(path: str | Path) -> Iterator[Path]:
     Raises:
       WriteError: the system refuses to write.
     """
-    path = Path(path)
+    path = local(path, "output")
     with _told(path), _part_file(path) as (part, _):
         yield part
         _publish(part, path, durable=True)
@@ -75,7 +76,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises:
       UserError: `path` exists, or (WriteError) the system refuses to write.
     """
-    path = Path(path)
+    path = local(path, "output")
     if path.exists():
         raise UserError(f"{path}: exists already; choose another folder or remove it first")
     with _told(path):
@@ -93,8 +94,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def write_bytes(path: str | Path, content: bytes, *, durable: bool = True, parents: bool = False) -> None:
     """Writes a file whole; with `parents` its folder is made, too. Raises WriteError: the system refuses."""
     if parents:
-        with _told(Path(path)):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path = local(path, "output")
+        with _told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path, durable=durable) as file:
         file.write(content)
 
@@ -159,7 +161,7 @@ def check_writable(folder: str | Path) -> None:
     Raises:
       UserError: it cannot.
     """
-    above = Path(folder).absolute()
+    above = local(folder, "output").absolute()
     while not os.path.lexists(above):
         above = above.parent
     if not above.is_dir():

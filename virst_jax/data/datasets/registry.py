@@ -8,6 +8,7 @@ from pathlib import Path
 from virst_jax.data.datasets import davis, lvvis, mevis, reasonseg, reasonvos, refer, revos, semantic, vqa, ytvos
 from virst_jax.data.datasets.source import IndexedSource
 from virst_jax.errors import UserError
+from virst_jax.io.address import local
 
 
 @dataclass(frozen=True)
@@ -154,4 +155,4 @@ def open_dataset(name: str, root: str | Path, split: str = "") -> IndexedSource:
       UserError: unknown name or split, a file is missing or not in the layout.
     """
     canonical, chosen = resolve(name, split)
-    return DATASETS[canonical].open(Path(root), chosen)
+    return DATASETS[canonical].open(local(root, "data_root"), chosen)
