@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from virst_jax import cli
-from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset, to_json
+from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, model_folder
 from virst_jax.models.tree import flatten, unflatten
@@ -127,7 +127,7 @@ def convert(
             bar.set_description("writing")
             bar.refresh()
             model_folder.write_parameters(part / model_folder.PARAMS, params)
-            atomic.write_text(part / model_folder.CONFIG, to_json(cfg))
+            model_folder.write_description(part, cfg, params)
             del params
             for file in scratch.iterdir():
                 file.unlink()

@@ -3,14 +3,17 @@
 MODEL/params/       Orbax, one array a parameter (stacked layers are one)
 MODEL/config.json   the VirstConfig
 MODEL/tokenizer/    the Qwen2 tokenizer's files, if the model has one
+MODEL/digests.json  of parameters and files, compared when the model is loaded; older folders have none
 """
 
 import contextlib
 import errno
 import functools
+import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from orbax.checkpoint import type_handlers
 
 from virst_jax.config import VirstConfig, from_json, to_json
 from virst_jax.errors import UserError
-from virst_jax.io import atomic
+from virst_jax.io import atomic, digests
 from virst_jax.models.virst import Virst
 from virst_jax.parallel import processes
 
@@ -37,6 +40,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
 )
+SKIP_CHECK = "VIRST_SKIP_CHECK"  # environment variable
 CHUNK_BYTES = 1 << 28  # of the stored arrays: hosts of a pod read their shards, not whole arrays
 
 
@@ -87,7 +91,10 @@ def save_model(path: Path, cfg: VirstConfig, params: Mapping[str, Any], tokenize
     with _new_folder(path) as part:
         write_parameters(part / PARAMS, params)  # every process its shards
         if processes.is_main():
-            _describe(part, cfg, tokenizer)
+            if tokenizer is not None:
+                copy_tokenizer(tokenizer, part / TOKENIZER)
+            # another process's shards are read back
+            write_description(part, cfg, params if jax.process_count() == 1 else None)
 
 
 @contextlib.contextmanager
@@ -104,10 +111,35 @@ def _new_folder(path: Path) -> Iterator[Path]:
     processes.barrier("folder there")
 
 
-def _describe(folder: Path, cfg: VirstConfig, tokenizer: Path | None) -> None:
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, folder / TOKENIZER)
+def write_description(folder: Path, cfg: VirstConfig, params: Mapping[str, Any] | None) -> None:
+    """Writes what a folder needs beside parameters and tokenizer: config.json and, last, digests.json.
+
+    Args:
+      params: what was written; None: it is read from the folder.
+    """
     atomic.write_text(folder / CONFIG, to_json(cfg))
+    tensors = read_parameters(folder) if params is None else _named(params)
+    digests.write(folder, tensors, (CONFIG, TOKENIZER, PARAMS))
+
+
+def _named(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    return (("/".join(key), value) for key, value in flax.traverse_util.flatten_dict(params).items())
+
+
+def check_model(path: str | Path) -> tuple[int, int] | None:
+    """Compares every parameter and every file of a model folder with its digest.
+
+    Returns:
+      How many parameters and files were compared; None: the folder has no digests.
+
+    Raises:
+      UserError: something is damaged.
+    """
+    stated = digests.read(path)
+    if stated is None:
+        return None
+    files = digests.check_files(path, stated, limit=None)
+    return digests.check_tensors(path, stated, read_parameters(path)), files
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -137,11 +169,14 @@ def read_config(path: str | Path) -> VirstConfig:
         raise UserError(f"{path}: no model (cannot read {CONFIG}); give a folder that the converter wrote") from error
 
 
-def read_parameters(path: str | Path, budget: int = 1 << 30) -> Iterator[tuple[str, np.ndarray]]:
+def read_parameters(
+    path: str | Path, budget: int = 1 << 30, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[str, np.ndarray]]:
     """All parameters of a model folder as stored, one after another, for models larger than memory.
 
     Args:
       budget: bytes that are read at a time; a larger parameter is read alone.
+      share: (i, n): the i-th of n parts of them only.
 
     Yields:
       The keys of the parameter tree joined by "/", and the values.
@@ -154,29 +189,45 @@ def read_parameters(path: str | Path, budget: int = 1 << 30) -> Iterator[tuple[s
     flat = flax.traverse_util.flatten_dict(stored)
     batches: list[list[tuple[str, ...]]] = []
     room = 0
-    for key, leaf in flat.items():
+    for key, leaf in list(flat.items())[share[0] :: share[1]]:
         size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         if not batches or size > room:
             batches.append([])
             room = budget
         batches[-1].append(key)
         room -= size
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _reader(ocp.PyTreeCheckpointHandler) as checkpointer:
         for keys in batches:
             item = flax.traverse_util.unflatten_dict(dict.fromkeys(keys, 0))
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
             request = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
             try:
-                restored = flax.traverse_util.flatten_dict(checkpointer.restore(folder, args=request))
-            except (OSError, ValueError, KeyError) as error:
+                with _quiet():
+                    restored = flax.traverse_util.flatten_dict(checkpointer.restore(folder, args=request))
+            except Exception as error:
                 raise _broken(folder, error) from error
             for key in keys:
                 yield "/".join(key), restored.pop(key)
 
 
 def _broken(folder: Path, error: Exception) -> UserError:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{folder}: broken parameters ({first[:200]}); convert or copy the model again")
+    # Orbax and TensorStore raise bare Exceptions of a hundred lines; the cause lies at the end of the chain
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    first = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())
+    return UserError(f"{folder}: broken parameters ({first[:160]}); convert or copy the model again")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs what its exceptions say, and what is of no use here."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def stored_shapes(path: str | Path) -> tuple[VirstConfig, Any]:
@@ -189,30 +240,42 @@ def stored_shapes(path: str | Path) -> tuple[VirstConfig, Any]:
     folder = (Path(path) / PARAMS).absolute()
     with _reader() as checkpointer:
         try:
-            stored = checkpointer.metadata(folder).item_metadata
+            with _quiet():
+                stored = checkpointer.metadata(folder).item_metadata
             stored = stored.tree if hasattr(stored, "tree") else stored
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:
             raise _broken(folder, error) from error
+    if not stored:
+        raise _broken(folder, ValueError("their list cannot be read" if folder.is_dir() else "there are none"))
     _compare_shapes(str(folder), stored, parameter_shapes(cfg))
     return cfg, stored
 
 
-def _reader() -> ocp.StandardCheckpointer:
-    """Reads for this process alone, waiting for no other: each reads its shards, or a model of its own."""
+def _reader(handler: Any = None) -> Any:
+    """An Orbax checkpointer, by default a StandardCheckpointer, that waits for no other process.
+
+    Each reads its shards, or a model of its own.
+    """
     own, options = jax.process_index(), ocp.options.MultiprocessingOptions()
     if jax.process_count() > 1:
         options = ocp.options.MultiprocessingOptions(
             primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
         )
+    if handler is not None:
+        return ocp.Checkpointer(handler(multiprocessing_options=options), multiprocessing_options=options)
     return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
-def load_model(path: str | Path, dtype: str | None = None, shardings: Any = None) -> tuple[VirstConfig, Any]:
+def load_model(
+    path: str | Path, dtype: str | None = None, shardings: Any = None, *, check: bool = True
+) -> tuple[VirstConfig, Any]:
     """Reads a model folder. Waits for no other process: each reads what its devices hold.
 
     Args:
       dtype: of the parameters; None: as stored.
       shardings: a tree of jax.sharding.Sharding like the parameters; None: the first device of this process.
+      check: compare the parameters with their digests, if the folder has any. The environment variable
+        VIRST_SKIP_CHECK turns it off, too.
 
     Returns:
       The config and the parameters.
@@ -229,11 +292,31 @@ def load_model(path: str | Path, dtype: str | None = None, shardings: Any = None
         stored,
         shardings,
     )
+    stated = _digests_to_check(path) if check else None
+    # values of another dtype, or on other hosts, are not what was saved: then the stored ones are read once more
+    at_once = jax.process_count() == 1 and (dtype is None or all(x.dtype == dtype for x in jax.tree.leaves(stored)))
+    if stated is not None:
+        digests.check_files(path, stated)
+        if not at_once:
+            share = (jax.process_index(), jax.process_count())
+            digests.check_tensors(path, stated, read_parameters(path, share=share))
     with _reader() as checkpointer:
         try:
-            return cfg, checkpointer.restore(folder, target)
-        except (OSError, ValueError) as error:
+            with _quiet():
+                params = checkpointer.restore(folder, target)
+        except Exception as error:
             raise _broken(folder, error) from error
+    if stated is not None and at_once:
+        digests.check_tensors(path, stated, _named(params))
+    return cfg, params
+
+
+def _digests_to_check(path: str | Path) -> digests.Digests | None:
+    stated = digests.read(path)
+    if stated is not None and os.environ.get(SKIP_CHECK):
+        print(f"{path}: its parameters are not compared with their digests ({SKIP_CHECK} is set)", file=sys.stderr)
+        return None
+    return stated
 
 
 def _compare_shapes(where: str, stored: Any, wanted: Any) -> None:
