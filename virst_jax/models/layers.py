@@ -41,7 +41,7 @@ default_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 STRIDED_KERNEL = 4  # the largest for which ops.strided is faster: it gathers kernel x kernel copies
 
 
-def named(init: Callable[..., Any], *axes: str) -> Callable[..., Any]:
+def with_axes(init: Callable[..., Any], *axes: str) -> Callable[..., Any]:
     """An initializer whose parameter carries logical axis names; an unknown name raises."""
     unknown = set(axes) - AXES
     if unknown:
@@ -63,8 +63,8 @@ def dense(
         use_bias=use_bias,
         dtype=jnp.dtype(compute.dtype),
         param_dtype=jnp.dtype(compute.param_dtype),
-        kernel_init=named(init, *axes),
-        bias_init=named(nn.initializers.zeros, axes[-1]),
+        kernel_init=with_axes(init, *axes),
+        bias_init=with_axes(nn.initializers.zeros, axes[-1]),
         name=name,
     )
 
@@ -75,8 +75,8 @@ def layer_norm(compute: Compute, eps: float = 1e-5, *, name: str | None = None) 
         use_fast_variance=False,  # E[x^2]-E[x]^2 loses digits against the release
         dtype=jnp.dtype(compute.dtype),
         param_dtype=jnp.dtype(compute.param_dtype),
-        scale_init=named(nn.initializers.ones, "norm"),
-        bias_init=named(nn.initializers.zeros, "norm"),
+        scale_init=with_axes(nn.initializers.ones, "norm"),
+        bias_init=with_axes(nn.initializers.zeros, "norm"),
         name=name,
     )
 
@@ -105,8 +105,8 @@ def conv(
         feature_group_count=groups,
         dtype=jnp.dtype(compute.dtype),
         param_dtype=jnp.dtype(compute.param_dtype),
-        kernel_init=named(default_init, "kernel", "kernel", "conv_in", "conv_out"),
-        bias_init=named(nn.initializers.zeros, "conv_out"),
+        kernel_init=with_axes(default_init, "kernel", "kernel", "conv_in", "conv_out"),
+        bias_init=with_axes(nn.initializers.zeros, "conv_out"),
         conv_general_dilated=implementation,
         name=name,
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from virst_jax.config import Compute, LoraConfig
 from virst_jax.errors import UserError
-from virst_jax.models.layers import default_init, named
+from virst_jax.models.layers import default_init, with_axes
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -38,15 +38,15 @@ class LoraDense(nn.Module):
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
         width, rank = x.shape[-1], self.lora.rank
         x = jnp.asarray(x, dtype)
-        kernel = self.param("kernel", named(self.kernel_init, *self.axes), (width, self.features), param_dtype)
+        kernel = self.param("kernel", with_axes(self.kernel_init, *self.axes), (width, self.features), param_dtype)
         y = x @ kernel.astype(dtype)
         if self.use_bias:
-            bias = self.param("bias", named(nn.initializers.zeros, self.axes[-1]), (self.features,), param_dtype)
+            bias = self.param("bias", with_axes(nn.initializers.zeros, self.axes[-1]), (self.features,), param_dtype)
             y = y + bias.astype(dtype)
         if rank == 0:
             return y
-        a = self.param("lora_a", named(default_init, self.axes[0], "lora"), (width, rank), param_dtype)
-        zeros = named(nn.initializers.zeros, "lora", self.axes[1])
+        a = self.param("lora_a", with_axes(default_init, self.axes[0], "lora"), (width, rank), param_dtype)
+        zeros = with_axes(nn.initializers.zeros, "lora", self.axes[1])
         b = self.param("lora_b", zeros, (rank, self.features), param_dtype)
         dropped = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
         return y + dropped @ a.astype(dtype) @ b.astype(dtype) * self.lora.scale

@@ -18,7 +18,7 @@ from einops import rearrange
 
 from virst_jax.config import Compute, QwenConfig
 from virst_jax.errors import UserError
-from virst_jax.models.layers import default_init, named, remat
+from virst_jax.models.layers import default_init, remat, with_axes
 from virst_jax.models.lora import LoraDense
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
@@ -73,7 +73,7 @@ class RmsNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """dtype[..., D] -> dtype[..., D], in float32 up to the learned scale."""
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
-        scale = self.param("scale", named(nn.initializers.ones, "norm"), (x.shape[-1],), param_dtype)
+        scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), (x.shape[-1],), param_dtype)
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return scale.astype(dtype) * y.astype(dtype)
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         slots: jax.Array | None,
         is_prefill: bool,
         deterministic: bool,
-        shared: int,
+        prefix_len: int,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """See Block; returns dtype[B, S, D] and the cache."""
         cfg = self.cfg
@@ -114,8 +114,8 @@ class Attention(nn.Module):
             )
             if not is_prefill:
                 k, v = cache
-        if shared and mask is not None:
-            out = _attend_behind(q, k, v, mask, shared, self.compute.attention)
+        if prefix_len and mask is not None:
+            out = _attend_behind(q, k, v, mask, prefix_len, self.compute.attention)
         else:
             positions = None if is_prefill else slots
             out = attention(q, k, v, key_mask=mask, causal=True, q_positions=positions, impl=self.compute.attention)
@@ -154,7 +154,7 @@ class Block(nn.Module):
         is_prefill: bool,
         deterministic: bool,
         return_input: bool,
-        shared: int,
+        prefix_len: int,
     ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array] | None, jax.Array | None]]:
         """A decoder layer.
 
@@ -165,7 +165,7 @@ class Block(nn.Module):
           rotary: tables of x's positions.
           slots: int[B, S], where x goes in the cache.
           is_prefill: x attends to itself, not to the cache (there is none, or it is empty).
-          shared: 0, or as in Qwen2.after_prefix, where x and mask are described.
+          prefix_len: 0, or as in Qwen2.after_prefix, where x and mask are described.
 
         Returns:
           dtype[B, S, D]; the cache with x in it, and x if `return_input`.
@@ -174,7 +174,7 @@ class Block(nn.Module):
         norms = (RmsNorm(self.compute, self.cfg.rms_norm_eps, name=n) for n in ("input_norm", "post_norm"))
         input_norm, post_norm = norms
         attended, cache = Attention(self.cfg, self.compute, name="attn")(
-            input_norm(x), cache, mask, rotary, slots, is_prefill, deterministic, shared
+            input_norm(x), cache, mask, rotary, slots, is_prefill, deterministic, prefix_len
         )
         y = x + attended
         y = y + Mlp(self.cfg, self.compute, name="mlp")(post_norm(y), deterministic)
@@ -193,7 +193,7 @@ class Qwen2(nn.Module):
             cfg.hidden_size,
             dtype=dtype,
             param_dtype=param_dtype,
-            embedding_init=named(nn.initializers.normal(0.02), "vocab", "embed"),
+            embedding_init=with_axes(nn.initializers.normal(0.02), "vocab", "embed"),
         )
         broadcast = nn.broadcast
         layers: Any = nn.scan(
@@ -214,7 +214,7 @@ class Qwen2(nn.Module):
             use_bias=False,
             dtype=dtype,
             param_dtype=param_dtype,
-            kernel_init=named(default_init, "embed", "vocab"),
+            kernel_init=with_axes(default_init, "embed", "vocab"),
             dot_general=accumulate,
         )
 
@@ -289,9 +289,9 @@ class Qwen2(nn.Module):
     def after_prefix(
         self, prefix: jax.Array, rest: jax.Array, mask: jax.Array, deterministic: bool = True
     ) -> tuple[jax.Array, jax.Array]:
-        """Runs the layers on rows that begin alike; what they share goes through them once.
+        """Runs the layers on rows with a common prefix, which goes through them once.
 
-        All positions stand in one row, the shared ones first, so that the layers' products are large.
+        All positions stand in one row, those of the prefix first, so that the layers' products are large.
 
         Args:
           prefix: dtype[1, P, D], without padding.
@@ -301,31 +301,31 @@ class Qwen2(nn.Module):
         Returns:
           Hidden states after the final norm, dtype[1, P, D] and dtype[B, R, D].
         """
-        shared, (rows, length, width) = prefix.shape[1], rest.shape
-        positions = jnp.concatenate([jnp.arange(shared), jnp.tile(shared + jnp.arange(length), rows)])
+        prefix_len, (rows, length, width) = prefix.shape[1], rest.shape
+        positions = jnp.concatenate([jnp.arange(prefix_len), jnp.tile(prefix_len + jnp.arange(length), rows)])
         rotary = rotary_table(positions[None], self.cfg.head_dim, self.cfg.rope_theta)
         x = jnp.concatenate([prefix, rest.reshape(1, -1, width)], axis=1).astype(jnp.dtype(self.compute.dtype))
-        x, _ = self.layers(x, None, mask.astype(bool), rotary, None, True, deterministic, False, shared)
+        x, _ = self.layers(x, None, mask.astype(bool), rotary, None, True, deterministic, False, prefix_len)
         hidden = self.norm(constrain(x, None, None, "width"))
-        return hidden[:, :shared], hidden[:, shared:].reshape(rows, length, width)
+        return hidden[:, :prefix_len], hidden[:, prefix_len:].reshape(rows, length, width)
 
 
-def _attend_behind(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, shared: int, impl: str) -> jax.Array:
+def _attend_behind(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, prefix_len: int, impl: str) -> jax.Array:
     """Causal attention of Qwen2.after_prefix: dtype[1, P + B * R, heads, W] of queries, keys and values."""
     rows, length = mask.shape
-    out = attention(*(x[:, :shared] for x in (q, k, v)), causal=True, impl=impl)
-    own = [x[:, shared:].reshape(rows, length, *x.shape[2:]) for x in (q, k, v)]
+    out = attention(*(x[:, :prefix_len] for x in (q, k, v)), causal=True, impl=impl)
+    own = [x[:, prefix_len:].reshape(rows, length, *x.shape[2:]) for x in (q, k, v)]
     keys, values = (
-        jnp.concatenate([jnp.broadcast_to(x[:, :shared], (rows, shared, *x.shape[2:])), y], axis=1)
+        jnp.concatenate([jnp.broadcast_to(x[:, :prefix_len], (rows, prefix_len, *x.shape[2:])), y], axis=1)
         for x, y in zip((k, v), own[1:])
     )
     rest = attention(
         own[0],
         keys,
         values,
-        key_mask=jnp.concatenate([jnp.ones((rows, shared), bool), mask], axis=1),
+        key_mask=jnp.concatenate([jnp.ones((rows, prefix_len), bool), mask], axis=1),
         causal=True,
-        q_positions=shared + jnp.arange(length)[None],
+        q_positions=prefix_len + jnp.arange(length)[None],
         impl=impl,
     )
     return jnp.concatenate([out, rest.reshape(1, -1, *rest.shape[2:])], axis=1)

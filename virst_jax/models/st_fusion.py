@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from virst_jax.config import Compute, FusionConfig
-from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, named
+from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, with_axes
 from virst_jax.ops.attention import attention, drop_weights
 from virst_jax.ops.position import rotate_pairs, spacetime_angles
 
@@ -47,9 +47,11 @@ class FusedAttention(nn.Module):
         """q dtype[B, S, D], kv dtype[B, K, D] -> dtype[B, S, D]"""
         width = q.shape[-1]
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
-        init = named(default_init, "embed", "qkv", "heads")
+        init = with_axes(default_init, "embed", "qkv", "heads")
         kernel = self.param("kernel", init, (width, 3, width), param_dtype).astype(dtype)
-        bias = self.param("bias", named(nn.initializers.zeros, "qkv", "heads"), (3, width), param_dtype).astype(dtype)
+        bias = self.param("bias", with_axes(nn.initializers.zeros, "qkv", "heads"), (3, width), param_dtype).astype(
+            dtype
+        )
         projected = (x.astype(dtype) @ kernel[:, i] + bias[i] for i, x in enumerate((q, kv, kv)))
         heads = (rearrange(x, "b n (h d) -> b n h d", h=self.num_heads) for x in projected)
         rng = None if deterministic or not self.dropout else self.make_rng("dropout")
@@ -157,5 +159,5 @@ class InitialFusion(nn.Module):
         q = layer_norm(self.compute, name="norm_q")(seg_embeds)
         kv = layer_norm(self.compute, name="norm_kv")(keys)
         fused = FusedAttention(self.compute, self.cfg.num_heads, name="attn")(q, kv)
-        gate = self.param("gate", named(nn.initializers.constant(0.1)), (), jnp.dtype(self.compute.param_dtype))
+        gate = self.param("gate", with_axes(nn.initializers.constant(0.1)), (), jnp.dtype(self.compute.param_dtype))
         return seg_embeds + gate.astype(fused.dtype) * fused

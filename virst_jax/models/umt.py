@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from virst_jax.config import Compute, VisionConfig
-from virst_jax.models.layers import default_init, dense, gelu, layer_norm, named, remat
+from virst_jax.models.layers import default_init, dense, gelu, layer_norm, remat, with_axes
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
 from virst_jax.ops.position import sinusoid_table
@@ -36,10 +36,10 @@ class Attention(nn.Module):
             use_bias=False,
             dtype=dtype,
             param_dtype=param_dtype,
-            kernel_init=named(default_init, "embed", "qkv", "heads"),
+            kernel_init=with_axes(default_init, "embed", "qkv", "heads"),
             name="qkv",
         )(x)
-        zeros = named(nn.initializers.zeros, "heads")
+        zeros = with_axes(nn.initializers.zeros, "heads")
         q_bias = self.param("q_bias", zeros, (width,), param_dtype).astype(dtype)
         v_bias = self.param("v_bias", zeros, (width,), param_dtype).astype(dtype)
         q, k, v = (

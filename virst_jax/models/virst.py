@@ -110,19 +110,20 @@ class Virst(nn.Module):
         return self.llm(embeds, mask, deterministic=deterministic)
 
     def hidden_after_prefix(
-        self, embeds: jax.Array, mask: jax.Array, shared: int, deterministic: bool = True
+        self, embeds: jax.Array, mask: jax.Array, prefix_len: int, deterministic: bool = True
     ) -> tuple[jax.Array, jax.Array]:
-        """As `hidden` for conversations that begin alike: what they share, such as the video, is read once.
+        """As `hidden` for conversations with a common prefix, such as the video, which is read once.
 
         Args:
-          embeds: dtype[B, L, D]; the first `shared` positions are the same in every row and none is padding.
+          embeds: dtype[B, L, D]; the first `prefix_len` positions are the same in every row and none is padding.
           mask: bool[B, L].
-          shared: at least 1, less than L.
+          prefix_len: at least 1, less than L.
 
         Returns:
-          Hidden states of the shared positions dtype[1, shared, D], and of the others dtype[B, L - shared, D].
+          Hidden states of the prefix, dtype[1, prefix_len, D], and behind it, dtype[B, L - prefix_len, D].
         """
-        return self.llm.after_prefix(embeds[:1, :shared], embeds[:, shared:], mask[:, shared:], deterministic)
+        prefix, rest = embeds[:1, :prefix_len], embeds[:, prefix_len:]
+        return self.llm.after_prefix(prefix, rest, mask[:, prefix_len:], deterministic)
 
     def hidden_layers(self, embeds: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As `hidden`, with every layer's input dtype[layers, B, L, D]."""

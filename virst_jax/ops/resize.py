@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # a server meets videos of any size: it must not keep a matrix for each
 def resize_matrix(size: int, new_size: int, method: str) -> np.ndarray:
     """Weights float32[new_size, size] of a 1-D resize, edges replicated, corners not aligned.
 

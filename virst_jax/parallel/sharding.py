@@ -10,18 +10,18 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from virst_jax.config import VirstConfig
 from virst_jax.errors import UserError
 from virst_jax.models.layers import AXES
+from virst_jax.models.tree import flatten, unflatten
 from virst_jax.models.virst import Virst
 from virst_jax.ops.attention import sharded_over
 from virst_jax.ops.constrain import activation_rules
@@ -62,15 +62,6 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
 # Small parts: the tracker runs in loops over frames, and its weights would be gathered in every turn; the fusion has
 # more rows than weights.
 GATHERED = ("sam2", "second_fusion")
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1: what the others leave."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
@@ -204,12 +195,12 @@ def parameter_specs(cfg: VirstConfig, mesh: Mesh, replicate_below: int = REPLICA
     if missing := AXES ^ set(RULES):
         raise ValueError(f"sharding rules and logical axes disagree on {sorted(missing)}")
     shapes, names = logical_axes(cfg)
-    flat_names = flax.traverse_util.flatten_dict(names, sep="/")
+    flat_names = flatten(names)
     flat = {
         path: partition(path, leaf.shape, flat_names[path], mesh, replicate_below)
-        for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items()
+        for path, leaf in flatten(shapes).items()
     }
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return unflatten(flat)
 
 
 def parameter_shardings(cfg: VirstConfig, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> Any:
@@ -225,9 +216,9 @@ def parameter_shardings(cfg: VirstConfig, mesh: Mesh, replicate_below: int = REP
 def describe(cfg: VirstConfig, mesh: Mesh) -> str:
     """A line per parameter: path, shape, spec and elements a device."""
     shapes, _ = logical_axes(cfg)
-    specs = flax.traverse_util.flatten_dict(parameter_specs(cfg, mesh), sep="/")
+    specs = flatten(parameter_specs(cfg, mesh))
     lines = [f"# {cfg.name} on " + " ".join(f"{axis}={mesh.shape[axis]}" for axis in MESH_AXES)]
-    for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items():
+    for path, leaf in flatten(shapes).items():
         spec = specs[path]
         text = ", ".join("+".join(a) if isinstance(a, tuple) else a or "-" for a in spec) or "replicated"
         share = math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape))
@@ -257,8 +248,8 @@ def state_shardings(state: Any, shardings: Any, shapes: Any, mesh: Mesh) -> Any:
     Raises:
       ValueError: a leaf of more than SHARD_ABOVE elements mirrors no parameter.
     """
-    leaves = flax.traverse_util.flatten_dict(shapes)
-    known = {p: (found, leaves[p].shape) for p, found in flax.traverse_util.flatten_dict(shardings).items()}
+    leaves = flatten_dict(shapes)
+    known = {p: (found, leaves[p].shape) for p, found in flatten_dict(shardings).items()}
 
     def choose(path: Any, leaf: Any) -> NamedSharding:
         words = tuple(word for word in (_word(key) for key in path) if word is not None)

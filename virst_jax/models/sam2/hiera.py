@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from virst_jax.config import Compute, HieraConfig, Sam2Config
-from virst_jax.models.layers import Mlp, conv, default_init, dense, gelu, layer_norm, named, remat
+from virst_jax.models.layers import Mlp, conv, default_init, dense, gelu, layer_norm, remat, with_axes
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
 from virst_jax.ops.resize import resize_matrix, upsample_nearest_2x
@@ -84,8 +84,8 @@ class Attention(nn.Module):
             (3, spec.dim_out),
             dtype=jnp.dtype(self.compute.dtype),
             param_dtype=jnp.dtype(self.compute.param_dtype),
-            kernel_init=named(default_init, "embed", "qkv", "heads"),
-            bias_init=named(nn.initializers.zeros, "qkv", "heads"),
+            kernel_init=with_axes(default_init, "embed", "qkv", "heads"),
+            bias_init=with_axes(nn.initializers.zeros, "qkv", "heads"),
             name="qkv",
         )(x)
         q, k, v = (qkv[..., i, :] for i in range(3))
@@ -160,7 +160,7 @@ class Hiera(nn.Module):
     def _position(self, grid: tuple[int, ...]) -> jax.Array:
         """Position embedding float32[H, W, C]: a small table resized to the grid plus one tiled per window."""
         cfg, dtype = self.cfg, jnp.dtype(self.compute.param_dtype)
-        init = named(nn.initializers.normal(0.02), "grid", "grid", "embed")
+        init = with_axes(nn.initializers.normal(0.02), "grid", "grid", "embed")
         table = self.param("pos_embed", init, (*cfg.window_pos_embed_bkg_spatial_size, cfg.embed_dim), dtype)
         window = cfg.window_spec[0]
         tile = self.param("pos_embed_window", init, (window, window, cfg.embed_dim), dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from virst_jax.config import Compute, Sam2Config
-from virst_jax.models.layers import Mlp, default_init, dense, gelu, layer_norm, named
+from virst_jax.models.layers import Mlp, default_init, dense, gelu, layer_norm, with_axes
 from virst_jax.ops.attention import attention
 
 
@@ -87,9 +87,9 @@ class Upscale(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """dtype[B, H, W, C] -> dtype[B, 2H, 2W, features]"""
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
-        init = named(default_init, "conv_in", "kernel", "kernel", "conv_out")
+        init = with_axes(default_init, "conv_in", "kernel", "kernel", "conv_out")
         kernel = self.param("kernel", init, (x.shape[-1], 2, 2, self.features), param_dtype)
-        bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (self.features,), param_dtype)
+        bias = self.param("bias", with_axes(nn.initializers.zeros, "conv_out"), (self.features,), param_dtype)
         y = jnp.einsum("bhwc,cpqo->bhpwqo", x.astype(dtype), kernel.astype(dtype)) + bias.astype(dtype)
         return rearrange(y, "b h p w q o -> b (h p) (w q) o")
 
@@ -101,7 +101,7 @@ class MaskDecoder(nn.Module):
     def setup(self) -> None:
         cfg, compute, width = self.cfg, self.compute, self.cfg.hidden_size
         dtype = jnp.dtype(compute.param_dtype)
-        init = named(nn.initializers.normal(1.0), "token", "embed")
+        init = with_axes(nn.initializers.normal(1.0), "token", "embed")
         masks = 1 + cfg.num_multimask
         self.iou_token = self.param("iou_token", init, (1, width), dtype)
         self.mask_tokens = self.param("mask_tokens", init, (masks, width), dtype)

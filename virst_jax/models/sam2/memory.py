@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 
 from virst_jax.config import Compute, Sam2Config
-from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, named, remat
+from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, remat, with_axes
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
 from virst_jax.ops.depthwise import shifted_depthwise
@@ -148,9 +148,9 @@ class DepthwiseConv(nn.Module):
         """dtype[B, H, W, C] -> dtype[B, H, W, C]"""
         n, channels = self.kernel_size, x.shape[-1]
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
-        init = named(default_init, "kernel", "kernel", "conv_in", "conv_out")
+        init = with_axes(default_init, "kernel", "kernel", "conv_in", "conv_out")
         kernel = self.param("kernel", init, (n, n, 1, channels), param_dtype).astype(dtype)
-        bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (channels,), param_dtype).astype(dtype)
+        bias = self.param("bias", with_axes(nn.initializers.zeros, "conv_out"), (channels,), param_dtype).astype(dtype)
         x = x.astype(dtype)
         if target_platform() == "cpu":
             return shifted_depthwise(x, kernel[:, :, 0]) + bias
@@ -170,7 +170,7 @@ class ConvNextBlock(nn.Module):
         y = layer_norm(self.compute, 1e-6, name="norm")(y)
         y = gelu(dense(self.compute, 4 * width, ("embed", "mlp"), name="pwconv1")(y))
         y = dense(self.compute, width, ("mlp", "embed"), name="pwconv2")(y)
-        init = named(nn.initializers.constant(1e-6), "norm")
+        init = with_axes(nn.initializers.constant(1e-6), "norm")
         gamma = self.param("gamma", init, (width,), jnp.dtype(self.compute.param_dtype))
         return x + gamma.astype(y.dtype) * y
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from virst_jax.config import Compute, Sam2Config
-from virst_jax.models.layers import conv, gelu, layer_norm, named
+from virst_jax.models.layers import conv, gelu, layer_norm, with_axes
 
 PADDING = -1  # label of a point that is none
 BOX_CORNERS = (2, 3)  # labels of a box's top-left and bottom-right corner
@@ -24,10 +24,10 @@ class PromptEncoder(nn.Module):
         cfg, dtype = self.cfg, jnp.dtype(self.compute.param_dtype)
         width, channels = cfg.hidden_size, cfg.mask_prompt_channels
         normal = nn.initializers.normal(1.0)
-        self.gaussian = self.param("gaussian", named(normal, "token", "embed"), (2, width // 2), dtype)
-        self.point_embed = self.param("point_embed", named(normal, "token", "embed"), (4, width), dtype)
-        self.not_a_point_embed = self.param("not_a_point_embed", named(normal, "embed"), (width,), dtype)
-        self.no_mask_embed = self.param("no_mask_embed", named(normal, "embed"), (width,), dtype)
+        self.gaussian = self.param("gaussian", with_axes(normal, "token", "embed"), (2, width // 2), dtype)
+        self.point_embed = self.param("point_embed", with_axes(normal, "token", "embed"), (4, width), dtype)
+        self.not_a_point_embed = self.param("not_a_point_embed", with_axes(normal, "embed"), (width,), dtype)
+        self.no_mask_embed = self.param("no_mask_embed", with_axes(normal, "embed"), (width,), dtype)
         self.mask_conv0 = conv(self.compute, channels // 4, 2, stride=2)
         self.mask_norm0 = layer_norm(self.compute, 1e-6)
         self.mask_conv1 = conv(self.compute, channels, 2, stride=2)

@@ -12,7 +12,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from virst_jax.config import Compute, Sam2Config
-from virst_jax.models.layers import Mlp, conv, dense, named
+from virst_jax.models.layers import Mlp, conv, dense, with_axes
 from virst_jax.models.sam2.hiera import ImageEncoder
 from virst_jax.models.sam2.mask_decoder import MaskDecoder, best_mask, multimask, single_mask
 from virst_jax.models.sam2.memory import MemoryAttention, MemoryEncoder
@@ -63,13 +63,13 @@ class Sam2(nn.Module):
         self.pointer_time_proj = dense(compute, cfg.memory_dim, ("embed", "heads"))
         self.mask_downsample = conv(compute, 1, 4, stride=4)
         self.time_embed = self.param(
-            "time_embed", named(small, "token", "embed"), (cfg.num_maskmem, cfg.memory_dim), dtype
+            "time_embed", with_axes(small, "token", "embed"), (cfg.num_maskmem, cfg.memory_dim), dtype
         )
-        self.no_memory_embed = self.param("no_memory_embed", named(small, "embed"), (width,), dtype)
+        self.no_memory_embed = self.param("no_memory_embed", with_axes(small, "embed"), (width,), dtype)
         # unused by this configuration, kept because checkpoints hold it
-        self.no_memory_position = self.param("no_memory_position", named(small, "embed"), (width,), dtype)
-        self.no_object_pointer = self.param("no_object_pointer", named(small, "embed"), (width,), dtype)
-        self.no_object_memory = self.param("no_object_memory", named(small, "embed"), (cfg.memory_dim,), dtype)
+        self.no_memory_position = self.param("no_memory_position", with_axes(small, "embed"), (width,), dtype)
+        self.no_object_pointer = self.param("no_object_pointer", with_axes(small, "embed"), (width,), dtype)
+        self.no_object_memory = self.param("no_object_memory", with_axes(small, "embed"), (cfg.memory_dim,), dtype)
 
     def encode_image(self, pixels: jax.Array) -> Features:
         """Normalised pixels float[T, R, R, 3] -> features of T frames."""
