@@ -265,7 +265,6 @@ def peer_of(network: Network, threads: int) -> Iterator[Any]:
     """
     try:
         import torch
-
         from benchmarks.transformers_sam2 import Peer
     except ImportError as error:
         raise UserError(f"the comparison needs PyTorch ({error}): pip install -e '.[bench]'") from error

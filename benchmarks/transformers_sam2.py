@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from transformers.models.sam2_video import configuration_sam2_video as parts
 
+import torch
 from benchmarks.random_network import Past
 from conversion.assemble import take_apart
 from conversion.rules import sam2_rules

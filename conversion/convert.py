@@ -33,8 +33,6 @@ from .rules import rule_table
 
 DTYPES = ("bfloat16", "float32", "source")
 SCRATCH = "scratch"
-# The release runs this module in float32 whatever the rest computes in: it places points.
-FLOAT32 = "sam2/prompt_encoder/"
 # what neither VideoChat-Flash nor SAM 2.1 holds
 FRESH = ("initial_fusion", "second_fusion", "occ_predictor")
 
@@ -106,7 +104,7 @@ def convert(
             def store(path: str, given: np.dtype) -> np.dtype:
                 if dtype == "source":
                     return given
-                return np.dtype("float32" if path.startswith(FLOAT32) else dtype)
+                return np.dtype("float32" if path.startswith(model_folder.FLOAT32) else dtype)
 
             def read(name: str) -> np.ndarray:
                 bar.update()

@@ -1,5 +1,6 @@
 """Videos and sentences through the whole program: sharing, batching, streaming, and what the input may be."""
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -21,7 +22,7 @@ import virst_jax
 from helpers.network import CFG, SMALL, params, write_model
 from helpers.places import PROGRAMS, ROOT, TOKENIZER
 from virst_jax.api import Model, load
-from virst_jax.config import to_json
+from virst_jax.config import Compute, to_json
 from virst_jax.data import frames as frame_choice
 from virst_jax.data.prompts import ANSWERS, QUESTIONS, build_prompt, load_tokenizer
 from virst_jax.data.sequence import splice
@@ -32,7 +33,7 @@ from virst_jax.inference.plan import Options, plan_frames
 from virst_jax.inference.steps import Network
 from virst_jax.inference.texts import build_texts
 from virst_jax.io import model_folder
-from virst_jax.io.video import VideoWriter
+from virst_jax.io.video import Reader, VideoWriter
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.models.sam2.tracker import Tracked
 from virst_jax.models.virst import Virst
@@ -315,8 +316,8 @@ def test_a_loop_that_is_left_leaks_nothing(model, tmp_path):
 
 
 def test_making_a_stream_reads_nothing(model):
-    class Untouched:
-        name, size, fps = "untouched", (8, 8), 0.0
+    class Untouched(Reader):
+        name, size = "untouched", (8, 8)
 
         @property
         def num_frames(self) -> int:
@@ -377,6 +378,8 @@ def test_one_picture(model, tmp_path):
     assert (result.masks.shape, result.scores.shape, result.anchors) == ((2, 40, 56), (2,), (0,))
     Image.fromarray(image).save(tmp_path / "a.png")
     np.testing.assert_array_equal(model.segment_image(tmp_path / "a.png", [DOG, CAT]).masks, result.masks)
+    for given in (Image.fromarray(image), image.transpose(2, 0, 1), (image / 255).astype(np.float32)):
+        assert model.segment_image(given, [DOG, CAT]) == result
     with pytest.raises(UserError, match="4 frames where one picture is wanted"):
         model.segment_stream(video(4), DOG, still=True)
 
@@ -428,11 +431,91 @@ def test_bad_expressions(model, expressions, message):
         model.segment(video(3), expressions)
 
 
+@pytest.mark.parametrize("expressions", [None, 7, 2.5])
+def test_expressions_of_another_type(model, expressions):
+    with pytest.raises(UserError, match="expressions must be a text or a list of texts, not"):
+        model.segment("there is no such file.mp4", expressions)  # which would show later
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": "x"}, "the seed must be an integer or a list of integers, not str 'x'"),
+        ({"anchors": 3}, "anchors must be a list of frame numbers, not 3"),
+        ({"fps": "fast"}, "'fast' frames a second"),
+        ({"fps": -1}, "-1 frames a second"),
+    ],
+)
+def test_arguments_of_segment(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        model.segment(video(3), DOG, **arguments)
+
+
+def test_videos_as_people_have_them(model, tmp_path):
+    frames = video(5, 24, 32)
+    result = model.segment(frames, DOG, fps=5)
+    assert result.fps == 5
+    paths = []
+    for i, frame in enumerate(frames):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(frame).save(paths[-1])
+    opaque = np.full((*frames.shape[:3], 1), 255, np.uint8)
+    for given in (
+        frames.transpose(0, 3, 1, 2),
+        (frames / 255).astype(np.float32),
+        np.concatenate([frames, opaque], axis=-1),
+        list(frames),
+        (frame for frame in frames),
+        [Image.fromarray(frame) for frame in frames],
+        paths,
+        [str(path) for path in paths],
+        jnp.asarray(frames),
+    ):
+        assert model.segment(given, DOG, fps=5) == result
+    grey = np.repeat(frames[..., :1], 3, axis=-1)
+    np.testing.assert_array_equal(model.segment(frames[..., 0], DOG).masks, model.segment(grey, DOG).masks)
+
+
+def test_results_compare_and_show_themselves(model, three):
+    again = model.segment(video(11), [DOG, CAT, CAR])
+    assert again == three
+    assert again.timings != three.timings
+    assert dataclasses.replace(three, masks=~three.masks) != three
+    assert three != model.segment(video(11), DOG)
+    assert three != 3
+    assert repr(three) == "Segmentation(masks=bool[3, 11, 40, 56], expressions=" + repr(list(three.expressions)) + ")"
+    one, other = (next(model.segment_stream(video(3), DOG)) for _ in range(2))
+    assert one == other
+    assert dataclasses.replace(one, index=1) != other
+    assert one != "frame"
+    assert repr(one).startswith("FrameMasks(index=0, masks=bool[1, 40, 56], scores=[")
+
+
 def test_bad_videos(model, tmp_path):
     with pytest.raises(UserError, match="no such video"):
         model.segment(tmp_path / "none.mp4", DOG)
     with pytest.raises(UserError, match="the video is empty"):
         model.segment(video(0), DOG)
+
+
+def test_chat_runs_within_the_context(model, monkeypatch):
+    inside: list[bool] = []
+    entered = []
+
+    @contextlib.contextmanager
+    def context():
+        entered.append(True)
+        yield
+        entered.pop()
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        inside.append(bool(entered))
+        return np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+
+    monkeypatch.setattr(model.network, "context", context)
+    monkeypatch.setattr("virst_jax.api.generate", spy)
+    model.chat(video(4), "what is it?")
+    assert inside == [True]
 
 
 def test_chat(model):
@@ -442,6 +525,18 @@ def test_chat(model):
     for question, message in (("", "the question is empty"), ("a <image>", "contains the control token <image>")):
         with pytest.raises(UserError, match=message):
             model.chat(video(6), question)
+    for arguments, message in (
+        ({"question": None}, "question must be text, not NoneType"),
+        ({"max_new_tokens": "x"}, "max_new_tokens is 'x'; give an integer"),
+        ({"max_frames": 7.5}, r"max_frames is 7\.5; give an integer"),
+        ({"temperature": "hot"}, "temperature is 'hot'; give a number"),
+        ({"seed": None, "temperature": "1"}, "temperature is '1'"),
+        ({"history": "what?"}, "history holds 'what\\?'; give pairs"),
+        ({"history": [("what?",)]}, "give pairs of a question and its answer"),
+        ({"history": None}, "history holds None"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.chat("no such video.mp4", **{"question": "what is it?", **arguments})
     with pytest.raises(UserError, match="max_frames is 2; give at least 4"):
         model.chat(video(6), "what is it?", max_frames=2)
 
@@ -459,7 +554,78 @@ def test_load(folder, three):
     assert all(jax.tree.leaves(same))
     low = load(folder, dtype="bfloat16")
     assert low.cfg.compute.dtype == "bfloat16"
+    kept = low.network.params["sam2"].pop("prompt_encoder")
+    assert {str(x.dtype) for x in jax.tree.leaves(kept)} == {"float32"}
     assert {str(x.dtype) for x in jax.tree.leaves(low.network.params)} == {"bfloat16"}
+    assert repr(loaded) == f"Model({str(folder)!r}, virst_7b, {num_params() / 1e6:,.1f} M parameters, float32)"
+
+
+def num_params() -> int:
+    return sum(x.size for x in jax.tree.leaves(params()))
+
+
+def test_dtype_of_activations(monkeypatch):
+    tokenizer = load_tokenizer(TOKENIZER, CFG.seg_token_id)
+    trained = dataclasses.replace(CFG, compute=Compute(dtype="bfloat16"))
+    converted = {"llm": {"embed_tokens": {"embedding": jnp.zeros(2, jnp.bfloat16)}}}
+    plain = {"llm": {"embed_tokens": {"embedding": jnp.zeros(2)}}}
+
+    def dtypes() -> list[str]:
+        given = ((CFG, plain), (CFG, converted), (trained, plain), (trained, converted))
+        return [Model(cfg, params, tokenizer).cfg.compute.dtype for cfg, params in given]
+
+    assert dtypes() == ["float32"] * 4
+    monkeypatch.setattr("virst_jax.api._platform", lambda x: "gpu")
+    assert dtypes() == ["float32", "bfloat16", "bfloat16", "bfloat16"]
+    assert Model(trained, plain, tokenizer, dtype="float32").cfg.compute.dtype == "float32"
+
+
+def test_load_on_a_device(folder, three):
+    (device,) = {x.device for x in jax.tree.leaves(load(folder, device="cpu:0").network.params)}
+    assert device == jax.local_devices(backend="cpu")[0]
+    model = load(folder, device=device)
+    model.group_size = model.chunk = 2
+    assert model.segment(video(11), [DOG, CAT, CAR]) == three
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": None}, "a model is loaded from a folder or by its name, not from NoneType None"),
+        ({"path": 3}, "not from int 3"),
+        ({"mesh": "cpu"}, "mesh is 'cpu'; make one with virst_jax.parallel.sharding.make_mesh"),
+        ({"mesh": jax.make_mesh((1,), ("x",))}, r"mesh is \('x',\); make one with"),
+        ({"mesh": jax.make_mesh((1,), ("x",)), "device": "cpu"}, "exclude each other"),
+        ({"device": "warp"}, "device 'warp' is not here"),
+        ({"device": "cpu:99"}, "device 'cpu:99' is not here; there are"),
+        ({"device": "cpu:x"}, "'x' is no number"),
+        ({"device": 7}, "device is 7; give a name such as"),
+        ({"compilation_cache": 7}, "compilation_cache is 7; give True, False or a folder"),
+    ],
+)
+def test_arguments_of_load(folder, arguments, message):
+    with pytest.raises(UserError, match=message):
+        load(**{"path": folder, **arguments})
+
+
+def test_compiled_programs_are_kept(folder, tmp_path):
+    own = tmp_path / "own"
+    cases = (({}, "True", tmp_path / "virst_jax"), ({"JAX_COMPILATION_CACHE_DIR": str(own)}, "True", own))
+    cases += (({}, str(tmp_path / "given"), tmp_path / "given"), ({}, "False", None))
+    for added, given, where in cases:
+        kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        run = subprocess.run(
+            [sys.executable, PROGRAMS / "compilation_cache.py", folder, given],
+            env={**kept, "XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **added},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        )
+        assert run.stdout.strip() == str(where)
+        if where is not None:
+            assert list(where.glob("*cache*"))
 
 
 def test_load_refuses(folder, tmp_path):

@@ -4,7 +4,6 @@ import argparse
 import errno
 import functools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -230,20 +229,6 @@ def test_help(capsys):
         cli.main(["--help"])
     assert exit.value.code == 0
     assert capsys.readouterr().out == shown
-
-
-def test_compiled_programs_are_kept(tmp_path):
-    script = (
-        "import jax; from virst_jax.commands import segment; import virst_jax;"
-        "virst_jax.load = lambda *a, **k: None; segment.load_model('tiny'); print(jax.config.jax_compilation_cache_dir)"
-    )
-    for added, where in (({}, "virst_jax"), ({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}, "own")):
-        kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-        environment = {**kept, "XDG_CACHE_HOME": str(tmp_path), **added}
-        run = subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-        )
-        assert run.stdout.strip() == str(tmp_path / where)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -3,9 +3,11 @@
 Axes: N expressions, T frames of the video, H, W its size, F segmentation frames, A anchors, L tokens of a text.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,32 +15,42 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+from PIL import Image
 
 from virst_jax.config import VirstConfig
 from virst_jax.data.frames import get_frame_indices
 from virst_jax.data.prompts import Tokenizer, build_chat, load_tokenizer, time_message
+from virst_jax.data.samples import Video
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
 from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed
-from virst_jax.inference.steps import Network
+from virst_jax.inference.resume import State
+from virst_jax.inference.steps import Network, PyTree
 from virst_jax.inference.stream import FrameMasks, Progress, SegmentationStream
-from virst_jax.inference.texts import TEXT_BUCKET, round_up
-from virst_jax.io import model_folder, remote
+from virst_jax.inference.texts import TEXT_BUCKET, check_expressions, round_up
+from virst_jax.io import arrays, model_folder, remote
 from virst_jax.io.address import is_address
-from virst_jax.io.video import ArrayReader, open_video
+from virst_jax.io.video import Reader, open_video
 from virst_jax.models.generate import generate
 from virst_jax.models.qwen2 import Qwen2
+from virst_jax.parallel import sharding
 
-__all__ = ["FrameMasks", "Model", "Plan", "Segmentation", "SegmentationStream", "load"]
+__all__ = ["FrameMasks", "ImageLike", "Model", "Plan", "Segmentation", "SegmentationStream", "VideoLike", "load"]
 
 EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 DTYPES = ("float32", "bfloat16")
+CACHE_SECONDS = 0.2  # programs that compile faster are not kept
+
+ImageLike = str | os.PathLike[str] | np.ndarray | jax.Array | Image.Image
+VideoLike = str | os.PathLike[str] | np.ndarray | jax.Array | Iterable[ImageLike] | Reader | Video
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segmentation:
-    """The masks of a video."""
+    """The masks of a video. Equal are results of the same masks and scores, however long they took."""
 
     expressions: tuple[str, ...]
     masks: np.ndarray  # bool[N, T, H, W]; of segment_image bool[N, H, W]
@@ -52,37 +64,115 @@ class Segmentation:
         """Numbers of the anchors' frames."""
         return self.plan.anchor_frames
 
+    def __repr__(self) -> str:
+        shape = ", ".join(map(str, self.masks.shape))
+        return f"Segmentation(masks=bool[{shape}], expressions={list(self.expressions)})"
 
-def load(path: str | Path = "tiny", *, dtype: str | None = None, mesh: Any = None) -> "Model":
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Segmentation):
+            return NotImplemented
+        mine, theirs = ((x.expressions, x.plan, x.fps) for x in (self, other))
+        return mine == theirs and all(
+            np.array_equal(a, b) for a, b in ((self.masks, other.masks), (self.scores, other.scores))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def load(
+    path: str | os.PathLike[str] = "tiny",
+    *,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    device: str | jax.Device | None = None,
+    compilation_cache: bool | str | os.PathLike[str] = True,
+) -> "Model":
     """Loads a model.
 
     Args:
       path: a folder that `conversion.convert` or training wrote, or "tiny", the small model of this package.
-      dtype: of parameters and activations, "float32" or "bfloat16"; None: parameters as stored, activations the same
-        on accelerators and float32 on CPUs.
-      mesh: of sharding.make_mesh, to split the parameters over devices; None: the default device.
+      dtype: of parameters and activations, "float32" or "bfloat16"; None: parameters as stored, activations as the
+        model was made for on accelerators and float32 on CPUs. The tracker's prompt encoder stays in float32.
+      mesh: of sharding.make_mesh, to split the parameters over devices; None: one device.
+      device: which, as "cpu", "gpu" or "cuda:1"; None: JAX's default.
+      compilation_cache: compiled programs are kept on disk, so that they need not be compiled again by the next
+        process: True: where JAX is told to (JAX_COMPILATION_CACHE_DIR), or else in virst_jax under XDG_CACHE_HOME or
+        ~/.cache; a path: there; False: JAX's settings are left alone.
 
     Raises:
-      UserError: no such model, a broken one, one without tokenizer, or one of another config.
+      UserError: no such model or device, a broken model, one without tokenizer, or one of another config.
     """
-    folder = find_model(path)
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"a model is loaded from a folder or by its name, not from {type(path).__name__} {path!r}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: choose {' or '.join(DTYPES)}")
+    folder = find_model(path)
     cfg = model_folder.read_config(folder)
     # before the parameters, which take long
     tokenizer = load_tokenizer(folder / model_folder.TOKENIZER, cfg.seg_token_id)
-    if mesh is None:
-        cfg, params = model_folder.load_model(folder, dtype)
-        return Model(cfg, params, tokenizer, name=str(path), dtype=dtype)
-    from virst_jax.parallel import sharding
-
-    sharding.check_mesh(cfg, mesh)
-    cfg, params = model_folder.load_model(folder, dtype, sharding.parameter_shardings(cfg, mesh))
-    context = functools.partial(sharding.use_mesh, mesh)
+    shardings, context = _placement(cfg, mesh, device)
+    keep_compiled(compilation_cache)
+    cfg, params = model_folder.load_model(folder, dtype, shardings)
     return Model(cfg, params, tokenizer, name=str(path), dtype=dtype, context=context)
 
 
-def find_model(path: str | Path) -> Path:
+def _placement(
+    cfg: VirstConfig, mesh: jax.sharding.Mesh | None, device: str | jax.Device | None
+) -> tuple[PyTree, Context | None]:
+    """Where the parameters go, and the context in which to compute with them; None, None: JAX's default."""
+    if mesh is not None:
+        if device is not None:
+            raise UserError("mesh and device exclude each other; a mesh has its devices")
+        if not isinstance(mesh, jax.sharding.Mesh) or set(mesh.axis_names) != set(sharding.MESH_AXES):
+            shown = mesh.axis_names if isinstance(mesh, jax.sharding.Mesh) else repr(mesh)
+            raise UserError(f"mesh is {shown}; make one with virst_jax.parallel.sharding.make_mesh")
+        return sharding.parameter_shardings(cfg, mesh), functools.partial(sharding.use_mesh, mesh)
+    found = find_device(device)
+    if device is None:
+        return None, None
+    placed = jax.sharding.SingleDeviceSharding(found)
+    shapes = model_folder.parameter_shapes(cfg)
+    return jax.tree.map(lambda _: placed, shapes), functools.partial(jax.default_device, found)
+
+
+def find_device(device: str | jax.Device | None = None) -> jax.Device:
+    """A device by its name, as "cpu", "gpu", "cuda:1" or "tpu:0"; None: JAX's default.
+
+    Raises:
+      UserError: there is none, or JAX cannot start the platform.
+    """
+    if isinstance(device, jax.Device):
+        return device
+    if device is not None and not isinstance(device, str):
+        raise UserError(f"device is {device!r}; give a name such as 'cpu' or 'gpu:0', or one of jax.devices()")
+    platform, _, number = (device or "").lower().partition(":")
+    if number and not number.isdecimal():
+        raise UserError(f"device {device!r}: {number!r} is no number; give a name such as 'cpu' or 'gpu:0'")
+    try:
+        devices = jax.local_devices(backend=platform or None)
+    except RuntimeError as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        wanted = f"device {device!r} is not here" if device else "JAX finds no device"
+        raise UserError(f"{wanted} ({lines[0][:200]}); check JAX_PLATFORMS and how jax was installed") from error
+    if int(number or 0) >= len(devices):
+        raise UserError(f"device {device!r} is not here; there are {', '.join(map(str, devices))}")
+    return devices[int(number or 0)]
+
+
+def keep_compiled(where: bool | str | os.PathLike[str] = True) -> None:
+    """Has JAX keep compiled programs on disk; see `compilation_cache` of `load`."""
+    if not isinstance(where, (bool, str, os.PathLike)):
+        raise UserError(f"compilation_cache is {where!r}; give True, False or a folder")
+    if where is False or (where is True and jax.config.jax_compilation_cache_dir):
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(home, "virst_jax") if where is True else os.fspath(where)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_SECONDS)
+    jax_cache.reset_cache()  # JAX looks at the setting once, when it first compiles
+
+
+def find_model(path: str | os.PathLike[str]) -> Path:
     """The folder of a model by its path, name or address (gs://, s3://, hf://OWNER/NAME), which is copied first.
 
     Raises:
@@ -106,7 +196,7 @@ class Model:
       cfg, params: of the network.
       tokenizer: with [SEG].
       name: for reports.
-      dtype: of the activations; None: that of the parameters on accelerators, float32 on CPUs.
+      dtype: of the activations; None: on accelerators bfloat16 if the model was made for it, on CPUs float32.
       context: entered around every step of the network, such as a mesh.
       batch: frames that are encoded at a time; None: 1 on CPUs, else 4.
       chunk: frames that are tracked in one call.
@@ -119,32 +209,39 @@ class Model:
     def __init__(
         self,
         cfg: VirstConfig,
-        params: Any,
+        params: PyTree,
         tokenizer: Tokenizer,
         *,
         name: str = "model",
         dtype: str | None = None,
-        context: Any = None,
+        context: Context | None = None,
         batch: int | None = None,
         chunk: int = 4,
         group_size: int = 8,
     ):
-        on_cpu = jax.default_backend() == "cpu"
+        embedding = params["llm"]["embed_tokens"]["embedding"]
+        on_cpu = _platform(embedding) == "cpu"
         if dtype is None:
-            stored = str(params["llm"]["embed_tokens"]["embedding"].dtype)
-            dtype = "float32" if on_cpu else stored
+            # a converted model says it by its parameters, a trained one, which keeps float32 ones, by its config
+            low = "bfloat16" in (cfg.compute.dtype, str(embedding.dtype))
+            dtype = "bfloat16" if low and not on_cpu else "float32"
         self.cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, dtype=dtype))
         self.name, self.tokenizer = name, tokenizer
-        self.network = Network(self.cfg, params, **({"context": context} if context else {}))
+        self.network = Network(self.cfg, params, context or contextlib.nullcontext)
         # one at a time on CPUs: more are not faster there, and a frame's features do not depend on its neighbours
         self.batch = batch or (1 if on_cpu else 4)
         self.chunk, self.group_size = chunk, group_size
 
+    def __repr__(self) -> str:
+        count = sum(x.size for x in jax.tree.leaves(self.network.params))
+        return f"Model({self.name!r}, {self.cfg.name}, {count / 1e6:,.1f} M parameters, {self.cfg.compute.dtype})"
+
     def segment(
         self,
-        video: Any,
+        video: VideoLike,
         expressions: str | Sequence[str],
         *,
+        fps: float | None = None,
         seed: Seed = 0,
         exact: bool = False,
         anchors: Sequence[int] | None = None,
@@ -156,9 +253,11 @@ class Model:
         All masks are held in memory: use `segment_stream` for long videos.
 
         Args:
-          video: a file (mp4, mov, webm, gif, ...), a folder of frames, an array uint8[T, H, W, 3], a reader of
-            `video_io.open_video` or a data set's `Video`.
+          video: a file (mp4, mov, webm, gif, ...), a folder of frames, an array [T, H, W, 3] (also [T, 3, H, W], grey
+            or RGBA; integers of 0 to 255 or floats of 0 to 1), frames one by one (arrays, PIL images or paths), a
+            reader of `io.video.open_video` or a data set's `Video`.
           expressions: one or many.
+          fps: frames a second of a video that states none: a folder, an array, frames one by one.
           seed: of the frames that are sampled and of the wording around the expressions.
           exact: to the letter of the release: segmentation frames are resized bilinear for the fusion and bicubic for
             the tracker, and so encoded twice. Otherwise both share the bicubic ones.
@@ -172,6 +271,7 @@ class Model:
         stream = self.segment_stream(
             video,
             expressions,
+            fps=fps,
             seed=seed,
             exact=exact,
             anchors=anchors,
@@ -190,24 +290,28 @@ class Model:
 
     def segment_stream(
         self,
-        video: Any,
+        video: VideoLike,
         expressions: str | Sequence[str],
         *,
+        fps: float | None = None,
         seed: Seed = 0,
         exact: bool = False,
         anchors: Sequence[int] | None = None,
         release_random: ReleaseRandom | None = None,
         still: bool = False,
         progress: Progress | None = None,
-        state: Mapping[str, np.ndarray] | None = None,
-    ) -> "SegmentationStream":
+        state: State | None = None,
+    ) -> SegmentationStream:
         """As `segment`, frame by frame: an iterator of FrameMasks. Memory does not grow with the video's length.
+
+        The work begins with the first frame that is asked for. A loop over the stream may be left at any frame.
 
         Args:
           still: the video is a single picture; see `segment_image`.
           state: of an earlier stream's `state()` with the same arguments: goes on behind it.
         """
-        reader = open_video(video)
+        check_expressions(self.tokenizer, expressions)  # before the video, which may be long
+        reader = open_video(video, fps=fps)
         if still and reader.num_frames != 1:
             raise UserError(f"{reader.name}: {reader.num_frames} frames where one picture is wanted; use segment")
         options = Options(
@@ -217,27 +321,29 @@ class Model:
 
     def segment_image(
         self,
-        image: Any,
+        image: ImageLike,
         expressions: str | Sequence[str],
         *,
         seed: Seed = 0,
         exact: bool = False,
         progress: Progress | None = None,
     ) -> Segmentation:
-        """As `segment` for one picture: a file or an array uint8[H, W, 3]. Masks bool[N, H, W], scores float32[N].
+        """As `segment` for one image: a file, an array [H, W, 3] (also [3, H, W], grey or RGBA) or a PIL image. Masks
+        are bool[N, H, W], scores float32[N].
 
         The language model reads it as a still image (with tokens_per_image visual tokens).
         """
-        video = image if isinstance(image, (str, Path)) else ArrayReader(np.asarray(image)[None])
+        video = image if isinstance(image, (str, os.PathLike)) else arrays.picture(image)[None]
         stream = self.segment_stream(video, expressions, seed=seed, exact=exact, still=True, progress=progress)
         (frame,) = stream
         return Segmentation(stream.expressions, frame.masks, frame.scores, stream.plan, 0.0, stream.timings)
 
     def chat(
         self,
-        video: Any,
+        video: VideoLike,
         question: str,
         *,
+        fps: float | None = None,
         history: Sequence[tuple[str, str]] = (),
         max_new_tokens: int = 256,
         max_frames: int | None = None,
@@ -249,7 +355,7 @@ class Model:
         Follows `chat` of model/videochat/modeling_videochat_flash.py.
 
         Args:
-          video: as of `segment`.
+          video, fps: as of `segment`.
           history: earlier questions and answers.
           max_new_tokens: where the answer is cut off.
           max_frames: frames to read at most; None: cfg.max_video_frames.
@@ -259,7 +365,12 @@ class Model:
           UserError: a video that cannot be read, an empty question, or a number out of range.
         """
         cfg, clip = self.cfg, self.cfg.vision.clip_frames
-        reader = open_video(video)
+        _check_integers(max_new_tokens=max_new_tokens, max_frames=max_frames, seed=seed)
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise UserError(f"temperature is {temperature!r}; give a number of 0 or more")
+        history = _checked_history(history)
+        build_chat(self.tokenizer, question, history=history)  # what is wrong with the texts shows before the video
+        reader = open_video(video, fps=fps)
         limit = (max_frames or cfg.max_video_frames) // clip * clip
         if limit < clip:
             raise UserError(f"max_frames is {max_frames}; give at least {clip}")
@@ -290,15 +401,37 @@ class Model:
         length = round_up(len(prompt.input_ids) - 1 + count, TEXT_BUCKET)
         row = splice(prompt.input_ids.tolist(), prompt.labels.tolist(), count, cfg.seg_token_id, length)
         ends = (self.tokenizer.end_id, self.tokenizer.pad_id)
-        tokens, lengths = generate(
-            Qwen2(cfg.llm, cfg.compute),
-            self.network.params["llm"],
-            self.network.embed(visual, row.token_ids[None], row.visual_index[None]),
-            jnp.asarray(row.mask[None]),
-            max_new_tokens=max_new_tokens,
-            eos_ids=ends,
-            temperature=temperature,
-            rng=jax.random.key(seed) if temperature > 0 else None,
-        )
+        embeds = self.network.embed(visual, row.token_ids[None], row.visual_index[None])
+        with self.network.context():
+            tokens, lengths = generate(
+                Qwen2(cfg.llm, cfg.compute),
+                self.network.params["llm"],
+                embeds,
+                jnp.asarray(row.mask[None]),
+                max_new_tokens=max_new_tokens,
+                eos_ids=ends,
+                temperature=temperature,
+                rng=jax.random.key(seed) if temperature > 0 else None,
+            )
         answer = np.asarray(tokens)[0, : int(lengths[0])].tolist()
         return self.tokenizer.decode(token for token in answer if token not in ends).strip()
+
+
+def _check_integers(**values: object) -> None:
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+            raise UserError(f"{name} is {value!r}; give an integer")
+
+
+def _checked_history(history: object) -> list[tuple[str, str]]:
+    pairs = list(history) if isinstance(history, Iterable) and not isinstance(history, str) else [history]
+    for pair in pairs:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise UserError(f"history holds {pair!r}; give pairs of a question and its answer")
+    return [(question, answer) for question, answer in pairs]
+
+
+def _platform(x: jax.Array | np.ndarray) -> str:
+    """Of the device that holds an array; of JAX's default for arrays of the host."""
+    devices = getattr(x, "devices", None)
+    return next(iter(devices())).platform if devices else jax.default_backend()

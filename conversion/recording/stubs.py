@@ -138,6 +138,7 @@ def _resize(image: Any, size: Any, *args: Any, **kwargs: Any) -> Any:
 def _to_tensor(image: Any) -> Any:
     """torchvision's functional.to_tensor for a PIL RGB image: float32[3, H, W] in 0..1."""
     import numpy as np
+
     import torch
 
     return torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous().float().div(255)

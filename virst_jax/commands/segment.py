@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import time
@@ -125,18 +124,9 @@ def run_segment(
 
 
 def load_model(name: str, dtype: str | None = None) -> "Model":
-    """virst_jax.load, with what it compiles kept on disk: a second start is ten times as fast.
-
-    In JAX_COMPILATION_CACHE_DIR, or virst_jax under XDG_CACHE_HOME or ~/.cache.
-    """
-    import jax
-
+    """virst_jax.load, imported when it is needed."""
     from virst_jax import load
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "virst_jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return load(name, dtype=dtype)
 
 

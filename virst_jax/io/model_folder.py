@@ -41,6 +41,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 SKIP_CHECK = "VIRST_SKIP_CHECK"  # environment variable
+FLOAT32 = "sam2/prompt_encoder/"  # stays float32, as in the release, whatever the rest computes in: it places points
 CHUNK_BYTES = 1 << 28  # of the stored arrays: hosts of a pod read their shards, not whole arrays
 
 
@@ -272,7 +273,7 @@ def load_model(
     """Reads a model folder. Waits for no other process: each reads what its devices hold.
 
     Args:
-      dtype: of the parameters; None: as stored.
+      dtype: of the parameters, but of those under FLOAT32, which keep theirs; None: as stored.
       shardings: a tree of jax.sharding.Sharding like the parameters; None: the first device of this process.
       check: compare the parameters with their digests, if the folder has any. The environment variable
         VIRST_SKIP_CHECK turns it off, too.
@@ -287,14 +288,16 @@ def load_model(
     folder = (Path(path) / PARAMS).absolute()
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), stored)
-    target = jax.tree.map(
-        lambda have, sharding: jax.ShapeDtypeStruct(have.shape, dtype or have.dtype, sharding=sharding),
-        stored,
-        shardings,
-    )
+
+    def wanted(path: tuple[Any, ...], have: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        fixed = dtype is None or jax.tree_util.keystr(path, simple=True, separator="/").startswith(FLOAT32)
+        return jax.ShapeDtypeStruct(have.shape, have.dtype if fixed else dtype, sharding=sharding)
+
+    target = jax.tree_util.tree_map_with_path(wanted, stored, shardings)
     stated = _digests_to_check(path) if check else None
     # values of another dtype, or on other hosts, are not what was saved: then the stored ones are read once more
-    at_once = jax.process_count() == 1 and (dtype is None or all(x.dtype == dtype for x in jax.tree.leaves(stored)))
+    same = jax.tree.map(lambda have, want: have.dtype == want.dtype, stored, target)
+    at_once = jax.process_count() == 1 and all(jax.tree.leaves(same))
     if stated is not None:
         digests.check_files(path, stated)
         if not at_once:
