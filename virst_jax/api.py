@@ -163,7 +163,7 @@ def keep_compiled(where: bool | str | os.PathLike[str] = True) -> None:
     """Has JAX keep compiled programs on disk; see `compilation_cache` of `load`."""
     if not isinstance(where, (bool, str, os.PathLike)):
         raise UserError(f"compilation_cache is {where!r}; give True, False or a folder")
-    if where is False or (where is True and jax.config.jax_compilation_cache_dir):
+    if where is False or (where is True and getattr(jax.config, "jax_compilation_cache_dir", None)):
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.path.join(home, "virst_jax") if where is True else os.fspath(where)
@@ -424,11 +424,13 @@ def _check_integers(**values: object) -> None:
 
 
 def _checked_history(history: object) -> list[tuple[str, str]]:
-    pairs = list(history) if isinstance(history, Iterable) and not isinstance(history, str) else [history]
-    for pair in pairs:
+    given = list(history) if isinstance(history, Iterable) and not isinstance(history, str) else [history]
+    pairs: list[tuple[str, str]] = []
+    for pair in given:
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise UserError(f"history holds {pair!r}; give pairs of a question and its answer")
-    return [(question, answer) for question, answer in pairs]
+        pairs.append((pair[0], pair[1]))
+    return pairs
 
 
 def _platform(x: jax.Array | np.ndarray) -> str:
