@@ -310,7 +310,9 @@ def test_a_loop_that_is_left_leaks_nothing(model, tmp_path):
         stream = model.segment_stream(file, DOG)
         next(stream)
         del stream
-        assert open_things() == before
+        threads, files = open_things()
+        assert threads <= before[0]  # a pool of before may have ended meanwhile
+        assert files <= before[1]
     finally:
         gc.enable()
 

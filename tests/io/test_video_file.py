@@ -305,7 +305,9 @@ def test_what_is_not_asked_for_is_not_decoded(tmp_path, monkeypatch):
     video = open_video(path)
     decoded = []
     image = FileReader._image
-    monkeypatch.setattr(FileReader, "_image", lambda self, frame: (decoded.append(frame.pts), image(self, frame))[1])
+    monkeypatch.setattr(
+        FileReader, "_image", lambda self, frame, *rest: (decoded.append(frame.pts), image(self, frame, *rest))[1]
+    )
     assert len(list(StridedReader(video, every=3, max_frames=4))) == 4
     assert len(decoded) == 4
     with pytest.raises(UserError, match="no frame 60; the video has frames 0 to 59"):

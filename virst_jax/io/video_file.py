@@ -42,6 +42,7 @@ class FileReader(Reader):
         self.path, self.name, self.allow_damaged = path, path.stem, allow_damaged
         self._scanned = _Scan()
         self._checked = 0  # frames that are known to be sound
+        self._matrix: np.ndarray | None = None  # of the display, of the first frame; empty: none
         self._turned = False  # by a quarter
         with self._opened() as (container, stream):
             rate = stream.average_rate or stream.guessed_rate
@@ -180,14 +181,17 @@ class FileReader(Reader):
         Raises:
           UserError: the file is damaged, and no `scan` is given.
         """
+        from av.video.reformatter import VideoReformatter
+
         noted, count = scan or _Scan(), 0
         strict = scan is None and not self.allow_damaged
+        converter = VideoReformatter()  # one for all frames: it has threads of its own
         with self._opened() as (container, stream):
             noted.one_a_packet = stream.codec_context.name in _ONE_FRAME_A_PACKET
             for frame in _frames(container, stream, noted, self.path):
                 if strict and noted.suspect and count >= self._checked:
                     break
-                yield self._image(frame) if wanted(count) else None
+                yield self._image(frame, converter) if wanted(count) else None
                 count += 1
             else:
                 noted.missing = noted.missing or what_is_missing(self.path)
@@ -196,9 +200,13 @@ class FileReader(Reader):
             self._scan(None)  # tells the whole of it
             raise UserError(f"{self.path}: damaged after frame {count}; copy the file again")
 
-    def _image(self, frame: Any) -> np.ndarray:
-        image = frame.to_ndarray(format="rgb24")
-        image, self._turned = _as_shown(image, frame, self.path)
+    def _image(self, frame: Any, converter: Any) -> np.ndarray:
+        image = converter.reformat(frame, format="rgb24").to_ndarray()
+        if (
+            self._matrix is None
+        ):  # asked for once: a frame that has shown its side data lives until cycles are collected
+            self._matrix = _display_matrix(frame)
+        image, self._turned = _as_shown(image, self._matrix, self.path)
         shape = getattr(self, "size", None)
         if shape is not None and image.shape[:2] != shape:
             # a stream may change its size
@@ -354,16 +362,21 @@ def _format(path: Path, container: Any, stream: Any) -> VideoFormat:
     )
 
 
-def _as_shown(image: np.ndarray, frame: Any, path: Path) -> tuple[np.ndarray, bool]:
+def _display_matrix(frame: Any) -> np.ndarray:
+    """The first five numbers of a frame's display matrix, or none."""
+    data = next((d for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), None)
+    return np.zeros(0) if data is None else np.frombuffer(bytes(data), np.int32)[:5].astype(float)
+
+
+def _as_shown(image: np.ndarray, matrix: np.ndarray, path: Path) -> tuple[np.ndarray, bool]:
     """A picture turned and mirrored as players do by the file's display matrix, and whether by a quarter turn.
 
     Raises:
       UserError: the matrix turns by another angle.
     """
-    data = next((d for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), None)
-    if data is None:
+    if not len(matrix):
         return image, False
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].astype(float)
+    a, b, _, c, d = matrix
     # a point (x, y) is shown at (a x + c y, b x + d y), up to scale and a shift that brings it into view
     turned = abs(b) + abs(c) > abs(a) + abs(d)
     along, across = (abs(b), abs(c)), (abs(a), abs(d))
