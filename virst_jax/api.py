@@ -178,9 +178,10 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: there is none.
     """
-    folder = remote.fetch(path) if is_address(path) else Path(path)
-    if not folder.exists() and str(path) in EMBEDDED:
-        folder = EMBEDDED[str(path)]
+    given = os.fspath(path)
+    folder = remote.fetch(given) if is_address(given) else Path(given)
+    if not folder.exists() and given in EMBEDDED:
+        folder = EMBEDDED[given]
     if not (folder / model_folder.CONFIG).is_file():
         raise UserError(
             f"{path}: no model there; give a folder that `python -m conversion.convert` wrote, or one of "
