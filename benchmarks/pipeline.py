@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks.mevis_folder import write_folder
 from virst_jax.config import get_preset
-from virst_jax.data.batches import BatchConfig, ExampleMaker
+from virst_jax.data.batches import BatchConfig, SegmentationMaker
 from virst_jax.data.pipeline import batches
 from virst_jax.data.prompts import load_tokenizer
 from virst_jax.data.sources import make_source
@@ -42,9 +42,9 @@ def main() -> None:
     table.add_column("a second", justify="right")
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), num_videos=4, size=(480, 854), num_frames=24)
-        source = make_source("custom", "video", root=folder, split="")
+        source = make_source("custom", root=folder, split="")
         for name, batch in kinds.items():
-            stream = batches(source, ExampleMaker(cfg, tokenizer, batch), seed=0, threads=options.threads)
+            stream = batches(source, SegmentationMaker(cfg, tokenizer, batch), seed=0, threads=options.threads)
             for _ in range(2 * options.threads + 1):  # what was read ahead does not count
                 next(stream)
             start = time.perf_counter()

@@ -18,7 +18,8 @@ import virst_jax
 from benchmarks import run
 from virst_jax.data.samples import Video
 from virst_jax.data.synthetic.videos import SyntheticVideos
-from virst_jax.evaluation.held_out import Score, score_videos, summarize
+from virst_jax.evaluation.held_out import score_videos, summarize
+from virst_jax.evaluation.scoring import Row
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     def segment(video: Video, texts: Sequence[str]) -> np.ndarray:
         return model.segment(video, texts).masks
 
-    rounds: list[list[Score]] = []
+    rounds: list[list[Row]] = []
     for exchange in (False, True):
         found = score_videos(segment, source, exchange=exchange)
         words = "exchanged sentences" if exchange else "videos"

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     c = ConfigDict()
-    # with four [SEG], a word of colour and one of form for each of two objects; one clip spans a video, so that the
-    # video encoder sees all of a motion
+    # four [SEG]: a word for the colour and one for the form of each of two objects; a video is one clip, so that the
+    # video encoder sees whole motions
     overrides: dict[str, object] = {
         "num_seg_tokens": 4,
         "max_video_frames": 4,
@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
         "frames_per_anchor": 1,
     }
     overrides |= {"loss": {"occ": 0.25, "dice": 1.0}}
-    # the video encoder's table counts patches row by row; with six a row its waves do not tell columns apart (a linear
-    # reading explains 1 % of them, here 73 %)
+    # the video encoder's position table counts patches row by row; interpolated from a grid of six, its sine waves
+    # hardly encode the column (a ridge regression explains 1 % of its variance, from a grid of 83 it explains 73 %)
     overrides["vision"] = {"pretrained_grid": 83}
     c.model = {"preset": "tiny", "init": "", "tokenizer": "", "overrides": overrides}
     c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
@@ -40,12 +40,13 @@ def get_config() -> ConfigDict:
             source["categories"] = values.pop("categories")
         return {"kind": kind, "weight": weight, "batch_size": batch_size, "sources": {"shapes": source}, **values}
 
-    # with name_targets the sentence is read after a few hundred steps; without, all shapes are segmented for thousands
-    named = {"text_length": 64, "name_targets": True}
-    image = data("image", 0.15, 8, 1, conversations=8, **named)
-    # many sentences of a video and few masks of each: what the language model has to learn takes longer
-    many = {**named, "conversations": 12, "seg_frames": 2, "anchors": 1}
-    # what can be seen at once comes first: in a mixture with the rest it takes three times as many sentences
+    # with name_targets the masks depend on the expression after a few hundred steps; without, the network segments
+    # every shape for thousands of steps
+    answers = {"text_length": 64, "name_targets": True}
+    image = data("image", 0.15, 8, 1, conversations=8, **answers)
+    # many expressions of a video and few masks of each: the language model needs more examples than the tracker
+    many = {**answers, "conversations": 12, "seg_frames": 2, "anchors": 1}
+    # easy categories first: mixed evenly with the others they take three times as many expressions
     simple = {"appearance": 3.0, "motion": 3.0, "relation": 0.5, "several": 0.5, "none": 0.5}
     every = {
         "appearance": 3.0,
@@ -58,31 +59,36 @@ def get_config() -> ConfigDict:
     }
 
     unused = (("(occ_predictor|initial_fusion)/.*", 0.0), ("sam2/(no_memory_position|mask_downsample/.*)", 0.0))
-    # what has learned to see and to read goes on slowly while the tracker learns: at its rate the words are forgotten;
-    # and the fusion normalises after its residual: at the full rate its prompts all become alike
-    known = (("(llm|vision|projector)/.*", 0.15), ("(sam2/image_encoder|second_fusion/seg_proj)/.*", 0.05))
-    groups = (*unused, *known, ("second_fusion/.*", 0.3), (".*", 1.0))
+    # pretrained parts have a smaller learning rate than the tracker, against catastrophic forgetting; so has the second
+    # fusion, which normalises after its residual: at the full rate its prompts collapse to one direction
+    pretrained = (("(llm|vision|projector)/.*", 0.15), ("(sam2/image_encoder|second_fusion/seg_proj)/.*", 0.05))
+    groups = (*unused, *pretrained, ("second_fusion/.*", 0.3), (".*", 1.0))
     # muon needs a third of the steps that adamw does
     optim = {"name": "muon", "muon_rms": 0.5, "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.98}
     optim |= {"weight_decay": 0.01, "clip_norm": 1.0}
-    c.stages = ("words", "paths", "read", "reason", "cells", "named", "stage1", "stage2", "stage3", "refine", "follow")
-    # the video encoder learns what patches show, in the language model's words, before anyone has to read it; motion
-    # comes last, hence twice
-    c.words = {
+    c.stages = (
+        *("patch_pretrain", "motion_pretrain"),  # video encoder
+        *("llm_easy", "llm_full"),  # language model
+        *("sam_align", "mask_pretrain"),  # image encoder of the tracker, then fusion and mask decoder
+        *("stage1", "stage2", "stage3"),  # as the release's
+        *("joint_ft", "memory_ft"),  # stages 2 and 3 again, at smaller rates
+    )
+    # patches are aligned with the word embeddings of their captions; motion words are learned last, hence two stages
+    c.patch_pretrain = {
         "steps": 1600,
         "optim": {**optim, "warmup_steps": 50, "final_factor": 0.3},
         "groups": (("(vision|projector|llm/embed_tokens)/.*", 1.0), (".*", 0.0)),
         "data": {"patches": data("video_patches", 0.8, 8, 5), "image_patches": data("image_patches", 0.2, 8, 6)},
     }
-    c.paths = {
+    c.motion_pretrain = {
         "steps": 2000,
         "optim": {**optim, "warmup_steps": 50, "final_factor": 0.05},
-        "groups": c.words.groups,
+        "groups": c.patch_pretrain.groups,
         "data": {"patches": data("video_patches", 0.85, 8, 8), "image_patches": data("image_patches", 0.15, 8, 9)},
     }
 
-    # and the language model reads them, as words without error and without pixels
-    def reading(steps: int, categories: dict, seed: int, **values: float) -> dict:
+    # visual tokens replaced by caption-word embeddings: the language model learns without the video encoder
+    def llm_stage(steps: int, categories: dict, seed: int, **values: float) -> dict:
         sizes = {"conversations": 12, "text_length": 64}
         return {
             "steps": steps,
@@ -94,20 +100,20 @@ def get_config() -> ConfigDict:
             },
         }
 
-    c.read = reading(350, simple, 10)
-    c.reason = reading(1550, every, 12, final_factor=0.05)
-    # the tracker's image encoder learns what its cells show in the words that the language model now says at [SEG]
-    c.cells = {
+    c.llm_easy = llm_stage(350, simple, 10)
+    c.llm_full = llm_stage(1550, every, 12, final_factor=0.05)
+    # cells of the tracker's features are aligned with the language model's output rows of their captions' words
+    c.sam_align = {
         "steps": 500,
         "optim": {**optim, "warmup_steps": 50, "final_factor": 0.1},
         "groups": (("(sam2/image_encoder|second_fusion/seg_proj)/.*", 1.0), (".*", 0.0)),
         "data": {"cells": data("image_cells", 1.0, 32, 14)},
     }
-    # and its decoder follows them, from words in place of sentences: told a colour alone, or a form alone, or both
-    c.named = {
+    # masks from the output rows of a colour, a form or both, in place of the hidden states of [SEG]
+    c.mask_pretrain = {
         "steps": 1500,
         "optim": {**optim, "warmup_steps": 50, "final_factor": 0.3},
-        "groups": (*unused, *known[1:], ("(sam2|second_fusion)/.*", 1.0), (".*", 0.0)),
+        "groups": (*unused, *pretrained[1:], ("(sam2|second_fusion)/.*", 1.0), (".*", 0.0)),
         "data": {"named": data("image_named", 1.0, 8, 15, conversations=12)},
     }
     c.stage1 = {
@@ -129,7 +135,7 @@ def get_config() -> ConfigDict:
             "video": data("video", 0.85, 8, 7, categories=every, **many),
         },
     }
-    # following, too, is learned from words: what is prompted on one frame of a video is found on those around it
+    # memory is trained in the same way: one frame is prompted, its neighbours are tracked
     decoder = ("sam2/(mask_decoder|high_res[01]|no_memory_embed)(/.*)?", 0.3)
     c.stage3 = {
         "steps": 1200,
@@ -137,15 +143,15 @@ def get_config() -> ConfigDict:
         "groups": (*unused, ("sam2/image_encoder/.*", 0.0), decoder, ("sam2/.*", 1.0), (".*", 0.0)),
         "data": {"named": data("video_named", 1.0, 2, 4, conversations=6, seg_frames=4, anchors=1)},
     }
-    # a second round of both, at smaller rates: masks and names become better together
+    # stages 2 and 3 again, at smaller learning rates
     finer = (("(llm|vision|projector)/.*", 0.25), ("(sam2/image_encoder|second_fusion/seg_proj)/.*", 0.1))
-    c.refine = {
+    c.joint_ft = {
         "steps": 900,
         "optim": {**optim, "learning_rate": 8e-4, "warmup_steps": 50, "final_factor": 0.02},
         "groups": (*unused, *finer, ("second_fusion/.*", 0.3), (".*", 1.0)),
         "data": {"video": data("video", 1.0, 8, 20, categories=every, **many)},
     }
-    c.follow = {
+    c.memory_ft = {
         "steps": 1000,
         "optim": {**optim, "learning_rate": 1.5e-3, "warmup_steps": 30, "final_factor": 0.03},
         "groups": c.stage3.groups,

@@ -1,9 +1,11 @@
 import csv
+import dataclasses
 import os
 import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,7 +17,10 @@ from helpers.places import ROOT
 from helpers.train_cases import command, recipe
 from virst_jax import cli
 from virst_jax.errors import UserError
+from virst_jax.io import lock, model_folder
 from virst_jax.io.model_folder import load_model
+from virst_jax.training.start import Start
+from virst_jax.training.tasks import TASKS
 
 
 def losses(workdir):
@@ -85,6 +90,75 @@ def test_a_finished_run_does_nothing(undisturbed):
     before = (undisturbed / "stage" / "metrics.csv").stat().st_mtime_ns
     train.train(recipe(), undisturbed)
     assert (undisturbed / "stage" / "metrics.csv").stat().st_mtime_ns == before
+
+
+def test_one_run_at_a_time(tmp_path):
+    with lock.exclusive(tmp_path), pytest.raises(UserError, match="another run is at work here"):
+        train.train(recipe(), tmp_path)
+
+
+class FakeModel:
+    """Segments nothing, and counts how often a network is set up."""
+
+    made = 0
+
+    def __init__(self, cfg, params, tokenizer, **_):
+        FakeModel.made += 1
+        self.network = SimpleNamespace(params=params)
+        self.seen = []
+
+    def segment(self, video, texts):
+        self.seen.append(np.asarray(self.network.params["llm"]["norm"]["scale"]).copy())
+        return SimpleNamespace(masks=np.zeros((len(texts), video.num_frames, *video.size), bool))
+
+
+def test_evaluations_share_one_network(tmp_path, monkeypatch):
+    """A new one would compile all over again."""
+    monkeypatch.setattr(train, "Model", FakeModel)
+    monkeypatch.setattr(FakeModel, "made", 0)
+    monkeypatch.setitem(TASKS, "image_text", dataclasses.replace(TASKS["image_text"], evaluated=True))
+    config = recipe(steps=4)
+    config.eval.videos, config.eval.every = 1, 2
+    made = []
+    monkeypatch.setattr(train.Segmenter, "__init__", keep(train.Segmenter.__init__, made))
+    train.train(config, tmp_path)
+    assert FakeModel.made == 1
+    (segmenter,) = made
+    first, second = segmenter.model.seen
+    assert (first != second).any()  # with the parameters of the moment
+
+
+def keep(method, instances):
+    def kept(self, *arguments):
+        instances.append(self)
+        method(self, *arguments)
+
+    return kept
+
+
+def test_goes_on_without_making_the_first_state(undisturbed, tmp_path, monkeypatch):
+    """Fresh parameters and optimizer state beside restored ones would take the memory twice."""
+    shutil.copytree(undisturbed / "stage" / "checkpoints", tmp_path / "stage" / "checkpoints")
+    monkeypatch.setattr(Start, "state", lambda _: pytest.fail("the first state was made"))
+    train.train(recipe(), tmp_path)
+    _, ours = load_model(tmp_path / "stage" / "model")
+    _, theirs = load_model(undisturbed / "stage" / "model")
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_model_to_start_from_is_not_kept(undisturbed, tmp_path, monkeypatch):
+    loaded = []
+
+    def load(*arguments, **options):
+        loaded.append(load_model(*arguments, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(model_folder, "load_model", load)
+    config = recipe(steps=1)
+    config.model.init = str(undisturbed / "stage" / "model")
+    train.train(config, tmp_path)
+    ((_, params),) = loaded
+    assert all(x.is_deleted() for x in jax.tree.leaves(params))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -15,6 +15,8 @@ from virst_jax.errors import UserError
 
 IMAGE_TOKEN = -200  # in input_ids: the visual tokens go here
 IGNORE = -100  # in labels: no loss here
+PIXEL_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1
+PIXEL_STD = (0.229, 0.224, 0.225)
 FRAME_BY_FRAME = 512  # image side from which on training encodes frames one after another
 
 
@@ -181,7 +183,6 @@ class VirstConfig:
     max_video_frames: int = 64
     max_seg_frames: int = 32
     frames_per_anchor: int = 4  # at evaluation: one anchor for so many segmentation frames
-    train_anchors: int = 3
 
     @property
     def max_anchors(self) -> int:
@@ -235,6 +236,8 @@ def tiny() -> VirstConfig:
     )
 
 
+RETIRED = ("train_anchors",)  # keys that decided nothing; config files of earlier versions hold them
+
 PRESETS: dict[str, Callable[[], VirstConfig]] = {"virst_7b": virst_7b, "tiny": tiny}
 
 
@@ -255,15 +258,18 @@ def to_json(config: Any) -> str:
 
 
 def from_json(text: str, where: str = "config.json") -> VirstConfig:
-    """The config that `to_json` wrote.
+    """The config that `to_json` wrote, now or in an earlier version.
 
     Raises:
       UserError: not JSON, an unknown key, or a value of another type; names `where`.
     """
     try:
-        return _build(VirstConfig, json.loads(text), where, "")
+        data = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error}); write it again or copy it from a preset") from error
+    if isinstance(data, dict):
+        data = {key: value for key, value in data.items() if key not in RETIRED}
+    return _build(VirstConfig, data, where, "")
 
 
 def override(config: Any, changes: Mapping[str, Any], where: str = "config") -> Any:

@@ -1,6 +1,7 @@
 """The whole network: named axes, precision, rematerialisation, and that every size follows from the config."""
 
 import functools
+import json
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from helpers.network import SMALL, random_params
-from virst_jax.config import Compute, get_preset, tiny, virst_7b
+from virst_jax.config import Compute, from_json, get_preset, tiny, to_json, virst_7b
 from virst_jax.errors import UserError
 from virst_jax.io.model_folder import parameter_shapes
 from virst_jax.models.layers import AXES
@@ -45,6 +46,14 @@ def test_presets():
     assert tiny().sam2.image_size < 512
     with pytest.raises(UserError, match="unknown config 'virst_8b': choose one of tiny, virst_7b"):
         get_preset("virst_8b")
+
+
+def test_config_files_of_earlier_versions():
+    text = to_json(tiny())
+    earlier = json.dumps({**json.loads(text), "train_anchors": 3})
+    assert from_json(earlier) == from_json(text) == tiny()
+    with pytest.raises(UserError, match="unknown key 'train_anchor'"):
+        from_json(json.dumps({**json.loads(text), "train_anchor": 3}))
 
 
 def stacks() -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
@@ -112,3 +121,17 @@ def test_bfloat16_stays_near(name):
         assert a.dtype == jnp.bfloat16
         error = jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel())
         assert 1e-5 < error < 5e-2
+
+
+def test_initial_fusion_leaves_conversations_without_seg_alone():
+    cfg = SMALL
+    params = random_params(cfg)
+    rng = np.random.default_rng(0)
+    embeds = jnp.asarray(rng.standard_normal((2, 6, cfg.llm.hidden_size)), jnp.float32)
+    size = cfg.sam2.feature_size
+    maps = jnp.asarray(rng.standard_normal((2, 1, size, size, cfg.sam2.hidden_size)), jnp.float32)
+    places = jnp.array([[2, 4], [-1, -1]])
+    fused = Virst(cfg).apply({"params": params}, embeds, places, maps, method=Virst.fuse_initially)
+    np.testing.assert_array_equal(fused[1], embeds[1])
+    changed = (fused[0] != embeds[0]).any(-1)
+    assert changed.tolist() == [False, False, True, False, True, False]

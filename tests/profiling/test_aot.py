@@ -113,7 +113,7 @@ def test_report_of_eight_virtual_devices(tmp_path):
     assert (devices, flops) == (8, 1e6)
     assert xla_flops > 0
     assert peak >= temporary + sum(parts.values())
-    # each of the five weights is gathered at least once whole: the loop's turns are counted
+    # each of the five weights is gathered at least once whole: the loop's trip count is read
     assert gathers >= 5
     assert payload >= 5 * 64 * 64 * 4
     assert "ENTRY" in (tmp_path / "step.txt").read_text()

@@ -74,7 +74,7 @@ def program(mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     host = jax.tree.map(lambda x: (0.05 * draw.standard_normal(x.shape)).astype(np.float32), shapes)
     state = jax.jit(begin, out_shardings=shardings)(sharding.put_global(host, parameters))
     local = launch.rows_of_process(make_batch(), mesh)
-    placed = VideoBatch(**sharding.global_batch(local, mesh), shared=SHARED)
+    placed = VideoBatch(**sharding.global_batch(local, mesh), prefix_len=SHARED)
     run = jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)))
     state, metrics = run(state, placed)
     jax.block_until_ready(state)

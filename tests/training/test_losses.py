@@ -1,89 +1,21 @@
-import dataclasses
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from virst_jax.config import IGNORE, tiny
-from virst_jax.models.sam2.sam2 import Sam2
-from virst_jax.models.virst import Virst
+from helpers.losses_cases import CFG, SHARED, assert_same, make_batch, random_params
 from virst_jax.training import losses
-from virst_jax.training.losses import (
-    CellBatch,
-    NamedBatch,
-    PatchBatch,
-    ReadBatch,
-    TextBatch,
-    VideoBatch,
-    cell_loss,
-    named_loss,
-    patch_loss,
-    text_loss,
-    video_losses,
-)
-
-SHARED, TAIL, ROWS = 40, 20, 3  # 32 visual tokens stand in the shared part
+from virst_jax.training.losses import TextBatch, text_loss, video_losses
 
 
 @pytest.fixture(scope="module")
 def cfg():
-    base = tiny()
-    llm = dataclasses.replace(base.llm, vocab_size=64, num_layers=2, hidden_size=32, intermediate_size=48)
-    vision = dataclasses.replace(base.vision, hidden_size=32, depth=2, image_size=48, tokens_per_frame=8)
-    hiera = dataclasses.replace(base.sam2.hiera, embed_dim=8, stages=(1, 1, 1, 1), global_att_blocks=(2,))
-    sam2 = dataclasses.replace(
-        base.sam2,
-        hiera=hiera,
-        image_size=128,
-        hidden_size=32,
-        memory_dim=8,
-        memory_layers=1,
-        memory_mlp_dim=32,
-        decoder_mlp_dim=32,
-        decoder_heads=2,
-    )
-    return dataclasses.replace(base, llm=llm, vision=vision, sam2=sam2, seg_token_id=63)
+    return CFG
 
 
 @pytest.fixture(scope="module")
-def params(cfg):
-    made = nn.meta.unbox(jax.jit(lambda: Virst(cfg).init(jax.random.key(0)))()["params"])
-    # an absent object has no mask to learn from
-    made["sam2"]["mask_decoder"]["object_head"]["layer2"]["bias"] += 3.0
-    return made
-
-
-def make_batch(cfg, shared, used=(0, 1, 2), slots=3):
-    rng = np.random.default_rng(0)
-    length = SHARED + TAIL
-    index = np.full((ROWS, length), -1, np.int32)
-    index[:, 4:36] = np.arange(32)
-    ids = rng.integers(0, 60, (ROWS, length)).astype(np.int32)
-    ids[:, :SHARED] = ids[0, :SHARED]
-    labels = np.where(index >= 0, IGNORE, ids)
-    seg = np.array([[SHARED + 6 + row, SHARED + 9 + row] for row in range(ROWS)], np.int32)
-    np.put_along_axis(labels, seg, cfg.seg_token_id, 1)
-    mask = np.arange(length) < length - 2 * np.arange(ROWS)[:, None]
-    labels = np.where(mask, labels, IGNORE)
-    size = cfg.sam2.image_size
-    valid = np.arange(slots) < len(used)
-    return VideoBatch(
-        clips=rng.integers(0, 255, (1, 4, 48, 48, 3), dtype=np.uint8),
-        token_ids=ids,
-        visual_index=index,
-        labels=labels,
-        mask=mask,
-        shared=shared,
-        seg_positions=seg,
-        frames=rng.integers(0, 255, (4, size, size, 3), dtype=np.uint8),
-        targets=rng.random((ROWS, slots, size, size)) > 0.7,
-        anchors=np.array([0, 2], np.int32),
-        frames_used=np.pad(np.array(used, np.int32), (0, slots - len(used))),
-        used_valid=valid,
-        conversation_valid=np.array([True, True, True]),
-    )
+def params():
+    return random_params()
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +26,8 @@ def compiled(cfg):
     return jax.jit(losses_of)
 
 
-def assert_same(ours, theirs, tolerance=2e-4):
-    for path, (a, b) in zip(
-        jax.tree_util.tree_leaves_with_path(ours), zip(jax.tree.leaves(ours), jax.tree.leaves(theirs))
-    ):
-        scale = float(jnp.abs(b).max()) + 1e-6
-        np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=0, err_msg=str(path[0]))
-
-
 @pytest.mark.heavy  # gradients through the tracker take a minute to compile
-def test_reading_the_shared_part_once_changes_nothing(cfg, params, compiled):
+def test_computing_the_prefix_once_changes_nothing(cfg, params, compiled):
     (loss, parts), gradients = compiled(params, make_batch(cfg, 0))
     (shared_loss, shared_parts), shared_gradients = compiled(params, make_batch(cfg, SHARED))
     assert float(loss) == pytest.approx(float(shared_loss), rel=1e-5)
@@ -140,120 +64,9 @@ def test_a_conversation_that_does_not_count(cfg, params, compiled):
 
 def test_cross_entropy_in_pieces(cfg, params, monkeypatch):
     batch = make_batch(cfg, SHARED)
-    text = TextBatch(batch.clips, batch.token_ids, batch.visual_index, batch.labels, batch.mask, shared=SHARED)
+    text = TextBatch(batch.clips, batch.token_ids, batch.visual_index, batch.labels, batch.mask, prefix_len=SHARED)
     whole, _ = jax.jit(lambda: text_loss(cfg, params, text))()
     monkeypatch.setattr(losses, "CE_BUDGET", 500)
     pieces, _ = jax.jit(lambda: text_loss(cfg, params, text))()
     assert float(pieces) == pytest.approx(float(whole), rel=1e-6)
     assert float(whole) > 1
-
-
-def test_patch_loss_by_hand(cfg, params):
-    rng = np.random.default_rng(1)
-    clips = rng.integers(0, 255, (2, 4, 48, 48, 3), dtype=np.uint8)
-    words = rng.integers(0, 60, (2, 36, 3)).astype(np.int32)
-    words[0, :, 2] = IGNORE
-    words[1, 5] = IGNORE
-    weights = rng.random((2, 36)).astype(np.float32)
-    weights[1, 5] = 0
-    loss, parts = jax.jit(lambda p, b: patch_loss(cfg, p, b))(params, PatchBatch(clips, words, weights))
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    pixels = ((clips / 255 - mean) / std).astype(np.float32)
-    no_merging = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, tokens_per_frame=9))
-    tokens = Virst(no_merging).apply({"params": params}, pixels, method=Virst.encode_clips)
-    table = np.asarray(params["llm"]["embed_tokens"]["embedding"], np.float64)
-    norm = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-    logits = 24 * norm(np.asarray(tokens, np.float64)) @ norm(table).T
-    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    total = found = far = 0.0
-    for clip, patch in np.ndindex(2, 36):
-        said = [w for w in words[clip, patch] if w != IGNORE]
-        best = np.sort(logits[clip, patch])[::-1][: len(said)]
-        if said:
-            ideal = table[said].sum(0) / np.sqrt(len(said))
-            apart = np.square(tokens[clip, patch] - ideal).sum() / np.square(ideal).sum()
-            far += weights[clip, patch] * np.log(1 + apart)
-        for word in said:
-            total -= weights[clip, patch] * logits[clip, patch, word] / len(said)
-            found += weights[clip, patch] * (logits[clip, patch, word] in best) / len(said)
-    assert float(parts["patch_loss"]) == pytest.approx(total / weights.sum(), rel=1e-4)
-    assert float(parts["patch_distance"]) == pytest.approx(far / weights.sum(), rel=1e-4)
-    assert float(loss) == pytest.approx((total + far) / weights.sum(), rel=1e-4)
-    assert float(parts["patch_recall"]) == pytest.approx(found / weights.sum(), abs=1e-5)
-
-
-def test_cell_loss_by_hand(cfg, params):
-    rng = np.random.default_rng(1)
-    frames = rng.integers(0, 255, (2, 128, 128, 3), dtype=np.uint8)
-    words = rng.integers(0, 60, (2, 64, 2)).astype(np.int32)
-    words[0, :, 1] = IGNORE
-    weights = rng.random((2, 64)).astype(np.float32)
-    loss, parts = jax.jit(lambda p, b: cell_loss(cfg, p, b))(params, CellBatch(frames, words, weights))
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    pixels = ((frames / 255 - mean) / std).astype(np.float32)
-    features = Sam2(cfg.sam2, cfg.compute).apply({"params": params["sam2"]}, pixels, method=Sam2.encode_image)
-    norm = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-    project = jax.tree.map(lambda x: np.asarray(x, np.float64), params["second_fusion"]["seg_proj"])
-    rows = norm(np.asarray(params["llm"]["lm_head"]["kernel"], np.float64).T)
-    said = rows * np.sqrt(cfg.llm.hidden_size) @ project["kernel"] + project["bias"]
-    logits = 24 * norm(np.asarray(features.top, np.float64).reshape(2, 64, -1)) @ norm(said).T
-    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    first = np.take_along_axis(logits, np.maximum(words, 0), -1)
-    each = np.where(words == IGNORE, 0, first).sum(-1) / (words != IGNORE).sum(-1)
-    length = 0.1 * np.square(np.log(np.square(np.asarray(features.top, np.float64)).mean(-1))).mean()
-    assert float(parts["cell_loss"]) == pytest.approx(-(weights * each).sum() / weights.sum(), rel=1e-4)
-    assert float(parts["cell_length"]) == pytest.approx(length, rel=1e-4)
-    assert float(loss) == pytest.approx(float(parts["cell_loss"]) + length, rel=1e-4)
-    assert 0 <= float(parts["cell_recall"]) < 1
-
-
-@pytest.mark.parametrize("frames", [1, pytest.param(4, marks=pytest.mark.heavy)])
-def test_named_loss_is_that_of_a_video_whose_seg_hidden_states_say_the_words(cfg, params, monkeypatch, frames):
-    order = np.arange(frames, dtype=np.int32)
-    video = make_batch(cfg, 0, used=order.tolist(), slots=frames)
-    anchors = np.array([0, 2], np.int32) if frames > 1 else order
-    video = dataclasses.replace(video, frames=video.frames[:frames], anchors=anchors)
-    words = np.array([[7, 9], [IGNORE, 3], [5, IGNORE]], np.int32)
-    rows = np.asarray(params["llm"]["lm_head"]["kernel"], np.float64).T
-    rows *= np.sqrt(cfg.llm.hidden_size) / np.linalg.norm(rows, axis=-1, keepdims=True)
-    positions = np.tile(np.arange(2, dtype=np.int32), (ROWS, 1))
-    hidden = np.zeros((ROWS, video.token_ids.shape[1], rows.shape[-1]), np.float32)
-    hidden[:, :2] = np.where((words != IGNORE)[..., None], rows[np.maximum(words, 0)], 0)
-    monkeypatch.setattr(losses, "_read", lambda *_: (None, jnp.asarray(hidden)))
-    _, expected = video_losses(cfg, params, dataclasses.replace(video, seg_positions=positions))
-    batch = NamedBatch(video.frames, words, video.targets, anchors)
-    loss, parts = jax.jit(lambda p, b: named_loss(cfg, p, b))(params, batch)
-    assert set(parts) == set(expected) - {"ce_loss"}
-    for name, value in parts.items():
-        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
-    assert float(loss) == pytest.approx(float(parts["mask_loss"] + parts["iou_loss"] + parts["occ_loss"]), rel=1e-5)
-    others = dataclasses.replace(batch, words=np.full_like(words, IGNORE))
-    assert np.abs(np.asarray(named_loss(cfg, params, others)[1]["masks"]) - np.asarray(parts["masks"])).max() > 1e-3
-
-
-def test_reading_in_words_by_hand(cfg, params):
-    video = make_batch(cfg, SHARED)
-    words = np.random.default_rng(2).integers(0, 60, (32, 4)).astype(np.int32)
-    words[3, 2:] = IGNORE
-    words[5] = IGNORE
-    parts = (video.token_ids, video.visual_index, video.labels, video.mask)
-
-    def loss(params, shared):
-        return text_loss(cfg, params, ReadBatch(words, *parts, shared=shared))[0]
-
-    table = np.asarray(params["llm"]["embed_tokens"]["embedding"])
-    embeds = table[video.token_ids]
-    for row, position in np.argwhere(video.visual_index >= 0):
-        said = [w for w in words[video.visual_index[row, position]] if w != IGNORE]
-        embeds[row, position] = table[said].sum(0) / np.sqrt(max(1, len(said)))
-    hidden = Virst(cfg).apply({"params": params}, embeds, video.mask, method=Virst.hidden)
-    logits = np.asarray(Virst(cfg).apply({"params": params}, hidden, method=Virst.logits), np.float64)[:, :-1]
-    target = np.where(video.labels == cfg.seg_token_id, IGNORE, video.labels)[:, 1:]
-    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = -np.mean([logits[row, i, target[row, i]] for row, i in np.argwhere(target != IGNORE)])
-    gradients = {}
-    for shared in (0, SHARED):
-        value, gradients[shared] = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, shared)
-        assert float(value) == pytest.approx(cfg.loss.ce * expected, rel=1e-4)
-    assert_same(gradients[0], gradients[SHARED])
-    assert not any(np.any(x) for x in jax.tree.leaves(gradients[0]["vision"]))

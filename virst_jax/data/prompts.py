@@ -16,10 +16,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from virst_jax.config import IGNORE, IMAGE_TOKEN
 from virst_jax.errors import UserError
 
-IMAGE_TOKEN = -200
-IGNORE = -100
 IMAGE, SEG = "<image>", "[SEG]"
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 

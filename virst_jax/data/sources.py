@@ -6,11 +6,13 @@ from virst_jax.data.samples import Source
 from virst_jax.errors import UserError
 
 
-def make_source(name: str, batch_kind: str, **arguments: Any) -> Source:
-    """A source of samples for a kind of batch (see batches.KINDS).
+def make_source(name: str, *, is_image: bool = False, questions: bool = False, **arguments: Any) -> Source:
+    """A source of samples.
 
     Args:
       name: "synthetic", or a data set's name in datasets.registry.
+      is_image, questions: whether synthetic samples are still images, and Questions; other data sets decide that
+        themselves.
       arguments: of SyntheticVideos or SyntheticQuestions; or `root` and `split` (train) of the data set, as its authors
         lay it out or built.
 
@@ -21,8 +23,8 @@ def make_source(name: str, batch_kind: str, **arguments: Any) -> Source:
         if name == "synthetic":
             from virst_jax.data.synthetic.videos import SyntheticQuestions, SyntheticVideos
 
-            kind = SyntheticQuestions if batch_kind.endswith("_text") else SyntheticVideos
-            return kind(is_image=batch_kind.startswith("image"), **arguments)
+            kind = SyntheticQuestions if questions else SyntheticVideos
+            return kind(is_image=is_image, **arguments)
         from virst_jax.data.builders.builder import open_source
 
         return open_source(name, **{"split": "train", **arguments})

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from virst_jax.config import PIXEL_MEAN, PIXEL_STD
 from virst_jax.errors import UserError
 
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet, RGB in 0..1
-STD = np.array([0.229, 0.224, 0.225], np.float32)
+MEAN = np.array(PIXEL_MEAN, np.float32)
+STD = np.array(PIXEL_STD, np.float32)
 
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

@@ -53,22 +53,22 @@ class Opened(Protocol):
 
 @dataclass(frozen=True)
 class Subset:
-    """Some videos of a data set, with its name: itself an `Opened`."""
+    """Some samples of a source, in this order; of an `Opened` it is one itself."""
 
-    whole: Opened
+    whole: Any
     indices: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        return self.whole.name
+        return str(self.whole.name)
 
     @property
     def split(self) -> str:
-        return self.whole.split
+        return str(self.whole.split)
 
     @property
     def root(self) -> str:
-        return self.whole.root
+        return str(self.whole.root)
 
     @property
     def names(self) -> list[str]:

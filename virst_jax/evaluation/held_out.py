@@ -4,41 +4,24 @@ Axes: N expressions, T frames, H height, W width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from virst_jax.data.samples import Source, Video
 from virst_jax.errors import UserError
-from virst_jax.evaluation.metrics import boundary_f, region_similarity
+from virst_jax.evaluation import bitmask
+from virst_jax.evaluation.scoring import Row, score_expressions
 
 # a video and texts -> masks bool[N, T, H, W]
 Segment = Callable[[Video, Sequence[str]], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Score:
-    """How well one expression was segmented."""
-
-    video: str
-    expression: str
-    category: str
-    j: float
-    f: float
-    no_target: bool  # the expression means nothing in this video ...
-    empty: bool  # ... and nothing was segmented
-
-    @property
-    def j_and_f(self) -> float:
-        return (self.j + self.f) / 2
-
-
-def score_videos(segment: Segment, source: Source, *, exchange: bool = False) -> Iterator[tuple[Score, ...]]:
+def score_videos(segment: Segment, source: Source, *, exchange: bool = False) -> Iterator[tuple[Row, ...]]:
     """Segments every video of a source and scores its expressions.
 
     Args:
-      exchange: give every expression the words of another one of its video that means something else (those without
-        such another are left out): what a network scores that does not read.
+      exchange: give every expression the text of another one of its video that means something else, and leave out
+        those without such another: what a network scores that does not read.
 
     Yields:
       The scores of a video.
@@ -47,25 +30,22 @@ def score_videos(segment: Segment, source: Source, *, exchange: bool = False) ->
         video = source[index]
         if not isinstance(video, Video) or video.read_masks is None:
             raise UserError(f"{video.name}: held-out data must be videos with masks")
-        frames = range(video.num_frames)
-        truth = np.stack([video.read_masks(i, frames) for i in range(len(video.expressions))])
         texts = {i: expression.text for i, expression in enumerate(video.expressions)}
         if exchange:
-            texts = _exchange(texts, truth)
+            texts = _exchange(video, texts)
         if not texts:
             continue
-        masks = segment(video, list(texts.values()))
-        scores = []
-        for i, mask in zip(texts, masks):
-            j = float(np.mean([region_similarity(m, t) for m, t in zip(mask, truth[i])]))
-            f = float(np.mean([boundary_f(m, t) for m, t in zip(mask, truth[i])]))
-            expression = video.expressions[i]
-            empty = not mask.any()
-            scores.append(Score(video.name, expression.text, expression.category, j, f, not truth[i].any(), empty))
-        yield tuple(scores)
+        packed = {i: bitmask.pack(masks) for i, masks in zip(texts, segment(video, list(texts.values())))}
+
+        def read(_: Video, position: int, frames: Sequence[int], packed: dict[int, np.ndarray] = packed) -> np.ndarray:
+            return packed[position][list(frames)]
+
+        yield tuple(score_expressions(video, read, positions=list(texts)))
 
 
-def _exchange(texts: dict[int, str], truth: np.ndarray) -> dict[int, str]:
+def _exchange(video: Video, texts: dict[int, str]) -> dict[int, str]:
+    assert video.read_masks is not None
+    truth = np.stack([video.read_masks(i, range(video.num_frames)) for i in texts])
     given = {}
     for i in texts:
         others = [k for k in texts if k != i and (truth[k] != truth[i]).any()]
@@ -74,23 +54,26 @@ def _exchange(texts: dict[int, str], truth: np.ndarray) -> dict[int, str]:
     return given
 
 
-def summarize(scores: Sequence[Score]) -> dict[str, float]:
+def summarize(rows: Sequence[Row]) -> dict[str, float]:
     """Means over expressions: j_and_f, j, f, j_and_f/CATEGORY; no_target_accuracy and target_accuracy if they apply.
 
     No-target accuracy is the share of expressions without a target for which nothing was segmented; target accuracy
     the share of the others for which something was.
+
+    Raises:
+      UserError: there are none.
     """
-    if not scores:
+    if not rows:
         raise UserError("no expression was scored; the held-out data is empty")
     out = {
-        "j_and_f": float(np.mean([s.j_and_f for s in scores])),
-        "j": float(np.mean([s.j for s in scores])),
-        "f": float(np.mean([s.f for s in scores])),
+        "j_and_f": float(np.mean([row.JF for row in rows])),
+        "j": float(np.mean([row.J for row in rows])),
+        "f": float(np.mean([row.F for row in rows])),
     }
-    for category in sorted({s.category for s in scores}):
-        out[f"j_and_f/{category or 'all'}"] = float(np.mean([s.j_and_f for s in scores if s.category == category]))
-    if none := [s.empty for s in scores if s.no_target]:
+    for category in sorted({row.category for row in rows}):
+        out[f"j_and_f/{category or 'all'}"] = float(np.mean([row.JF for row in rows if row.category == category]))
+    if none := [row.pred_pixels == 0 for row in rows if not row.gt_pixels]:
         out["no_target_accuracy"] = float(np.mean(none))
-    if some := [not s.empty for s in scores if not s.no_target]:
+    if some := [row.pred_pixels > 0 for row in rows if row.gt_pixels]:
         out["target_accuracy"] = float(np.mean(some))
     return out

@@ -57,14 +57,16 @@ def score_expressions(
     foreground: FrameMasks | None = None,
     ignored: np.ndarray | None = None,
     boundaries: bool = True,
+    positions: Sequence[int] | None = None,
 ) -> list[Row]:
-    """Scores every expression of a video.
+    """Scores the expressions of a video.
 
     Args:
       read_pred: the predicted masks.
       foreground: all objects of a frame; asks for A and R (ReVOS).
       ignored: bool[H, W], pixels to leave out (ReasonSeg).
       boundaries: whether F is wanted; without it F is J.
+      positions: of the expressions; None: all.
 
     Raises:
       UserError: the masks are not public, or a frame of either is missing, damaged or of another size.
@@ -75,7 +77,8 @@ def score_expressions(
     every = None
     if foreground is not None:  # pixels of every frame
         every = np.concatenate([bitmask.count(pack_frames(video, foreground(p))) for p in pieces(video.num_frames)])
-    return [_score(video, i, read_pred, every, skipped, boundaries) for i in range(len(video.expressions))]
+    chosen = range(len(video.expressions)) if positions is None else positions
+    return [_score(video, i, read_pred, every, skipped, boundaries) for i in chosen]
 
 
 def pieces(num_frames: int) -> Iterator[range]:

@@ -28,7 +28,7 @@ from orbax.checkpoint import type_handlers
 from virst_jax.config import VirstConfig, from_json, to_json
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, digests
-from virst_jax.models.virst import Virst
+from virst_jax.models.virst import boxed_shapes
 from virst_jax.parallel import processes
 
 PARAMS, CONFIG, TOKENIZER = "params", "config.json", "tokenizer"
@@ -48,8 +48,7 @@ CHUNK_BYTES = 1 << 28  # of the stored arrays: hosts of a pod read their shards,
 @functools.cache
 def parameter_shapes(cfg: VirstConfig) -> Any:
     """Shape and dtype of every parameter of a network, computing none: a tree of jax.ShapeDtypeStruct."""
-    boxed = jax.eval_shape(lambda: Virst(cfg).init(jax.random.key(0)))["params"]
-    return nn.meta.unbox(boxed)
+    return nn.meta.unbox(boxed_shapes(cfg))
 
 
 class _OneByOne(type_handlers.NumpyHandler):

@@ -5,7 +5,8 @@ H, W feature grid, C fusion width, D width of the language model, R side of the 
 Source: model/VIRST.py.
 """
 
-import math
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,12 +19,6 @@ from virst_jax.models.qwen2 import Qwen2
 from virst_jax.models.sam2.sam2 import Sam2
 from virst_jax.models.st_fusion import InitialFusion, SecondFusion
 from virst_jax.models.umt import VideoEncoder
-
-PATCH_SCALE = 24.0
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
 
 
 class Virst(nn.Module):
@@ -44,43 +39,6 @@ class Virst(nn.Module):
         """Normalised clips float[B, frames, S, S, 3] -> visual tokens dtype[B, tokens, D]; one frame: a still image."""
         return self.projector(self.vision(pixels), pixels.shape[1])
 
-    def patch_words(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Clips as above -> what each patch shows, before patches are merged: float32[B, patches, vocab], and the
-        projected patches float32[B, patches, D].
-
-        The first is the cosine of the projected patch and every word's embedding, times PATCH_SCALE.
-        """
-        patches = self.projector(self.vision(pixels), pixels.shape[1], merge=False).astype(jnp.float32)
-        words = self.llm.embed_tokens.embedding.astype(jnp.float32)
-        return PATCH_SCALE * _unit(patches) @ _unit(words).T, patches
-
-    def cell_words(self, maps: jax.Array) -> jax.Array:
-        """The tracker's features dtype[..., C] -> what each cell of them shows: float32[..., vocab].
-
-        It is the cosine of the cell and what the second fusion makes of a hidden state that says a word, times
-        PATCH_SCALE.
-        """
-        words = self.second_fusion.project(self.say()).astype(jnp.float32)
-        return PATCH_SCALE * _unit(maps.astype(jnp.float32)) @ _unit(words).T
-
-    def say(self) -> jax.Array:
-        """Hidden states that say a word, one for each: float32[vocab, D]."""
-        rows = self.llm.lm_head.variables["params"]["kernel"].T.astype(jnp.float32)
-        return math.sqrt(rows.shape[-1]) * _unit(rows)  # as long as hidden states are
-
-    def prompts_of_words(self, words: jax.Array, maps: jax.Array) -> jax.Array:
-        """int[B, N], negative: nothing is said; maps dtype[B, T, H, W, C] -> prompts dtype[B, N, T, C]."""
-        hidden = jnp.where((words >= 0)[..., None], self.say()[jnp.maximum(words, 0)], 0)
-        return self.second_fusion(hidden, maps)[0]
-
-    def embed_words(self, words: jax.Array) -> jax.Array:
-        """int[..., V, W], negative where there is none -> visual tokens dtype[..., V, D]: the sum of their words'
-        embeddings over the root of their number."""
-        said = words >= 0
-        table = self.llm.embed(jnp.maximum(words, 0).reshape(1, -1)).reshape(*words.shape, -1)
-        total = jnp.where(said[..., None], table, 0).sum(-2)
-        return total / jnp.sqrt(jnp.maximum(said.sum(-1, keepdims=True), 1)).astype(total.dtype)
-
     def embed(self, token_ids: jax.Array, visual_index: jax.Array, visual: jax.Array) -> jax.Array:
         """Input embeddings: text, with visual tokens at their places.
 
@@ -97,13 +55,14 @@ class Virst(nn.Module):
         return jnp.where((visual_index >= 0)[..., None], picked.astype(text.dtype), text)
 
     def fuse_initially(self, embeds: jax.Array, seg_positions: jax.Array, maps: jax.Array) -> jax.Array:
-        """Initial fusion: embeds dtype[B, L, D] with those at seg_positions int[B, N] replaced.
+        """Initial fusion: embeds dtype[B, L, D] with those at seg_positions int[B, N] replaced; none where negative.
 
         maps: dtype[B, T, H, W, C], image features; no gradient flows into them, as in the release.
         """
-        rows = jnp.arange(embeds.shape[0])[:, None]
-        fused = self.initial_fusion(embeds[rows, seg_positions], jax.lax.stop_gradient(maps))
-        return embeds.at[rows, seg_positions].set(fused.astype(embeds.dtype))
+        rows, given = jnp.arange(embeds.shape[0])[:, None], seg_positions >= 0
+        fused = self.initial_fusion(embeds[rows, jnp.maximum(seg_positions, 0)], jax.lax.stop_gradient(maps))
+        outside = embeds.shape[1]  # nothing is written there
+        return embeds.at[rows, jnp.where(given, seg_positions, outside)].set(fused.astype(embeds.dtype), mode="drop")
 
     def hidden(self, embeds: jax.Array, mask: jax.Array, deterministic: bool = True) -> jax.Array:
         """Hidden states after the final norm: embeds dtype[B, L, D], mask bool[B, L] -> dtype[B, L, D]."""
@@ -155,3 +114,9 @@ class Virst(nn.Module):
         prompts, _ = self.prompts(hidden, jnp.zeros((1, 1), int), maps)
         self.occ_predictor(prompts)
         self.logits(hidden)
+
+
+@functools.lru_cache(maxsize=8)
+def boxed_shapes(cfg: VirstConfig) -> Any:
+    """Shape, dtype and logical axes of every parameter: jax.ShapeDtypeStructs in boxes of flax. Computes none."""
+    return jax.eval_shape(lambda: Virst(cfg).init(jax.random.key(0)))["params"]

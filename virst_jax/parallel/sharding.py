@@ -22,7 +22,7 @@ from virst_jax.config import VirstConfig
 from virst_jax.errors import UserError
 from virst_jax.models.layers import AXES
 from virst_jax.models.tree import flatten, unflatten
-from virst_jax.models.virst import Virst
+from virst_jax.models.virst import boxed_shapes
 from virst_jax.ops.attention import sharded_over
 from virst_jax.ops.constrain import activation_rules
 
@@ -59,7 +59,7 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
 }
 
-# Small parts: the tracker runs in loops over frames, and its weights would be gathered in every turn; the fusion has
+# Small parts: the tracker runs in loops over frames, and its weights would be gathered for every frame; the fusion has
 # more rows than weights.
 GATHERED = ("sam2", "second_fusion")
 
@@ -131,7 +131,7 @@ def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
 @functools.lru_cache(maxsize=4)
 def logical_axes(cfg: VirstConfig) -> tuple[Any, Any]:
     """Shapes (ShapeDtypeStruct) and logical axis names (tuple of str) of all parameters of `Virst(cfg)`."""
-    boxed = jax.eval_shape(lambda: Virst(cfg).init(jax.random.key(0)))["params"]
+    boxed = boxed_shapes(cfg)
     is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
     names = jax.tree.map(lambda box: tuple(getattr(box, "names", ())), boxed, is_leaf=is_box)
     return nn.unbox(boxed), names

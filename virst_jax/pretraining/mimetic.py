@@ -1,7 +1,7 @@
-"""Random attention that begins as pretrained attention looks: like attends to like, and passes on what it is.
+"""Random attention weights with the structure of pretrained ones: queries match similar keys, values pass through.
 
 Source: Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers" (2023), here for grouped queries: the
-products W_q W_k^T and W_v W_o of a head begin near multiples of the identity, since the two share their numbers.
+products W_q W_k^T and W_v W_o of a head begin near multiples of the identity, because both factors share their numbers.
 """
 
 from typing import Any
@@ -11,17 +11,20 @@ import jax.numpy as jnp
 
 from virst_jax.config import VirstConfig
 
-KEPT = 0.5  # of the random output projections
-QUIET = 0.2  # of what the second fusion adds to its prompts, so that they begin as what is said
-NEARBY = 3.0  # biases of what asks memories and what answers, which the rotation makes like places that lie close
-SHARPER = 2.0  # queries and keys of the video encoder: what a patch shows is a small part of its position's table
+KEPT = 0.5  # factor of the random output projections
+QUIET = 0.2  # factor of the second fusion's residual branches, so that prompts begin as projected hidden states
+# equal query and key biases of the memory attention: rotary embeddings then give nearby places the largest logits
+NEARBY = 3.0
+# factor of queries and keys of the video encoder: a patch's content is small beside its position embedding
+SHARPER = 2.0
 
 
 def mimic_attention(params: Any, cfg: VirstConfig) -> Any:
-    """Random parameters of a Virst -> the same with likened projections in language model, video encoder and mask
-    decoder, a quiet second fusion, and memory attention that looks where it is.
+    """Mimetic initialisation of random parameters of a Virst.
 
-    A query head takes the kernel of the key head that it reads; an output projection gains its values' transposed.
+    In language model, video encoder and mask decoder, a query head takes the kernel of its key head, and an output
+    projection adds the transposed kernel of its values. The residual branches of the second fusion are scaled down, and
+    memory attention prefers nearby places.
     """
     flat, llm = flax.traverse_util.flatten_dict(params, sep="/"), cfg.llm
     q, k, v, o = (f"llm/layers/attn/{name}_proj/kernel" for name in "qkvo")

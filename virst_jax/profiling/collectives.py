@@ -1,7 +1,7 @@
 """What a compiled program sends between devices, read from its HLO text.
 
-XLA has no count of its own. A collective in a loop counts once for every turn, where the loop's condition compares
-with a constant, as that of lax.scan does.
+XLA has no count of its own. A collective in a loop counts as often as the loop runs (its trip count), which can be read
+where the loop's condition compares with a constant, as that of lax.scan does.
 """
 
 import math
@@ -38,10 +38,10 @@ def collective_traffic(hlo: str) -> tuple[dict[str, Traffic], int]:
 
     Returns:
       Traffic of every kind that occurs, and the number of loops with collectives whose length could not be read
-      (counted as one turn).
+      (counted once).
     """
     entry, bodies = _computations(hlo)
-    turns = _loop_lengths(bodies)
+    trip_counts = _trip_counts(bodies)
     per_kind: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     unknown: set[str] = set()
     own: dict[str, list[tuple[str, int, int]]] = {}  # collectives of a computation: kind, payload, sent
@@ -56,27 +56,27 @@ def collective_traffic(hlo: str) -> tuple[dict[str, Traffic], int]:
                 if callee not in bodies:
                     continue
                 is_body = f"body=%{callee}" in line or f"body={callee}" in line
-                length = turns.get(line) if is_body else 1
-                calls[name].append((callee, length or 1, callee if is_body and length is None else ""))
+                trip_count = trip_counts.get(line) if is_body else 1
+                calls[name].append((callee, trip_count or 1, callee if is_body and trip_count is None else ""))
 
     reached: dict[str, bool] = {}
 
-    def speaks(name: str) -> bool:
+    def has_collectives(name: str) -> bool:
         """Whether a computation, or one that it calls, has a collective."""
         if name not in reached:
             reached[name] = False
-            reached[name] = bool(own[name]) or any(speaks(callee) for callee, _, _ in calls[name])
+            reached[name] = bool(own[name]) or any(has_collectives(callee) for callee, _, _ in calls[name])
         return reached[name]
 
     def visit(name: str, times: int) -> None:
         for kind, payload, sent in own[name]:
             for i, value in enumerate((1, payload, sent)):
                 per_kind[kind][i] += times * value
-        for callee, length, unread in calls[name]:
-            if speaks(callee):
+        for callee, trip_count, unread in calls[name]:
+            if has_collectives(callee):
                 if unread:
                     unknown.add(unread)
-                visit(callee, times * length)
+                visit(callee, times * trip_count)
 
     visit(entry, 1)
     return {kind: Traffic(*per_kind[kind]) for kind in KINDS if kind in per_kind}, len(unknown)
@@ -102,20 +102,20 @@ def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
     return entry, bodies
 
 
-def _loop_lengths(bodies: dict[str, list[str]]) -> dict[str, int]:
-    """Turns of every `while` whose length can be read, by its line."""
-    lengths = {}
+def _trip_counts(bodies: dict[str, list[str]]) -> dict[str, int]:
+    """The trip count of every `while` where it can be read, by its line."""
+    counts = {}
     for lines in bodies.values():
         for line in lines:
             if " while(" not in line:
                 continue
             if known := _TRIP.search(line):
-                lengths[line] = int(known[1])
+                counts[line] = int(known[1])
             elif (condition := re.search(r"condition=%?([\w.\-]+)", line)) and condition[1] in bodies:
-                length = _compared_with(bodies[condition[1]], bodies)
-                if length is not None:
-                    lengths[line] = length
-    return lengths
+                trip_count = _compared_with(bodies[condition[1]], bodies)
+                if trip_count is not None:
+                    counts[line] = trip_count
+    return counts
 
 
 def _compared_with(condition: list[str], bodies: dict[str, list[str]]) -> int | None:

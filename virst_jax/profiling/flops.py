@@ -167,45 +167,18 @@ def memory_encoder(cfg: Sam2Config) -> float:
 
 @dataclass(frozen=True)
 class StepShape:
-    """The sizes of a batch that decide its cost."""
+    """The sizes of a batch of conversations that decide its cost."""
 
     videos: int
     clips: int
     clip_frames: int
     conversations: int
     length: int
-    shared: int = 0
+    prefix_len: int = 0
     frames: int = 0  # 0: text alone
     used: int = 0
     anchors: int = 0
     seg_tokens: int = 0
-    # of a clip, or of a picture's features, whose words are all there is to learn; 0: there are conversations
-    patches: int = 0
-
-    @classmethod
-    def of(cls, batch: Any) -> "StepShape":
-        """Of a batch of virst_jax.training.losses: arrays or shapes with a leading axis of videos."""
-        # what is read in words is not encoded
-        videos, clips, clip_frames = batch.clips.shape[:3] if hasattr(batch, "clips") else (batch.words.shape[0], 0, 1)
-        if hasattr(batch, "targets") and not hasattr(batch, "token_ids"):
-            _, conversations, seg_tokens = batch.words.shape
-            frames, used, anchors = batch.frames.shape[1], batch.targets.shape[2], batch.anchors.shape[1]
-            return cls(videos, 0, 1, conversations, 0, 0, frames, used, anchors, seg_tokens)
-        if not hasattr(batch, "clips") and not hasattr(batch, "token_ids"):
-            return cls(videos, 0, 1, 0, 0, frames=batch.frames.shape[1], patches=batch.words.shape[2])
-        if not hasattr(batch, "token_ids"):
-            return cls(videos, clips, clip_frames, 0, 0, patches=batch.words.shape[2])
-        _, conversations, length = batch.token_ids.shape
-        text = cls(videos, clips, clip_frames, conversations, length, batch.shared)
-        if not hasattr(batch, "frames"):
-            return text
-        return cls(
-            *(videos, clips, clip_frames, conversations, length, batch.shared),
-            frames=batch.frames.shape[1],
-            used=batch.frames_used.shape[1],
-            anchors=batch.anchors.shape[1],
-            seg_tokens=batch.seg_positions.shape[2],
-        )
 
 
 @dataclass(frozen=True)
@@ -230,99 +203,112 @@ class StepFlops:
         """Forward and backward, what the mathematics needs: the numerator of MFU."""
         return sum(part.forward + part.backward for part in self.parts.values())
 
-    @property
-    def hardware(self) -> float:
-        """With what is computed a second time to save memory."""
-        return self.model + sum(part.recomputed for part in self.parts.values())
 
-
-def step_flops(cfg: VirstConfig, shape: StepShape, trained: Iterable[str] | None = None) -> StepFlops:
-    """One training step over all videos of a batch.
+class StepCount:
+    """Adds up a step's operations, part by part in the order of computation.
 
     Args:
       cfg: `compute.remat` decides what is computed twice.
-      shape: of the batch.
+      videos: of the batch.
       trained: paths of the trained parameters, such as llm/layers/attn/q_proj/lora_a; None: all are trained. A part
         whose parameters are frozen has gradients with respect to its inputs only, or none if nothing before it is
         trained.
     """
-    paths = None if trained is None else tuple(trained)
 
-    def learns(*prefixes: str, last: tuple[str, ...] = ()) -> bool:
-        if paths is None:
+    def __init__(self, cfg: VirstConfig, videos: int, trained: Iterable[str] | None = None):
+        self.cfg, self.videos = cfg, videos
+        self.paths = None if trained is None else tuple(trained)
+        self.remat = cfg.compute.remat == "full"
+        self.parts: dict[str, Part] = {}
+
+    def trains(self, *prefixes: str, last: tuple[str, ...] = ()) -> bool:
+        """Whether a parameter is trained whose path begins so, and ends with one of `last` if that is given."""
+        if self.paths is None:
             return True
-        return any(p.startswith(prefixes) and (not last or p.rsplit("/", 1)[-1] in last) for p in paths)
+        return any(p.startswith(prefixes) and (not last or p.rsplit("/", 1)[-1] in last) for p in self.paths)
 
-    remat = cfg.compute.remat == "full"
-    s, llm, sam = shape, cfg.llm, cfg.sam2
-    parts: dict[str, Part] = {}
+    def add(self, name: str, forward: float, *, weights: bool, inputs: bool, again: bool = False) -> None:
+        """Adds a part.
 
-    def add(name: str, forward: float, weights: bool, inputs: bool, again: bool) -> None:
-        """weights, inputs: whether their gradients are computed."""
-        forward *= s.videos
+        Args:
+          forward: its forward pass for one video.
+          weights, inputs: whether the gradients of its weights and of its inputs are computed.
+          again: whether the backward pass repeats the forward pass.
+        """
+        forward *= self.videos
         needed = weights or inputs
-        parts[name] = Part(forward, forward * (weights + inputs), forward if again and needed else 0.0)
+        self.parts[name] = Part(forward, forward * (weights + inputs), forward if again and needed else 0.0)
 
-    vision, projecting = learns("vision/"), learns("projector/")
-    add("video encoder", s.clips * video_encoder(cfg.vision, s.clip_frames), vision, vision, remat)
-    add(
-        "projector",
-        s.clips * projector(cfg.vision, llm.hidden_size, s.clip_frames, merge=not s.patches),
-        projecting,
-        vision or projecting,
-        False,
-    )
+    def add_visual_tokens(self, clips: int, clip_frames: int, merge: bool = True) -> bool:
+        """The video encoder and the projector; whether their output has a gradient."""
+        cfg, vision, projecting = self.cfg, self.trains("vision/"), self.trains("projector/")
+        encoding = clips * video_encoder(cfg.vision, clip_frames)
+        self.add("video encoder", encoding, weights=vision, inputs=vision, again=self.remat)
+        projecting_all = clips * projector(cfg.vision, cfg.llm.hidden_size, clip_frames, merge)
+        self.add("projector", projecting_all, weights=projecting, inputs=vision or projecting)
+        return vision or projecting
 
-    if s.patches and s.frames:
-        encoder, projected = learns("sam2/image_encoder/"), learns("second_fusion/seg_proj")
-        add("image encoder", s.frames * image_encoder(sam), encoder, encoder, remat)
-        known = s.frames * s.patches * 2 * sam.hidden_size * llm.vocab_size
-        projection = 2 * llm.vocab_size * llm.hidden_size * sam.hidden_size
-        add("projected words", projection / s.videos, projected, False, False)  # once for all
-        add("words of cells", known, projected, encoder, False)
-        return StepFlops(parts)
-    if s.patches:
-        words = s.clips * s.patches * lm_head(llm)
-        add("words of patches", words, learns("llm/embed_tokens"), vision or projecting, False)
-        return StepFlops(parts)
+    def add_language_model(self, s: StepShape, embeds: bool) -> bool:
+        """The language model with its head, whose inputs have a gradient or not; whether its output has."""
+        llm = self.cfg.llm
+        adapters = bool(llm.lora.rank) and self.trains("llm/layers/", last=("lora_a", "lora_b"))
+        weights = self.trains("llm/layers/", last=("kernel",))
+        through = embeds or adapters or weights or self.trains("llm/layers/")
+        tail = s.length - s.prefix_len  # positions that every conversation has for itself
+        tokens = s.prefix_len + s.conversations * tail
+        attended = llm_attention(llm, s.prefix_len, s.prefix_len) + s.conversations * llm_attention(llm, tail, s.length)
+        self.add("language model", tokens * llm_weights(llm), weights=weights, inputs=through, again=self.remat)
+        # both factors of a product of activations have gradients
+        self.add("its attention", attended, weights=through, inputs=through, again=self.remat)
+        if llm.lora.rank:
+            self.add("its adapters", tokens * llm_adapters(llm), weights=adapters, inputs=through, again=self.remat)
+        predicted = tokens - 1 if s.prefix_len else tokens - s.conversations
+        head = self.trains("llm/lm_head")
+        self.add("its head", predicted * lm_head(llm), weights=head, inputs=through, again=self.remat)
+        return through
 
-    embeds = vision or projecting or learns("llm/embed_tokens") or (cfg.fusion.initial and learns("initial_fusion/"))
-    adapters = bool(llm.lora.rank) and learns("llm/layers/", last=("lora_a", "lora_b"))
-    weights = learns("llm/layers/", last=("kernel",))
-    through = embeds or adapters or weights or learns("llm/layers/")
-    tokens = s.shared + s.conversations * (s.length - s.shared)
-    attended = llm_attention(llm, s.shared, s.shared)
-    attended += s.conversations * llm_attention(llm, s.length - s.shared, s.length)
-    add("language model", tokens * llm_weights(llm), weights, through, remat)
-    # both factors of a product of activations have gradients
-    add("its attention", attended, through, through, remat)
-    if llm.lora.rank:
-        add("its adapters", tokens * llm_adapters(llm), adapters, through, remat)
-    predicted = s.shared - 1 + s.conversations * (s.length - s.shared) if s.shared else s.conversations * (s.length - 1)
-    predicted = max(predicted, 0)  # nothing is read where words are given
-    add("its head", predicted * lm_head(llm), learns("llm/lm_head"), through, remat)
-    if not s.frames:
-        return StepFlops(parts)
+    def add_segmentation(self, s: StepShape, seg_hidden: bool) -> None:
+        """Image encoder, fusions and tracker; `seg_hidden`: whether hidden states of [SEG] have a gradient."""
+        llm, sam = self.cfg.llm, self.cfg.sam2
+        encoder, again = self.trains("sam2/image_encoder/"), self.remat or sam.image_size >= FRAME_BY_FRAME
+        self.add("image encoder", s.frames * image_encoder(sam), weights=encoder, inputs=encoder, again=again)
+        if self.cfg.fusion.initial and s.length:
+            fused = s.conversations * initial_fusion(sam, llm.hidden_size, s.seg_tokens, s.frames)
+            inputs = self.trains("llm/embed_tokens", "initial_fusion/")
+            self.add("initial fusion", fused, weights=self.trains("initial_fusion/"), inputs=inputs)
+        fused = s.conversations * second_fusion(self.cfg.fusion, sam, llm.hidden_size, s.seg_tokens, s.frames)
+        second = self.trains("second_fusion/")
+        prompts = seg_hidden or second
+        self.add("second fusion", fused, weights=second, inputs=prompts)
+        tracked = 0 if s.used == s.anchors else s.used - s.anchors
+        attending = tracked * s.conversations * memory_attention(sam, s.anchors)
+        attention = self.trains("sam2/memory_attention/")
+        self.add("memory attention", attending, weights=attention, inputs=prompts, again=True)
+        decoding = s.anchors * (mask_decoder(sam, s.seg_tokens) + mask_prompt(sam)) + tracked * mask_decoder(sam, 2)
+        decoder = self.trains("sam2/mask_decoder/")
+        self.add("mask decoder", s.conversations * decoding, weights=decoder, inputs=prompts, again=True)
+        if tracked:
+            encoding = s.conversations * s.used * memory_encoder(sam)
+            memory = self.trains("sam2/memory_encoder/")
+            self.add("memory encoder", encoding, weights=memory, inputs=prompts, again=True)
+        self.add("full-size masks", s.conversations * s.used * full_size_mask(sam), weights=False, inputs=True)
 
-    encoder, again = learns("sam2/image_encoder/"), remat or sam.image_size >= FRAME_BY_FRAME
-    add("image encoder", s.frames * image_encoder(sam), encoder, encoder, again)
-    if cfg.fusion.initial:
-        fused = s.conversations * initial_fusion(sam, llm.hidden_size, s.seg_tokens, s.frames)
-        add("initial fusion", fused, learns("initial_fusion/"), learns("llm/embed_tokens", "initial_fusion/"), False)
-    fused = s.conversations * second_fusion(cfg.fusion, sam, llm.hidden_size, s.seg_tokens, s.frames)
-    second = learns("second_fusion/")
-    add("second fusion", fused, second, through or second, False)
-    before = through or second
-    tracked = 0 if s.used == s.anchors else s.used - s.anchors
-    attending = tracked * s.conversations * memory_attention(sam, s.anchors)
-    add("memory attention", attending, learns("sam2/memory_attention/"), before, True)
-    decoding = s.anchors * (mask_decoder(sam, s.seg_tokens) + mask_prompt(sam)) + tracked * mask_decoder(sam, 2)
-    add("mask decoder", s.conversations * decoding, learns("sam2/mask_decoder/"), before, True)
-    if tracked:
-        remembering = s.conversations * s.used * memory_encoder(sam)
-        add("memory encoder", remembering, learns("sam2/memory_encoder/"), before, True)
-    add("full-size masks", s.conversations * s.used * full_size_mask(sam), False, True, False)
-    return StepFlops(parts)
+    def total(self) -> StepFlops:
+        return StepFlops(self.parts)
+
+
+def step_flops(cfg: VirstConfig, shape: StepShape, trained: Iterable[str] | None = None) -> StepFlops:
+    """One training step over all conversations of a batch, with segmentation if `shape` has frames.
+
+    cfg, trained: see StepCount.
+    """
+    count = StepCount(cfg, shape.videos, trained)
+    embeds = count.add_visual_tokens(shape.clips, shape.clip_frames) or count.trains("llm/embed_tokens")
+    embeds = embeds or (cfg.fusion.initial and count.trains("initial_fusion/"))
+    hidden = count.add_language_model(shape, embeds)
+    if shape.frames:
+        count.add_segmentation(shape, hidden)
+    return count.total()
 
 
 # Devices

@@ -1,18 +1,14 @@
 """Checkpoints of a training run: Orbax, asynchronous; the latest ones and the best are kept.
 
-WORKDIR/STAGE/checkpoints/STEP/{state,<data>...}   trained parameters, optimizer, average and step; data iterators
+WORKDIR/STAGE/checkpoints/STEP/state   trained parameters, optimizer, average and step
 
-The frozen parameters are not among them: they come from where the run started. All that is drawn follows from the
-seed and the step, so no generator's state has to be kept.
+The frozen parameters are not among them: they come from where the run started. All that is drawn, and the position in
+the data, follows from the seed and the step, so neither a generator's nor a data iterator's state has to be kept.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
@@ -23,7 +19,7 @@ METRIC = "j_and_f"  # what "best" means
 
 
 class TrainCheckpoints:
-    """Saves and restores a stage's state with its data iterators.
+    """Saves and restores a stage's state.
 
     Args:
       folder: made if it is not there.
@@ -45,14 +41,12 @@ class TrainCheckpoints:
             ),
         )
 
-    def save(
-        self,
-        state: TrainState,
-        iterators: Mapping[str, grain.DatasetIterator],
-        score: float | None = None,
-        wait: bool = False,
-    ) -> None:
+    def save(self, state: TrainState, score: float | None = None, wait: bool = False) -> None:
         """Begins to save; the write goes on in the background, `state` may be donated at once.
+
+        Args:
+          score: by which the best checkpoint is found; None: unknown.
+          wait: until it is written.
 
         Raises:
           UserError: the disk is full or the folder cannot be written.
@@ -61,10 +55,9 @@ class TrainCheckpoints:
         try:
             if step in self.manager.all_steps():
                 return
-            items = {name: grain.checkpoint.CheckpointSave(it) for name, it in iterators.items()}
             self.manager.save(
                 step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(_saved(state)), **items),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(_saved(state))),
                 metrics=None if score is None else {METRIC: score},
                 force=True,
             )
@@ -73,35 +66,32 @@ class TrainCheckpoints:
         except (OSError, ValueError) as error:
             raise _unwritable(self.folder, error) from error
 
-    def restore(self, state: TrainState, iterators: Mapping[str, grain.DatasetIterator]) -> TrainState | None:
-        """The latest whole checkpoint, on the mesh of `state`; the iterators are set where they stood.
+    def latest_step(self) -> int | None:
+        """The step of the latest whole checkpoint; None: there is none."""
+        return self.manager.latest_step()
+
+    def restore(self, step: int, abstract: TrainState, frozen: Any) -> TrainState:
+        """The checkpoint of a step.
 
         Args:
-          state: arrays or ShapeDtypeStructs with shardings; its frozen parameters are kept.
-
-        Returns:
-          None where there is no checkpoint yet.
+          abstract: ShapeDtypeStructs with the shardings to restore to.
+          frozen: the frozen parameters.
 
         Raises:
           UserError: the checkpoint is broken, or of another recipe.
         """
-        step = self.manager.latest_step()
-        if step is None:
-            return None
         where = self.folder / str(step)
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _saved(state))
-        items = {name: grain.checkpoint.CheckpointRestore(it) for name, it in iterators.items()}
         try:
             restored = self.manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), **items)
-            )
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_saved(abstract)))
+            )["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{where}: cannot go on from this checkpoint ({reason}); it is broken or of another recipe: use "
                 "another --workdir, or remove this folder to go on from the one before"
             ) from error
-        return dataclasses.replace(state, **restored["state"])
+        return TrainState(frozen=frozen, **{"ema": None, **restored})
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -48,8 +48,8 @@ class TrainLog:
             if math.isfinite(value):
                 self.board.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, image: Any) -> None:
-        """A picture uint8[H, W, 3] for TensorBoard."""
+    def image(self, step: int, name: str, image: Any) -> None:
+        """An image uint8[H, W, 3] for TensorBoard."""
         self.board.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:

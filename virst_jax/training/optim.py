@@ -58,10 +58,10 @@ def rate_factors(paths: Sequence[str], groups: Groups) -> dict[str, float]:
             raise UserError(f"parameter groups: none fits {path}; end the table with ('.*', 0.0) to freeze the rest")
         used.add(hit)
         factors[path] = float(compiled[hit][1])
-    # the last one may be a remainder that is empty
+    # the last pattern may stand for a rest that is empty
     idle = [groups[i][0] for i in range(len(groups) - 1) if i not in used]
     if idle:
-        raise UserError(f"parameter groups: {idle[0]!r} decides no parameter; mend it or remove it")
+        raise UserError(f"parameter groups: {idle[0]!r} decides no parameter; fix it or remove it")
     return factors
 
 
@@ -129,7 +129,7 @@ def make_optimizer(cfg: OptimConfig, groups: Groups) -> optax.GradientTransforma
 
 
 def _directions(cfg: OptimConfig) -> optax.GradientTransformation:
-    """Gradients -> directions, before decay and learning rate."""
+    """Gradients -> un-negated updates, before weight decay and learning rate."""
     if cfg.name == "adamw":
         return optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
     if cfg.name != "muon":
@@ -139,7 +139,7 @@ def _directions(cfg: OptimConfig) -> optax.GradientTransformation:
         return unflatten({path: matrix_axes(path, leaf) for path, leaf in flatten(params).items()})
 
     return optax.contrib.muon(
-        -1.0,  # a direction uphill, as scale_by_adam gives
+        -1.0,  # an un-negated update, as scale_by_adam gives
         ns_coeffs=NEWTON_SCHULZ,
         adam_b1=cfg.b1,
         adam_b2=cfg.b2,
@@ -174,5 +174,5 @@ def decays(path: str, leaf: Any) -> bool:
 
 
 def update_ema(ema: Any, params: Any, decay: jax.Array | float) -> Any:
-    """Averaged parameters float32, moved a little towards the present ones."""
+    """Averaged parameters float32: decay * average + (1 - decay) * present ones."""
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema, params)

@@ -1,6 +1,6 @@
 """The training state and its step.
 
-Axes: B videos of a batch.
+Axes: B examples of a batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,28 +13,16 @@ import optax
 
 from virst_jax.config import VirstConfig
 from virst_jax.parallel.sharding import replicate
-from virst_jax.training.losses import (
-    CellBatch,
-    NamedBatch,
-    PatchBatch,
-    ReadBatch,
-    TextBatch,
-    VideoBatch,
-    cell_loss,
-    named_loss,
-    patch_loss,
-    text_loss,
-    video_losses,
-)
+from virst_jax.training.losses import video_losses
 from virst_jax.training.optim import Groups, OptimConfig, join, make_optimizer, split, update_ema
+from virst_jax.training.tasks import Batch, LossFunction
 
-Batch = PatchBatch | CellBatch | NamedBatch | ReadBatch | TextBatch
 Metrics = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes, and the frozen parameters."""
+    """What a step changes, and the frozen parameters."""
 
     step: jax.Array  # int32[], batches seen
     params: Any  # the trained parameters, float32
@@ -62,73 +50,79 @@ def init_state(cfg: VirstConfig, optim: OptimConfig, groups: Groups, params: Map
 
 
 def batch_loss(
-    cfg: VirstConfig, params: Any, batch: Batch, rng: jax.Array | None, mesh_axes: tuple[str, ...] | None = None
+    cfg: VirstConfig,
+    params: Any,
+    batch: Batch,
+    rng: jax.Array | None,
+    loss: LossFunction,
+    mesh_axes: tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """The mean loss over the videos of a batch.
+    """The mean loss over the examples of a batch.
 
     Args:
-      batch: a PatchBatch, CellBatch, ReadBatch, TextBatch or VideoBatch whose arrays have a leading axis B.
+      batch: its arrays have a leading axis B.
       rng: of dropout; None: without.
-      mesh_axes: the mesh axes that share out B.
+      loss: of one example.
+      mesh_axes: the mesh axes that B is split over.
 
     Returns:
       float32[], and the parts, float32[].
     """
     count = jax.tree.leaves(batch)[0].shape[0]
-    losses: Callable[..., Any] = text_loss
-    if isinstance(batch, PatchBatch):
-        losses = patch_loss
-    elif isinstance(batch, CellBatch):
-        losses = cell_loss
-    elif isinstance(batch, NamedBatch):
-        losses = named_loss
-    elif isinstance(batch, VideoBatch):
-        losses = video_losses
 
-    def of_video(batch: Batch, rng: jax.Array | None) -> Any:
-        loss, parts = losses(cfg, params, batch, rng)
-        return loss, {name: value for name, value in parts.items() if name != "masks"}
+    def of_example(example: Batch, rng: jax.Array | None) -> tuple[jax.Array, Metrics]:
+        value, parts = loss(cfg, params, example, rng)
+        return value, {name: part for name, part in parts.items() if name != "masks"}
 
     rngs = None if rng is None else jax.random.split(rng, count)
-    loss, parts = jax.vmap(of_video, spmd_axis_name=mesh_axes)(batch, rngs)
-    return loss.mean(), jax.tree.map(jnp.mean, parts)
+    value, parts = jax.vmap(of_example, spmd_axis_name=mesh_axes)(batch, rngs)
+    return value.mean(), jax.tree.map(jnp.mean, parts)
 
 
 def make_train_step(
     cfg: VirstConfig,
     optim: OptimConfig,
     groups: Groups,
+    loss: LossFunction = video_losses,
     *,
     seed: int = 0,
     mesh_axes: tuple[str, ...] | None = None,
     dropout: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """A pure function (state, batch) -> (state, metrics); a batch whose loss or gradient is not finite changes nothing
-    but the count of steps."""
+    """A pure function (state, batch) -> (state, metrics) for one kind of batch.
+
+    A batch whose loss or gradient is not finite changes nothing but the count of steps.
+
+    Args:
+      loss: of one example.
+      seed: of dropout.
+      mesh_axes: the mesh axes that the batch is split over.
+    """
     optimizer = make_optimizer(optim, groups)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
 
         def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:
-            return batch_loss(cfg, replicate(join(trained, state.frozen)), batch, rng, mesh_axes)
+            return batch_loss(cfg, replicate(join(trained, state.frozen)), batch, rng, loss, mesh_axes)
 
-        (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        (value, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None
         if state.ema is not None:
             count = (state.step + 1) // optim.accumulate
-            decay = jnp.minimum(optim.ema, (1 + count) / (10 + count))  # the first parameters are soon forgotten
+            # smaller at first, so that the first parameters soon weigh nothing
+            decay = jnp.minimum(optim.ema, (1 + count) / (10 + count))
             moved = (state.step + 1) % optim.accumulate == 0
             ema = update_ema(state.ema, params, jnp.where(moved, decay, 1.0))
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         old = (state.params, state.opt_state, state.ema)
         params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), old
         )
-        metrics = {"loss": loss, **parts, "grad_norm": norm, "finite": finite}
+        metrics = {"loss": value, **parts, "grad_norm": norm, "finite": finite}
         return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
 
     return step

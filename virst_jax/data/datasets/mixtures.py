@@ -1,4 +1,4 @@
-"""How often each data set is drawn in training, and how many expressions a sample takes. Data for the recipes.
+"""How often each data set is drawn in training. Data for the recipes.
 
 From the defaults of data/hybrid_dataset.py (groups, and video sets within rvos), data/sem_seg_dataset.py,
 data/refer_seg_dataset.py (sets within these groups are drawn evenly) and utils/argument.py of the release. Its scripts
@@ -7,9 +7,6 @@ for the stages are not public; that stage 1 leaves the group rvos out is this pr
 
 from collections.abc import Mapping
 
-EXPRESSIONS_PER_SAMPLE = 3  # at most, drawn without repetition; the release's num_classes_per_sample
-SAMPLE_RANGE = (8, 12)  # frames of a sample, num_frames_sample_range
-POLICY = "uniform"  # video_sample_policy
 EXPLANATORY = 0.1  # part of the ReasonSeg samples with an explanation that are answered in text alone
 
 # hybrid_dataset.py: dataset and sample_rate; "vqa" (3) stands in that list but has no reader in the release
@@ -50,9 +47,3 @@ def mixture(groups: Mapping[str, float]) -> dict[str, float]:
         for group, weight in groups.items()
         for name, part in MEMBERS[group].items()
     }
-
-
-# The weights of each recipe, by names of the registry; the split is "train" throughout.
-STAGE1 = mixture({group: weight for group, weight in GROUPS.items() if group != "rvos"})
-STAGE2 = mixture(GROUPS)
-STAGE3 = mixture(GROUPS)
