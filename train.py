@@ -224,6 +224,7 @@ def main(args: argparse.Namespace) -> int:
 
         compile_only(config, starting_point(config)[0], args.topology)
         return 0
+    command.check_start(config)
     workdir = command.workdir_of(args)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))

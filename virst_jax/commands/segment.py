@@ -336,9 +336,8 @@ def _write_pictures(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """overlay.mp4 and preview.png from the masks on disk; areas, boxes and run-length codes of every expression."""
-    from pycocotools import mask as coco
-
     from virst_jax.io import visualize
+    from virst_jax.io.masks import encode_mask
     from virst_jax.io.video import VideoWriter, prefetch
 
     strip = visualize.legend(expressions, reader.size[1])
@@ -361,16 +360,23 @@ def _write_pictures(
             if i in shown:
                 sheet.append(image)
             for record, mask in zip(objects, masks):
-                code = coco.encode(np.asfortranarray(mask, np.uint8))
-                area = int(coco.area(code))
-                record["areas"].append(area)
-                record["boxes"].append([int(x) for x in coco.toBbox(code)] if area else None)
-                record["rle"].append({"size": list(code["size"]), "counts": code["counts"].decode()})
+                record["areas"].append(int(mask.sum()))
+                record["boxes"].append(_box(mask))
+                record["rle"].append({"size": list(mask.shape), "counts": encode_mask(mask)})
             progress("overlay", i + 1, len(names))
     labels = [f"frame {names[i]}" for i in sorted(shown)]
     with atomic.new_file(out / "preview.png") as file:
         Image.fromarray(visualize.contact_sheet(sheet, labels, expressions)).save(file, format="PNG")
     return objects
+
+
+def _box(mask: np.ndarray) -> list[int] | None:
+    """Left, top, width and height of what a mask shows."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return None
+    top, left = int(rows[0]), int(columns[0])
+    return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]
 
 
 def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:

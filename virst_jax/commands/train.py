@@ -56,6 +56,17 @@ def limit_steps(config: Any, steps: int) -> Any:
     return config
 
 
+def check_start(config: Any) -> None:
+    """Raises UserError: a recipe of a large network that names no model to start from, and no tokenizer."""
+    model = config.get("model", {})
+    if model.get("preset", "tiny") == "tiny" or model.get("init") or model.get("tokenizer"):
+        return
+    raise UserError(
+        f"config.model.init is missing: {model.preset} starts from a model, as `virst convert` writes it; give "
+        "--config.model.init=MODEL, or --config.model.tokenizer=DIR to train from random parameters"
+    )
+
+
 def workdir_of(args: argparse.Namespace) -> Path:
     """--workdir, or runs/NAME; a run that --steps cut short has a folder of its own, since its models are no models."""
     name = Path(args.config.partition(":")[0]).stem

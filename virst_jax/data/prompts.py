@@ -8,6 +8,7 @@ this very wording, so none of it may change.
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,7 @@ def load_tokenizer(path: str | Path, seg_token_id: int | None = None) -> Tokeniz
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: {name} is missing; copy it from the VideoChat-Flash checkpoint")
     # Imported here because it takes seconds. Not AutoTokenizer: it asks to run the checkpoint's own code.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, which tokenizers do not need
     from transformers import Qwen2Tokenizer
 
     try:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco
 
 from virst_jax.errors import UserError
 from virst_jax.io.json_files import kind_of
@@ -23,7 +22,10 @@ _OUTSIDE = 8  # sides of a frame by which a polygon may leave it
 
 def encode_mask(mask: np.ndarray) -> str:
     """The compressed code of a mask bool[H, W]: `counts` of pycocotools."""
-    return coco.encode(np.asfortranarray(mask, np.uint8))["counts"].decode("ascii")
+    pixels = np.asarray(mask, bool).T.reshape(-1)
+    edges = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    runs = np.diff(np.concatenate([[0] if pixels[:1].any() else [], [0], edges, [len(pixels)]]).astype(np.int64))
+    return write_runs(runs)
 
 
 def decode_mask(code: Any, size: Size, where: str) -> np.ndarray:
@@ -140,6 +142,19 @@ def read_runs(code: str) -> np.ndarray:
     return numbers
 
 
+def write_runs(runs: np.ndarray) -> str:
+    """The compressed code of runs int64[runs]: what `read_runs` reads, as pycocotools writes it."""
+    numbers = np.array(runs, np.int64)
+    numbers[3:] -= runs[1:-2]
+    digits = np.ones(len(numbers), np.int64)  # groups of five bits, one of them the sign
+    while (short := (numbers >> (5 * digits - 1)) != np.where(numbers < 0, -1, 0)).any():
+        digits[short] += 1
+    place = np.arange(digits.max(initial=1))
+    groups = (numbers[:, None] >> (5 * place)) & 31
+    groups |= np.where(place < digits[:, None] - 1, 32, 0)  # another one follows
+    return (groups + 48)[place < digits[:, None]].astype(np.uint8).tobytes().decode("ascii")
+
+
 def draw_polygons(polygons: Sequence[Any], size: Size, where: str) -> np.ndarray:
     """The union of polygons [x0, y0, x1, y1, ...] in pixels: bool[H, W]. Those of less than three points are left out.
 
@@ -147,6 +162,8 @@ def draw_polygons(polygons: Sequence[Any], size: Size, where: str) -> np.ndarray
       UserError: a polygon is no list of finite numbers, lies far outside of the frame, or is longer than any outline
         in it; none has three points.
     """
+    from pycocotools import mask as coco  # an extra: inference does without
+
     height, width = size
     reach = _OUTSIDE * max(size)
     drawn = []
