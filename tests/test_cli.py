@@ -4,6 +4,8 @@ import argparse
 import errno
 import functools
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +20,11 @@ from pycocotools import mask as coco
 import virst_jax
 from helpers.network import CFG, write_model
 from virst_jax import cli
-from virst_jax.commands import chat, demo, segment
+from virst_jax.api import EMBEDDED
+from virst_jax.commands import _common, demo, progress, segment_run
 from virst_jax.commands.progress import Progress
 from virst_jax.errors import UserError
-from virst_jax.io.video import open_video
+from virst_jax.io.video import VideoWriter, open_video
 
 FRAMES = 7
 
@@ -37,8 +40,7 @@ def _shared(tmp_path_factory):
     loaded = functools.cache(virst_jax.load)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-        for module in (segment, chat):
-            patch.setattr(module, "load_model", lambda name, dtype=None: loaded(name, dtype=dtype))
+        patch.setattr(_common, "load_model", lambda args: loaded(args.model, dtype=args.dtype))
         yield
 
 
@@ -104,7 +106,7 @@ def test_a_second_run_needs_resume(finished, model, frames, capsys):
     arguments = ["segment", str(frames), "the dog", "what? a cat!", "--model", str(model), "--out", str(finished)]
     before = (finished / "result.json").stat().st_mtime_ns
     assert cli.main(arguments) == 2
-    assert "exists already; choose another folder, or --resume" in capsys.readouterr().err
+    assert "exists already; choose another folder, --resume" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume"]) == 0
     assert (finished / "result.json").stat().st_mtime_ns == before
     assert cli.main([*arguments, "--resume", "--seed", "3"]) == 2
@@ -121,7 +123,7 @@ def test_an_interrupted_run_goes_on(finished, model, frames, tmp_path, monkeypat
     out = tmp_path / "masks"
     arguments = ["segment", str(frames), "the dog", "what? a cat!", "--model", str(model), "--out", str(out)]
     written: list[Path] = []
-    write = segment.write_mask
+    write = segment_run.write_mask
 
     def stops(path: Path, mask: np.ndarray) -> None:
         if path.name == "img005.png":
@@ -129,8 +131,8 @@ def test_an_interrupted_run_goes_on(finished, model, frames, tmp_path, monkeypat
         written.append(path)
         write(path, mask)
 
-    monkeypatch.setattr(segment, "write_mask", stops)
-    monkeypatch.setattr(segment, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(segment_run, "write_mask", stops)
+    monkeypatch.setattr(segment_run, "SAVE_SECONDS", 0.0)
     assert cli.main(arguments) == (130 if isinstance(stop, KeyboardInterrupt) else 2)
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
@@ -141,7 +143,7 @@ def test_an_interrupted_run_goes_on(finished, model, frames, tmp_path, monkeypat
 
     written.clear()
     stop = None
-    monkeypatch.setattr(segment, "write_mask", lambda path, mask: (written.append(path), write(path, mask)))
+    monkeypatch.setattr(segment_run, "write_mask", lambda path, mask: (written.append(path), write(path, mask)))
     assert cli.main([*arguments, "--resume"]) == 0
     # the first chunk was there: its frames are not computed again
     assert {path.name for path in written} == {f"img{t:03d}.png" for t in range(4, FRAMES)}
@@ -151,7 +153,10 @@ def test_an_interrupted_run_goes_on(finished, model, frames, tmp_path, monkeypat
         assert (out / path.relative_to(finished)).read_bytes() == path.read_bytes()
 
 
-def test_control_c_from_outside(model, frames, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_signals_from_outside(model, frames, tmp_path, number, status, said):
     """A real signal to a real process, before anything is compiled."""
     process = subprocess.Popen(
         [sys.executable, "-m", "virst_jax.cli", "segment", frames, "x", "--model", model, "--out", tmp_path / "out"],
@@ -159,12 +164,12 @@ def test_control_c_from_outside(model, frames, tmp_path):
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / ".virst").is_dir() and time.monotonic() < deadline:
+    while not (tmp_path / "out" / ".virst" / "settings.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert error.strip().splitlines()[-1] == "interrupted; finished parts are kept"
+    assert process.returncode == status
+    assert error.strip().splitlines()[-1] == f"{said}; finished parts are kept"
 
 
 def test_thinned(model, frames, tmp_path):
@@ -246,22 +251,178 @@ def test_every_command_explains_itself(name, capsys):
     [
         ("The Dog", "the-dog"),
         ("what?!  ../../etc", "what-etc"),
-        ("élan vital", "elan-vital"),
-        ("猫", "expression"),
+        ("élan vital", "élan-vital"),
+        ("e\u0301lan", "élan"),
+        ("猫 和 狗", "猫-和-狗"),
+        ("बिल्ली", "बिल्ली"),
+        ("?!", "expression"),
+        ("猫" * 90, "猫" * 40),
         ("a" * 90, "a" * 40),
     ],
 )
 def test_slug(text, expected):
-    assert segment.slug(text) == expected
+    assert segment_run.slug(text) == expected
 
 
-def test_progress_is_silent_where_nobody_looks(capsys):
-    with Progress() as progress:
+def test_quick_work_is_silent_off_a_terminal(capsys):
+    with Progress() as shown:
         for stage, done, total in (("decode", 0, 0), ("compile track", 0, 0), ("encode", 1, 2), ("track", 3, 3)):
-            progress(stage, done, total)
+            shown(stage, done, total)
     captured = capsys.readouterr()
     assert not captured.out.strip()
     assert not captured.err.strip()
+
+
+def test_long_work_says_where_it_stands_off_a_terminal(capsys):
+    lines = progress._Lines()
+    begin = lines._begin
+    lines.tick(begin + 100)  # nothing has begun
+    lines.set("encode", 1, 8)
+    lines.tick(begin + 5)
+    assert capsys.readouterr().err == ""
+    for second in range(11, 200):
+        if second == 80:
+            lines.set("track", 3, 960)
+        lines.tick(begin + second)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "[00:11] encode: 1 of 8",
+        "[01:11] encode: 1 of 8",
+        "[01:20] track: 3 of 960",
+        "[02:20] track: 3 of 960",
+    ]
+
+
+def segmented(video, model, out, *more):
+    return cli.main(["segment", str(video), "the dog", "--model", str(model), "--out", str(out), *more])
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"objects": []}', "[1]"])
+def test_an_empty_or_cut_result_is_no_result(finished, model, frames, tmp_path, content):
+    out = tmp_path / "masks"
+    shutil.copytree(finished, out)
+    (out / "result.json").write_text(content)
+    (out / "02-what-a-cat" / "img003.png").unlink()
+    arguments = ["segment", str(frames), "the dog", "what? a cat!", "--model", str(model), "--out", str(out)]
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert without_times(out) == without_times(finished)
+    assert (out / "02-what-a-cat" / "img003.png").is_file()
+
+
+def test_a_second_run_into_a_folder_says_so(model, frames, tmp_path, capsys):
+    out = tmp_path / "masks"
+    with segment_run.claimed(out):
+        for more in ([], ["--resume"], ["--overwrite"]):
+            assert segmented(frames, model, out, *more) == 2
+            assert "another run is at work here" in capsys.readouterr().err
+    assert not out.exists()  # nothing was written
+    assert segmented(frames, model, out) == 0
+
+
+def test_overwriting(model, frames, tmp_path, capsys):
+    out = tmp_path / "masks"
+    assert segmented(frames, model, out, "--max-frames", "3") == 0
+    (out / "notes.txt").write_text("")
+    assert segmented(frames, model, out, "--overwrite") == 0
+    assert len(list((out / "01-the-dog").iterdir())) == FRAMES
+    assert not (out / "notes.txt").exists()
+    capsys.readouterr()
+    assert segmented(frames, "none", out, "--overwrite") == 2  # before anything is removed
+    assert (out / "result.json").is_file()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("")
+    assert segmented(frames, model, tmp_path / "photos", "--overwrite") == 2
+    assert "was not written by virst segment" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["a.jpg"]
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_model_is_loaded(frames, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_common, "load_model", lambda args: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    assert segmented(frames, "none", tmp_path / "file" / "masks") == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    assert "cannot be written" in error
+
+
+def test_the_small_model_says_what_it_is(model, frames, tmp_path, monkeypatch, capsys):
+    tiny = virst_jax.load(model)
+    monkeypatch.setattr(_common, "load_model", lambda args: tiny)
+    assert cli.main(["segment", str(frames), "the dog", "the cat", "--out", str(tmp_path / "a")]) == 0
+    captured = capsys.readouterr()
+    assert "knows nothing of the real world" in captured.err
+    assert "--model" in captured.err
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert "knows nothing of the real world" in result["notes"][0]
+    for text, record in zip(("the dog", "the cat"), result["objects"]):
+        count = sum(area > 0 for area in record["areas"])
+        assert (f"'{text}': found in {count} of {FRAMES} frames" if count else f"'{text}': not found") in captured.out
+    assert segmented(frames, model, tmp_path / "b") == 0
+    assert "real world" not in capsys.readouterr().err
+    assert cli.main(["chat", str(frames), "what is it?"]) == 2
+    assert "it cannot answer questions" in capsys.readouterr().err
+
+
+def test_results_as_json(model, frames, tmp_path, capsys):
+    assert segmented(frames, model, tmp_path / "a", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["objects"][0]["expression"] == "the dog"
+    assert told["objects"][0]["frames"] == FRAMES
+    assert cli.main(["info", "--json", "--model", str(model), "--check"]) == 0
+    assert "are as they were saved" in json.loads(capsys.readouterr().out)["digests"]
+    assert cli.main(["chat", str(frames), "what?", "--model", str(model), "--max-new-tokens", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["question"] == "what?"
+
+
+def test_a_second_video_is_no_sentence(model, frames, tmp_path, capsys):
+    for second in ("other.mp4", str(frames / "img001.png"), "b.JPG"):
+        assert cli.main(["segment", str(frames), second, "x", "--model", str(model), "--out", str(tmp_path / "o")]) == 2
+        assert "looks like a second video" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_times_and_the_legend(model, frames, tmp_path):
+    out = tmp_path / "out"
+    assert segmented(frames, model, out, "--fps", "4", "--no-legend", "--every", "2") == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["times"] == [0.0, 0.5, 1.0, 1.5]
+    overlay = open_video(out / "overlay.mp4")
+    assert overlay.size == (20, 32)  # even, and nothing below
+    np.testing.assert_allclose(overlay.times_of(range(4)), result["times"])
+    assert segmented(frames, model, tmp_path / "b") == 0
+    assert json.loads((tmp_path / "b" / "result.json").read_text())["times"] is None
+
+
+def test_damaged_videos(model, tmp_path, capsys):
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, (64, 64), 10) as video:
+        for frame in np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3), np.uint8):
+            video.write(frame)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    assert segmented(path, model, tmp_path / "out") == 2
+    assert "cut short" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert segmented(path, model, tmp_path / "few", "--max-frames", "2") == 0
+    assert segmented(path, model, tmp_path / "out", "--allow-damaged") == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["cut"]
+    assert 2 < len(result["frames"]) < 12
+    assert "the file is cut short" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_takes_one_line(tmp_path):
+    for arguments in (["info"], ["info", "--device", "cuda"], ["chat", "VIDEO", "x", "--model", "MODEL"]):
+        known = {"VIDEO": str(demo.CLIP), "MODEL": str(EMBEDDED["tiny"])}
+        run = subprocess.run(
+            [sys.executable, "-m", "virst_jax.cli", *(known.get(a, a) for a in arguments)],
+            env={**os.environ, "JAX_PLATFORMS": "cpu" if "--device" in arguments else "cuda"},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 2, run.stderr
+        assert len(run.stderr.strip().splitlines()) == 1
+        assert "'cuda'" in run.stderr
 
 
 def test_the_sample_clip():

@@ -1,7 +1,7 @@
 """The command `virst`: subcommands, each a module with HELP, add_arguments and run.
 
 Exit status: that of the subcommand, 2 for bad input (one line on stderr says what, where and how to fix it), 130 when
-interrupted.
+interrupted, 143 when told to end by SIGTERM.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def guarded(run: Callable[[], int]) -> int:
             return run()
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted; finished parts are kept", file=sys.stderr)
-        return 130
+        return getattr(stop, "status", 130)
     except BrokenPipeError:
         failures.leave_pipe()
         return 1

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from PIL import ImageFont
 
-from virst_jax.io import visualize
+from virst_jax.io import fonts, visualize
 
 
 def test_colors_differ():
@@ -31,6 +32,44 @@ def test_overlay():
     # the edge of the frame is no edge of the mask
     assert np.abs(out[19, 25] - (100 + second) / 2).max() <= 0.5
     assert np.abs(out[10, 29] - (100 + second) / 2).max() <= 0.5
+
+
+def test_overlapping_masks_keep_their_colours():
+    frame = np.full((60, 80, 3), 100, np.uint8)
+    masks = np.zeros((3, 60, 80), bool)
+    masks[:2, 10:50, 10:70] = True  # the same twice
+    masks[2, 30:55, 40:75] = True
+    out = visualize.overlay(frame, masks)
+    filled = [((100 + np.array(visualize.color(i))) / 2).round() for i in range(3)]
+    own = np.stack([(np.abs(out.astype(int) - f) <= 1).all(-1) for f in filled])
+    edge = np.stack([(out == visualize.color(i)).all(-1) for i in range(3)])
+    assert (own | edge).any(0)[masks.any(0)].all()  # no colour that the legend lacks
+    both = np.s_[:, 12:28, 12:38]
+    assert own[both][0].mean() == pytest.approx(0.5, abs=0.1)
+    assert own[both][1].mean() == pytest.approx(0.5, abs=0.1)
+    assert edge[0, 10, 10:70].sum() + edge[1, 10, 10:70].sum() == 60
+    assert min(edge[0, 10, 10:70].sum(), edge[1, 10, 10:70].sum()) > 20
+    assert own[2, 35:45, 45:65].any()
+
+
+def test_a_legend_never_shows_empty_boxes(capsys, monkeypatch):
+    monkeypatch.setattr(fonts, "_files", lambda: ())
+    fonts._tell.cache_clear()
+    strip = visualize.legend(["the dog", "\u732b"], 320)
+    assert "no font here shows \u732b" in capsys.readouterr().err
+    np.testing.assert_array_equal(strip, visualize.legend(["the dog", "<732b>"], 320))
+    assert capsys.readouterr().err == ""
+    visualize.legend(["the dog", "\u00e9lan"], 320)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_font_is_chosen_by_what_it_shows(tmp_path, monkeypatch):
+    cjk = next((f for f in fonts._files() if fonts._has(ImageFont.truetype(f, 12), "\u732b")), None)
+    if cjk is None:
+        pytest.skip("no font with CJK here")
+    font, lacking = fonts.font_for(["the \u732b"], 12)
+    assert not lacking
+    assert fonts._has(font, "\u732b")
 
 
 @pytest.mark.parametrize("opacity", [0.0, 1.0])

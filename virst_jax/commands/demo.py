@@ -6,7 +6,7 @@ The clip was made by data.synthetic: 32 frames of 256 x 256 pixels, 8 a second.
 import argparse
 from pathlib import Path
 
-from virst_jax.commands.segment import run_segment
+from virst_jax.commands import _common, segment
 from virst_jax.errors import UserError
 
 HELP = """Segment the sample clip of this package (moving shapes) by several sentences with the small model "tiny".
@@ -29,14 +29,21 @@ EXPRESSIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("virst_demo"), help="folder to write (default: %(default)s)")
-    parser.add_argument("--model", default="tiny", help="(default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with what an interrupted run has left in OUT")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _common.add_model_arguments(parser)
+    segment.add_output_arguments(parser)
+    parser.set_defaults(**_DEFAULTS)
+
+
+# options of `virst segment` that the clip leaves no choice about
+_DEFAULTS = {"fps": None, "allow_damaged": False, "seed": 0, "exact": False, "every": 1, "max_frames": None}
 
 
 def run(args: argparse.Namespace) -> int:
     if not CLIP.is_file():
         raise UserError(f"{CLIP}: the sample clip is missing; install the package again")
-    run_segment(str(CLIP), EXPRESSIONS, args.out, model=args.model, resume=args.resume, quiet=args.quiet)
-    print(f"wrote {args.out}: look at overlay.mp4 and preview.png")
+    args.at_home = True  # shapes are what the small model knows
+    result = segment.run_segment(args, str(CLIP), EXPRESSIONS)
+    segment.report(args, result)
+    if not args.json:
+        print("look at overlay.mp4 and preview.png in it")
     return 0

@@ -1,18 +1,28 @@
 """`virst info`: devices, versions, and what a model is."""
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import Any
 
-HELP = "Show devices and versions, and with --model what a model is: sizes, parameters, files."
+from virst_jax.commands import _common
+from virst_jax.errors import UserError
+
+HELP = """Show devices and versions, and with --model what a model is: sizes, parameters, files.
+
+With --check every parameter and every file of the model is compared with its digest."""
 EXAMPLES = """examples:
   virst info
-  virst info --model virst_7b"""
+  virst info --model virst_7b
+  virst info --model virst_7b --check"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help='model folder, or "tiny"')
+    parser.add_argument("--check", action="store_true", help="compare the model with its digests")
+    _common.add_device_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,21 +30,40 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from virst_jax.commands.segment import versions
-
+    if args.check and not args.model:
+        raise UserError("--check needs a model: add --model")
+    rows = list(_common.versions(args.device).items())
+    for device in jax.devices():
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+        rows.append((str(device), device.device_kind + (f", {memory / 2**30:.1f} GiB" if memory else "")))
+    if args.model:
+        rows += _describe(args.model)
+        rows.append(("digests", _digests(args.model, args.check)))
+    if args.json:
+        print(json.dumps(dict(rows), indent=1))
+        return 0
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in versions().items():
+    for name, value in rows:
         table.add_row(name, value)
-    for device in jax.devices():
-        memory = (device.memory_stats() or {}).get("bytes_limit")
-        table.add_row(str(device), device.device_kind + (f", {memory / 2**30:.1f} GiB" if memory else ""))
-    if args.model:
-        for name, value in _describe(args.model):
-            table.add_row(name, value)
     Console(soft_wrap=True).print(table)
     return 0
+
+
+def _digests(given: str, check: bool) -> str:
+    from virst_jax.api import find_model
+    from virst_jax.io import digests, model_folder
+
+    folder = find_model(given)
+    stated = digests.read(folder)
+    if stated is None:
+        return "no digests: the folder was written before there were any, and damage would not be seen"
+    if not check:
+        return f"of {len(stated.tensors)} parameters and {len(stated.files)} files (--check compares them)"
+    counts = model_folder.check_model(folder)
+    assert counts is not None
+    return f"{counts[0]} parameters and {counts[1]} files are as they were saved"
 
 
 def _describe(given: str) -> list[tuple[str, str]]:
@@ -66,4 +95,6 @@ def _describe(given: str) -> list[tuple[str, str]]:
         ("initial fusion", "on" if cfg.fusion.initial else "off"),
         ("tokenizer", f"{load_tokenizer(folder / model_folder.TOKENIZER, cfg.seg_token_id).num_rows} tokens"),
     ]
+    if _common.is_small(given):
+        rows.append(("it knows", "moving coloured shapes, and nothing of the real world"))
     return [(name, str(value)) for name, value in rows]

@@ -1,4 +1,4 @@
-"""Ctrl-C that is not lost: code of libraries may swallow the exception that it raises."""
+"""Ctrl-C and SIGTERM that are not lost: code of libraries may swallow the exception that they raise."""
 
 import contextlib
 import signal
@@ -6,29 +6,46 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-_asked = threading.Event()
+_asked: list[type[KeyboardInterrupt]] = []
+# a batch system or `kill` ends a process so, and a terminal that is closed
+_SIGNALS = [s for s in (signal.SIGINT, getattr(signal, "SIGTERM", None), getattr(signal, "SIGHUP", None)) if s]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: ends a command as Ctrl-C does, with everything saved that Ctrl-C saves."""
+
+    status = 143  # what a shell gives for SIGTERM
+
+    def __init__(self) -> None:
+        super().__init__("terminated; finished parts are kept")
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt and is remembered for `check`."""
+    """Inside, the signals raise KeyboardInterrupt and are remembered for `check`."""
     _asked.clear()
 
     def catch(number: int, frame: Any) -> None:
-        _asked.set()
-        raise KeyboardInterrupt
+        kind = KeyboardInterrupt if number == signal.SIGINT else Terminated
+        _asked.append(kind)
+        raise kind
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, catch)
+    before = {s: signal.getsignal(s) for s in _SIGNALS}
+    # what nohup has set to be ignored stays so
+    ours = {s: old for s, old in before.items() if s == signal.SIGINT or old is not signal.SIG_IGN}
+    for number in ours:
+        signal.signal(number, catch)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, old in ours.items():
+            signal.signal(number, old)
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if Ctrl-C was pressed; to be called in loops."""
-    if _asked.is_set():
-        raise KeyboardInterrupt
+    """Raises KeyboardInterrupt if the command was told to end; to be called in loops."""
+    if _asked:
+        raise _asked[0]

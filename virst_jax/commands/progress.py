@@ -1,5 +1,8 @@
-"""A progress bar for every stage of a command, on stderr."""
+"""How far a command has come, on stderr: a bar for every stage, or lines where nobody looks at a terminal."""
 
+import sys
+import threading
+import time
 from typing import Any
 
 from rich.console import Console
@@ -13,11 +16,15 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
+QUICK_SECONDS = 10.0  # work that is done by then says nothing off a terminal
+LINE_SECONDS = 60.0  # between two lines of one stage
+
 
 class Progress:
-    """Called with a stage, how much of it is done and of how much (0: unknown); shows a bar for each stage.
+    """Called with a stage, how much of it is done and of how much (0: unknown).
 
-    On anything but a terminal it prints nothing.
+    On a terminal it shows a bar for each stage. Elsewhere, such as in a log file, it prints a line for each stage and
+    each minute, once the work has taken `QUICK_SECONDS`.
     """
 
     def __init__(self, quiet: bool = False):
@@ -34,15 +41,22 @@ class Progress:
         )
         self._tasks: dict[str, Any] = {}
         self._compiled = 0
+        self._lines = None if quiet or console.is_terminal else _Lines()
 
     def __enter__(self) -> "Progress":
         self._bars.start()
+        if self._lines is not None:
+            self._lines.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._bars.stop()
+        if self._lines is not None:
+            self._lines.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._lines is not None:
+            self._lines.set(stage, done, total)
         if stage.startswith("compile "):
             # one line for all that is compiled; it shows what is at work
             self._compiled += 1
@@ -60,3 +74,40 @@ class Progress:
                     self._bars.stop_task(task.id)
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         return self._tasks[stage]
+
+
+class _Lines:
+    """Prints where the work stands, from a thread of its own: a stage may be silent for minutes."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._now: tuple[str, int, int] | None = None
+        self._told: tuple[str, float] = ("", 0.0)  # stage and time of the last line
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="progress")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def set(self, stage: str, done: int, total: int) -> None:
+        self._now = (stage, done, total)
+
+    def _work(self) -> None:
+        while not self._stop.wait(0.25):
+            self.tick(time.monotonic())
+
+    def tick(self, now: float) -> None:
+        """Prints a line if one is due."""
+        if self._now is None or now - self._begin < QUICK_SECONDS:
+            return
+        (stage, done, total), (told, when) = self._now, self._told
+        if stage == told and now - when < LINE_SECONDS:
+            return
+        self._told = (stage, now)
+        seconds = int(now - self._begin)
+        far = f": {done} of {total}" if total else ""
+        print(f"[{seconds // 60:02d}:{seconds % 60:02d}] {stage}{far}", file=sys.stderr, flush=True)

@@ -202,9 +202,8 @@ class FileReader(Reader):
 
     def _image(self, frame: Any, converter: Any) -> np.ndarray:
         image = converter.reformat(frame, format="rgb24").to_ndarray()
-        if (
-            self._matrix is None
-        ):  # asked for once: a frame that has shown its side data lives until cycles are collected
+        # asked for once: a frame that has shown its side data lives until cycles are collected
+        if self._matrix is None:
             self._matrix = _display_matrix(frame)
         image, self._turned = _as_shown(image, self._matrix, self.path)
         shape = getattr(self, "size", None)

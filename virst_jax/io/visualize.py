@@ -7,9 +7,12 @@ import colorsys
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from virst_jax.io.fonts import Font, font_for, shown
 
 OPACITY = 0.5
+_STRIPE, _DASH = 6, 4  # pixels
 BACKGROUND, TEXT = (24, 24, 24), (235, 235, 235)
 # far apart, also for most colour-blind people (Okabe and Ito's set, brightest first)
 _FIRST = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
@@ -27,6 +30,8 @@ def color(number: int) -> tuple[int, int, int]:
 def overlay(frame: np.ndarray, masks: np.ndarray, opacity: float = OPACITY) -> np.ndarray:
     """A frame with every mask filled in its expression's colour and outlined.
 
+    Where masks overlap their colours take turns in stripes, so that each is seen as the legend shows it.
+
     Args:
       frame: uint8[H, W, 3].
       masks: bool[N, H, W].
@@ -37,15 +42,37 @@ def overlay(frame: np.ndarray, masks: np.ndarray, opacity: float = OPACITY) -> n
     """
     out = frame.copy()
     boxes = [_box(mask) for mask in masks]
+    edges: list[np.ndarray] = []
+    for mask, box in zip(masks, boxes):
+        edge = np.zeros_like(mask)
+        edge[box] = _outline(mask[box], box, mask.shape)
+        edges.append(edge)
     levels = np.arange(256)
-    for number, (mask, box) in enumerate(zip(masks, boxes)):
+    for number, (mine, box) in enumerate(zip(_take_turns(masks, _STRIPE), boxes)):
         for channel, value in enumerate(color(number)):
             table = ((1 - opacity) * levels + opacity * value).round().astype(np.uint8)
             part = out[(*box, channel)]
-            np.copyto(part, table[part], where=mask[box])
-    for number, (mask, box) in enumerate(zip(masks, boxes)):
-        out[box][_outline(mask[box], box, mask.shape)] = color(number)
+            np.copyto(part, table[part], where=mine[box])
+    for number, (mine, box) in enumerate(zip(_take_turns(edges, _DASH), boxes)):
+        out[box][mine[box]] = color(number)
     return out
+
+
+def _take_turns(masks: Sequence[np.ndarray] | np.ndarray, width: int) -> list[np.ndarray]:
+    """Masks without overlap: where several lie, diagonal stripes of `width` pixels belong to one after the other."""
+    if not len(masks):
+        return []
+    count = np.sum(masks, axis=0, dtype=np.int32)
+    if count.max(initial=0) < 2:
+        return list(masks)
+    diagonal = np.add.outer(np.arange(count.shape[0]), np.arange(count.shape[1]))
+    turn = diagonal // width % np.maximum(count, 1)
+    before = np.zeros_like(count)
+    mine = []
+    for mask in masks:
+        mine.append(mask & (before == turn))
+        before += mask
+    return mine
 
 
 def _box(mask: np.ndarray) -> tuple[slice, slice]:
@@ -73,18 +100,20 @@ def _outline(mask: np.ndarray, box: tuple[slice, slice], size: tuple[int, ...]) 
 def legend(expressions: Sequence[str], width: int, font_size: int | None = None) -> np.ndarray:
     """A strip that names the expressions in their colours, uint8[h, width, 3]; long ones are cut to fit."""
     size = font_size or max(10, min(22, width // 24))
-    font = ImageFont.load_default(size)
+    font, lacking = font_for(expressions, size)
     line, gap = round(1.5 * size), size // 2
     strip = Image.new("RGB", (width, line * len(expressions) + gap), BACKGROUND)
     draw = ImageDraw.Draw(strip)
     for number, text in enumerate(expressions):
         top = gap // 2 + number * line
         draw.rectangle((gap, top + gap // 2, gap + size, top + gap // 2 + size), fill=color(number))
-        draw.text((2 * gap + size, top + gap // 2), _fit(text, font, width - 3 * gap - size), TEXT, font)
+        draw.text(
+            (2 * gap + size, top + gap // 2), _fit(shown(text, lacking), font, width - 3 * gap - size), TEXT, font
+        )
     return np.asarray(strip)
 
 
-def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
+def _fit(text: str, font: Font, room: int) -> str:
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(text + "...") > room:
@@ -115,7 +144,7 @@ def contact_sheet(
     columns = min(columns, len(frames))
     tall = max(1, round(height * cell / width))
     font_size = max(10, cell // 20)
-    font, gap = ImageFont.load_default(font_size), max(2, cell // 60)
+    (font, lacking), gap = font_for(labels, font_size), max(2, cell // 60)
     line = round(1.4 * font_size)
     rows = -(-len(frames) // columns)
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (tall + line + gap) + gap), BACKGROUND)
@@ -123,7 +152,7 @@ def contact_sheet(
     for i, (frame, label) in enumerate(zip(frames, labels)):
         x, y = gap + i % columns * (cell + gap), gap + i // columns * (tall + line + gap)
         sheet.paste(Image.fromarray(frame).resize((cell, tall), Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + tall), _fit(label, font, cell), TEXT, font)
+        draw.text((x, y + tall), _fit(shown(label, lacking), font, cell), TEXT, font)
     parts = [np.asarray(sheet)]
     if expressions:
         parts.append(legend(expressions, sheet.width, font_size))

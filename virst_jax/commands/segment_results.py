@@ -1,0 +1,128 @@
+"""What a run of `virst segment` leaves beside the masks: overlay, preview, and the table of results."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from virst_jax.commands.progress import Progress
+from virst_jax.errors import UserError
+from virst_jax.io import atomic
+from virst_jax.io.masks import encode_mask
+
+if TYPE_CHECKING:
+    from virst_jax.io.reader import Reader
+
+SHEET_FRAMES = 8
+_WHOLE = ("expressions", "frames", "frame_names", "objects")
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The result of a run that is through; None if there is none, or the file is empty, cut or damaged."""
+    try:
+        result = json.loads(path.read_text())
+        count = len(result["frames"])
+        whole = all(isinstance(result[key], list) for key in _WHOLE) and len(result["frame_names"]) == count
+        objects = result["objects"]
+        whole &= len(objects) == len(result["expressions"])
+        whole &= all(len(record[key]) == count for record in objects for key in ("areas", "boxes", "rle", "scores"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return result if whole else None
+
+
+def write(path: Path, data: Any) -> None:
+    """Writes JSON that people can read, whole."""
+    atomic.write_text(path, _json(data) + "\n")
+
+
+def _json(data: Any, depth: int = 0) -> str:
+    """JSON with a line for each member of its outer objects, and long lists on one line."""
+    if isinstance(data, Mapping) and data and depth < 3:
+        lines = (f"{' ' * (depth + 1)}{json.dumps(key)}: {_json(value, depth + 1)}" for key, value in data.items())
+        return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"
+    if isinstance(data, list) and data and isinstance(data[0], Mapping) and depth < 2:
+        lines = (" " * (depth + 1) + _json(value, depth + 1) for value in data)
+        return "[\n" + ",\n".join(lines) + "\n" + " " * depth + "]"
+    return json.dumps(data, ensure_ascii=False)
+
+
+def write_pictures(
+    reader: "Reader",
+    expressions: Sequence[str],
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    legend: bool,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """overlay.mp4 and preview.png from the masks on disk.
+
+    Returns:
+      Areas, boxes and run-length codes of every expression.
+    """
+    from virst_jax.io import visualize
+    from virst_jax.io.video import VideoWriter, prefetch
+
+    names, times = list(reader.frame_names), reader.times_of(range(reader.num_frames))
+    strip = visualize.legend(expressions, reader.size[1])[: None if legend else 0]
+    size = (reader.size[0] + len(strip), reader.size[1])
+    shown = {round(i * (len(names) - 1) / max(1, SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)}
+    sheet: list[np.ndarray] = []
+    objects: list[dict[str, Any]] = [{"areas": [], "boxes": [], "rle": []} for _ in folders]
+
+    def painted() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for name, frame in zip(names, reader):
+            masks = np.stack([_read_mask(folder / f"{name}.png", reader.size) for folder in folders])
+            yield masks, visualize.overlay(frame, masks)
+
+    with (
+        VideoWriter(out / "overlay.mp4", size, reader.fps, reader.format) as video,
+        contextlib.closing(prefetch(painted(), 4)) as frames,
+    ):
+        for i, (masks, image) in enumerate(frames):
+            video.write(np.concatenate([image, strip]), None if times is None else times[i])
+            if i in shown:
+                sheet.append(image)
+            for record, mask in zip(objects, masks):
+                _measure(record, mask)
+            progress("overlay", i + 1, len(names))
+    labels = [_label(names[i], None if times is None else times[i]) for i in sorted(shown)]
+    with atomic.new_file(out / "preview.png") as file:
+        Image.fromarray(visualize.contact_sheet(sheet, labels, expressions)).save(file, format="PNG")
+    return objects
+
+
+def _label(name: str, time: float | None) -> str:
+    return f"frame {name}" if time is None else f"frame {name}, {time:.2f} s"
+
+
+def _measure(record: dict[str, Any], mask: np.ndarray) -> None:
+    """Adds a frame's area, box and run-length code to those of an expression."""
+    record["areas"].append(int(mask.sum()))
+    record["boxes"].append(_box(mask))
+    record["rle"].append({"size": list(mask.shape), "counts": encode_mask(mask)})
+
+
+def _box(mask: np.ndarray) -> list[int] | None:
+    """Left, top, width and height of what a mask shows."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return None
+    top, left = int(rows[0]), int(columns[0])
+    return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]
+
+
+def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            mask = np.asarray(image) > 0
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: the mask is missing or broken; run it again with --overwrite") from error
+    if mask.shape != tuple(size):
+        raise UserError(f"{path}: {mask.shape[1]}x{mask.shape[0]} pixels are not the video's; was it changed?")
+    return mask

@@ -1,0 +1,280 @@
+"""One run of `virst segment`: its folder is claimed for it alone, and it goes on where an earlier one stopped."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+import time
+import unicodedata
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from virst_jax.commands import _common, interrupt, segment_results
+from virst_jax.commands.progress import Progress
+from virst_jax.errors import UserError
+from virst_jax.io import atomic, lock
+
+if TYPE_CHECKING:
+    from virst_jax.api import Model
+    from virst_jax.io.reader import Reader
+
+STATE = ".virst"
+SAVE_SECONDS = 30.0  # between two saves of the tracker's state
+RESULT, SETTINGS, TRACKER = "result.json", "settings.json", "tracker.npz"
+
+
+@contextlib.contextmanager
+def claimed(out: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+    """Holds a folder for this run; it is made, and if nothing is written to it, it is removed again.
+
+    Raises:
+      UserError: another run is at work there, or it holds something that this run must not touch.
+    """
+    made = not out.exists()
+    try:
+        with lock.exclusive(out / STATE):
+            others = [entry.name for entry in out.iterdir() if entry.name != STATE]
+            kept = [entry.name for entry in (out / STATE).iterdir() if entry.name != lock.LOCK]
+            if overwrite and others and not (kept or RESULT in others):
+                raise UserError(
+                    f"{out}: was not written by virst segment, so --overwrite leaves it alone; choose another folder"
+                )
+            if (others or kept) and not (resume or overwrite):
+                raise UserError(
+                    f"{out}: exists already; choose another folder, --resume to go on with it, or --overwrite to "
+                    "replace it"
+                )
+            if kept:
+                atomic.remove_leftovers(out, deep=True)
+            yield
+    finally:
+        for folder in (out / STATE, out)[: 2 if made else 1]:  # only if they are empty
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _clear(out: Path) -> None:
+    """Removes what an earlier run has left in a folder that is claimed."""
+    for entry in [*out.iterdir(), *(out / STATE).iterdir()]:
+        if entry.name in (STATE, lock.LOCK):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+class SegmentRun:
+    """Segments a video and writes the folder that virst_jax.commands.segment describes.
+
+    Whatever stops it, the same run goes on from there.
+
+    Args:
+      reader: the video.
+      out: a folder that is claimed.
+      source: what tells the video from others, for going on and for the result.
+      notes: for the result.
+      legend: below the overlay.
+      device: its name, for the result; None: JAX's default.
+      overwrite: remove what an earlier run has left.
+
+    Raises:
+      UserError: bad expressions, or a folder of another run.
+    """
+
+    def __init__(
+        self,
+        model: "Model",
+        reader: "Reader",
+        expressions: Sequence[str],
+        out: Path,
+        *,
+        seed: int = 0,
+        exact: bool = False,
+        source: Mapping[str, Any],
+        notes: Sequence[str] = (),
+        legend: bool = True,
+        device: str | None = None,
+        overwrite: bool = False,
+        progress: Progress,
+    ):
+        from virst_jax.inference.texts import check_expressions
+
+        self.model, self.reader, self.out, self.progress = model, reader, out, progress
+        self.seed, self.exact, self.notes, self.legend = seed, exact, list(notes), legend
+        self.overwrite, self.device = overwrite, device
+        self.expressions = check_expressions(model.tokenizer, expressions)
+        self.folders = [out / f"{i:02d}-{slug(text)}" for i, text in enumerate(self.expressions, 1)]
+        self.state_file = out / STATE / TRACKER
+        self.settings = {
+            "video": dict(source),
+            "every": getattr(reader, "every", 1),
+            "max_frames": getattr(reader, "max_frames", None),
+            "expressions": list(self.expressions),
+            "seed": seed,
+            "exact": exact,
+            "model": {"name": model.name, "config": json.loads(json.dumps(dataclasses.asdict(model.cfg)))},
+            "virst_jax": importlib.metadata.version("virst-jax"),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Does what is left to do, and gives the content of result.json."""
+        state = self._begin()
+        finished = segment_results.read(self.out / RESULT)
+        if finished is not None:
+            return finished
+        start = time.perf_counter()
+        names = list(self.reader.frame_names)
+        with self.model.segment_stream(
+            self.reader,
+            self.expressions,
+            seed=self.seed,
+            exact=self.exact,
+            still=self.reader.still,
+            progress=self.progress,
+            state=state,
+        ) as stream:
+            scores = _MaskFiles(stream, self.folders, names, self.state_file).write(state)
+        timings = dict(stream.timings)
+        before = time.perf_counter()
+        objects = segment_results.write_pictures(
+            self.reader, self.expressions, self.folders, self.out, legend=self.legend, progress=self.progress
+        )
+        timings["overlay"] = time.perf_counter() - before
+        timings["total"] = time.perf_counter() - start
+        for record, text, folder, row in zip(objects, self.expressions, self.folders, scores):
+            record.update(expression=text, folder=folder.name, scores=[round(float(score), 4) for score in row])
+        result = self._result(names, stream.plan, timings, objects)
+        segment_results.write(self.out / RESULT, result)
+        self.state_file.unlink(missing_ok=True)
+        return result
+
+    def _begin(self) -> dict[str, np.ndarray] | None:
+        """Compares what is there with this run, makes the folders, and gives the tracker's state, if any."""
+        settings_file = self.out / STATE / SETTINGS
+        if self.overwrite:
+            _clear(self.out)
+        if any(entry.name != STATE for entry in self.out.iterdir()) or settings_file.exists():
+            _check_settings(self.out, settings_file, self.settings)
+        segment_results.write(settings_file, self.settings)
+        for folder in self.folders:
+            folder.mkdir(exist_ok=True)
+        if not self.state_file.is_file():
+            return None
+        try:
+            with np.load(self.state_file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return None  # of no use: begin again
+
+    def _result(self, names: Sequence[str], plan: Any, timings: Mapping[str, float], objects: list) -> dict[str, Any]:
+        reader, model = self.reader, self.model
+        numbers = list(getattr(reader, "numbers", range(len(names))))
+        times = reader.times_of(range(len(names)))
+        damaged = [numbers[i] for i in reader.damaged]
+        return {
+            **self.settings,
+            "model": {"name": model.name, "config": model.cfg.name, "dtype": model.cfg.compute.dtype},
+            "notes": self.notes,
+            "size": {"height": reader.size[0], "width": reader.size[1]},
+            "fps": reader.fps,
+            "frames": numbers,
+            "frame_names": names,
+            "times": None if times is None else [round(time, 6) for time in times],
+            "damaged_frames": damaged,
+            "lost_frames": reader.num_lost,
+            "cut": reader.is_cut,
+            "sampled_frames": [numbers[i] for i in plan.sampled],
+            "segmentation_frames": [numbers[i] for i in plan.segmentation],
+            "anchors": [numbers[i] for i in plan.anchor_frames],
+            "timings": {stage: round(seconds, 3) for stage, seconds in timings.items()},
+            "versions": _common.versions(self.device),
+            "objects": objects,
+        }
+
+
+def slug(text: str, length: int = 40) -> str:
+    """A folder's name for an expression: its letters and digits, of any script, joined by "-"."""
+    kept = [c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFC", text.lower())]
+    words = "-".join("".join(kept).split())[:length]
+    while len(words.encode()) > 180:  # file systems hold 255 bytes
+        words = words[:-1]
+    return words.rstrip("-") or "expression"
+
+
+def write_mask(path: Path, mask: np.ndarray) -> None:
+    """Writes bool[H, W] as a PNG of 0 and 255, which appears whole."""
+    with atomic.new_file(path) as file:
+        Image.fromarray(mask.astype(np.uint8) * 255).save(file, format="PNG", compress_level=3)
+
+
+class _MaskFiles:
+    """Writes a stream's masks by several threads, and the tracker's state from time to time."""
+
+    def __init__(self, stream: Any, folders: Sequence[Path], names: Sequence[str], state_file: Path):
+        self.stream, self.folders, self.names, self.state_file = stream, folders, names, state_file
+        self.scores: list[np.ndarray] = []
+        self.writing: list[Future[None]] = []
+
+    def write(self, state: Mapping[str, np.ndarray] | None) -> np.ndarray:
+        """All scores float32[N, T]. Whatever stops it, the state is saved."""
+        self.scores = [] if state is None else list(state["scores"].T[: self.stream.first])
+        saved = time.monotonic()
+        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="png") as pool:
+            try:
+                for frame in self.stream:
+                    interrupt.check()
+                    self.scores.append(frame.scores)
+                    for folder, mask in zip(self.folders, frame.masks):
+                        path = folder / f"{self.names[frame.index]}.png"
+                        self.writing.append(pool.submit(write_mask, path, mask))
+                    self._wait(4 * len(self.folders))  # memory stays flat when the disk is slower than the tracker
+                    if time.monotonic() - saved > SAVE_SECONDS:
+                        self._save()
+                        saved = time.monotonic()
+                self._save()
+            except BaseException:
+                # a second error here must not hide the first
+                with contextlib.suppress(Exception):
+                    self._save()
+                raise
+        return np.stack(self.scores, axis=1)
+
+    def _wait(self, left: int) -> None:
+        while len(self.writing) > left:
+            self.writing.pop(0).result()
+
+    def _save(self) -> None:
+        self._wait(0)
+        kept = self.stream.state()
+        if int(kept["next"]):
+            kept["scores"] = np.stack(self.scores[: int(kept["next"])], axis=1)
+            atomic.write_npz(self.state_file, kept)
+
+
+def _check_settings(out: Path, file: Path, settings: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(file.read_text())
+        if not isinstance(before, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out}: holds no run to go on with; choose another folder") from error
+
+    def known(run: Mapping[str, Any]) -> dict[str, Any]:
+        video = run.get("video")
+        return {**run, "video": {k: v for k, v in video.items() if k != "path"} if isinstance(video, dict) else video}
+
+    now, then = known(settings), known(before)
+    other = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+    if other:
+        raise UserError(
+            f"{out}: holds another run ({', '.join(other)} differ); give the same arguments, another folder, or "
+            "--overwrite"
+        )
