@@ -369,6 +369,8 @@ def test_results_as_json(model, frames, tmp_path, capsys):
     assert told["objects"][0]["expression"] == "the dog"
     assert told["objects"][0]["frames"] == FRAMES
     assert cli.main(["info", "--json", "--model", str(model), "--check"]) == 0
+    assert "no digests" in json.loads(capsys.readouterr().out)["digests"]
+    assert cli.main(["info", "--json", "--model", "tiny", "--check"]) == 0
     assert "are as they were saved" in json.loads(capsys.readouterr().out)["digests"]
     assert cli.main(["chat", str(frames), "what?", "--model", str(model), "--max-new-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["question"] == "what?"

@@ -89,6 +89,8 @@ def run_segment(args: argparse.Namespace, video: str, expressions: Sequence[str]
         for note in notes:
             if not args.quiet:
                 _common.tell(f"note: {note}")
+        progress("count the frames", 0, 0)
+        progress("count the frames", reader.num_frames, reader.num_frames)  # a damaged video is told before all else
         progress("load the model", 0, 0)
         job = SegmentRun(
             _common.load_model(args),
