@@ -20,10 +20,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from conversion.checkpoint import SEG_MODEL, canonical
 from conversion.formats.safetensors_dir import write_safetensors_dir
 from conversion.formats.source import TensorSpec
 from conversion.formats.torch_file import write_torch_file
+from conversion.names import SEG_MODEL, canonical
 from conversion.rules import TRANSFORMS, rule_table
 from virst_jax.config import virst_7b
 

@@ -1,6 +1,5 @@
 """Builds our parameter tree from named tensors of the release, and takes it apart again."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,20 +8,10 @@ import numpy as np
 from virst_jax.errors import UserError
 from virst_jax.models.tree import unflatten
 
+from .names import listing, nearest
 from .rules import TRANSFORMS, Target
 
 Allocate = Callable[[str, tuple[int, ...], np.dtype], np.ndarray]
-
-
-def listing(names: Iterable[str], limit: int = 12) -> str:
-    """Names on one line, those that differ in a number only once."""
-    groups: dict[str, int] = {}
-    for name in sorted(names):
-        pattern = re.sub(r"\d+", "*", name)
-        groups[pattern] = groups.get(pattern, 0) + 1
-    shown = [f"{name} ({count})" if count > 1 else name for name, count in list(groups.items())[:limit]]
-    rest = len(groups) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more kinds" if rest > 0 else "")
 
 
 def assemble(
@@ -35,6 +24,7 @@ def assemble(
     expected: Mapping[str, tuple[int, ...]] | None = None,
     dtype: Callable[[str, np.dtype], np.dtype] = lambda path, given: given,
     allocate: Allocate = lambda path, shape, dtype: np.empty(shape, dtype),
+    on_value: Callable[[str, int | None, np.ndarray, np.dtype], None] = lambda path, slot, value, dtype: None,
 ) -> dict[str, Any]:
     """Fills a parameter tree; every name is used once and every place filled once.
 
@@ -47,15 +37,20 @@ def assemble(
       expected: shapes of the whole tree by path; a tensor of another shape raises.
       dtype: (path, dtype of the tensor) -> dtype to store.
       allocate: where the tree lies.
+      on_value: called with every tensor in our layout: its path, its slot of a stacked target, its values, and
+        the dtype in which they are stored.
 
     Raises:
-      UserError: unknown or missing names, or a wrong shape; lists the names.
+      UserError: unknown or missing names, or a wrong shape; lists the names, with the nearest known ones.
     """
     names = list(names)
     unknown = [name for name in names if name not in table]
-    if unknown:
-        raise UserError(f"{where}: {len(unknown)} names belong to no parameter of this config: {listing(unknown)}")
     missing = set(table) - set(names)
+    if unknown:
+        raise UserError(
+            f"{where}: {len(unknown)} names belong to no parameter of this config: {listing(unknown)}"
+            f"{nearest(unknown, missing or table)}"
+        )
     if missing and not partial:
         raise UserError(f"{where}: {len(missing)} parameters are missing: {listing(missing)}")
     slots: dict[str, list[int | None]] = {}
@@ -71,12 +66,14 @@ def assemble(
         try:
             value = TRANSFORMS[target.transform].to_jax(read(name))
         except (ValueError, IndexError) as error:
-            raise UserError(f"{where}: {name} has a shape that cannot be right ({error})") from error
+            raise UserError(
+                f"{where}: {name} has a shape that cannot be right ({error}; rule: {target.transform} to {target.path})"
+            ) from error
         shape = value.shape if target.slot is None else (len(slots[target.path]), *value.shape)
         if expected is not None and expected[target.path] != shape:
             raise UserError(
-                f"{where}: {name} gives {target.path} the shape {list(shape)}, but the config asks for "
-                f"{list(expected[target.path])}: choose the config that the checkpoint was trained with"
+                f"{where}: {name} gives {target.path} the shape {list(shape)} (rule: {target.transform}), but the "
+                f"config asks for {list(expected[target.path])}: choose the config that the checkpoint was trained with"
             )
         if target.path not in flat:
             flat[target.path] = allocate(target.path, shape, dtype(target.path, value.dtype))
@@ -84,6 +81,7 @@ def assemble(
         if whole.shape != shape:
             raise UserError(f"{where}: {name} has another shape than its sister layers")
         _copy(whole if target.slot is None else whole[target.slot], value)
+        on_value(target.path, target.slot, value, whole.dtype)
     return unflatten(flat)
 
 

@@ -2,6 +2,7 @@
 
     python -m conversion.convert --videochat DIR --sam2 FILE.pt --virst FILE.pt --out DIR
     python -m conversion.convert --videochat DIR --sam2 FILE.pt --out DIR          what training starts from
+    python -m conversion.convert --sam2 FILE.pt --out DIR                          SAM 2.1 alone, of any size
     python -m conversion.convert --to-torch MODEL --out FILE.pt
 
 Nothing of the sources is executed; torch is not needed. The result appears whole or not at all. Exit status: 0, or 2
@@ -16,23 +17,23 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from virst_jax import cli
 from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, model_folder
-from virst_jax.models.tree import flatten, unflatten
+from virst_jax.models.tree import flatten
 from virst_jax.models.virst import Virst
 
-from .assemble import assemble, take_apart
-from .checkpoint import Release
+from .assemble import take_apart
+from .checkpoint import Checkpoint
 from .formats.torch_file import write_torch_file
+from .gather import DTYPES, Converted, stored_dtype, write_assembled
+from .names import SEG_MODEL
 from .rules import rule_table
+from .tracker import check_size, convert_tracker
 
-DTYPES = ("bfloat16", "float32", "source")
-SCRATCH = "scratch"
 # what neither VideoChat-Flash nor SAM 2.1 holds
 FRESH = ("initial_fusion", "second_fusion", "occ_predictor")
 
@@ -61,9 +62,10 @@ def convert(
     dtype: str = "bfloat16",
     lora: str = "merge",
     lora_alpha: float = 16.0,
+    root: str | None = None,
     tokenizer: Path | None = None,
     progress: bool = True,
-) -> None:
+) -> Converted:
     """Writes the model folder `out` from the release's three files.
 
     The parameters lie in memory-mapped scratch files until Orbax has written them, so memory need not hold them.
@@ -74,6 +76,7 @@ def convert(
       cfg: the network; its LoRA rank follows from the checkpoint and `lora`.
       dtype: of the parameters, one of DTYPES; the prompt encoder stays float32 unless "source".
       lora: "merge" or "keep".
+      root: key of the VIRST checkpoint's state dict; None: one of the usual ones.
       tokenizer: folder of the tokenizer; None: `videochat`.
 
     Raises:
@@ -81,57 +84,34 @@ def convert(
     """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another folder or remove it first")
-    release = Release(videochat, sam2, virst, vocab_size=cfg.llm.vocab_size, lora=lora, lora_alpha=lora_alpha)
+    checkpoint = Checkpoint(
+        videochat, sam2, virst, vocab_size=cfg.llm.vocab_size, lora=lora, lora_alpha=lora_alpha, root=root
+    )
     try:
-        adapters = LoraConfig(0 if release.merge else release.rank, lora_alpha, cfg.llm.lora.dropout)
+        check_size(checkpoint.entries, cfg.sam2.hiera, str(sam2), SEG_MODEL)
+        adapters = LoraConfig(checkpoint.rank, lora_alpha, cfg.llm.lora.dropout)
         cfg = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, lora=adapters))
-        shapes = {path: tuple(leaf.shape) for path, leaf in flatten(model_folder.parameter_shapes(cfg)).items()}
-        names = release.names()
-        with atomic.new_folder(out) as part, tqdm(total=len(names), unit="tensor", disable=not progress) as bar:
-            bar.set_description("reading")
-            scratch = part / SCRATCH
-            scratch.mkdir()
+        fresh = FRESH if virst is None else ()
+        table = {name: to for name, to in rule_table(cfg).items() if to.path.split("/")[0] not in fresh}
+        with atomic.new_folder(out) as part:
             # first, so that a missing tokenizer does not cost the whole conversion
             model_folder.copy_tokenizer(tokenizer or videochat, part / model_folder.TOKENIZER)
-
-            def allocate(path: str, shape: tuple[int, ...], kind: np.dtype) -> np.ndarray:
-                if not shape:
-                    return np.empty(shape, kind)
-                raw = np.dtype(f"u{kind.itemsize}")  # memory maps of bfloat16 cannot be made directly
-                file = scratch / path.replace("/", ".")
-                return np.memmap(file, raw, mode="w+", shape=shape).view(kind)
-
-            def store(path: str, given: np.dtype) -> np.dtype:
-                if dtype == "source":
-                    return given
-                return np.dtype("float32" if path.startswith(model_folder.FLOAT32) else dtype)
-
-            def read(name: str) -> np.ndarray:
-                bar.update()
-                return release.read(name)
-
-            table, fresh = rule_table(cfg), FRESH if virst is None else ()
-            params = assemble(
-                {name: target for name, target in table.items() if target.path.split("/")[0] not in fresh},
-                names,
-                read,
-                where=release.where,
-                expected=shapes,
-                dtype=store,
-                allocate=allocate,
+            samples = write_assembled(
+                part,
+                table,
+                checkpoint.names(),
+                checkpoint.read,
+                where=checkpoint.where,
+                shapes={path: leaf.shape for path, leaf in flatten(model_folder.parameter_shapes(cfg)).items()},
+                store=stored_dtype(dtype, model_folder.FLOAT32),
+                more=_fresh(cfg, fresh),
+                describe=lambda params: model_folder.write_description(part, cfg, params),
+                progress=progress,
             )
-            drawn = flatten(_fresh(cfg, fresh))
-            params |= unflatten({path: x.astype(store(path, np.dtype(x.dtype))) for path, x in drawn.items()})
-            bar.set_description("writing")
-            bar.refresh()
-            model_folder.write_parameters(part / model_folder.PARAMS, params)
-            model_folder.write_description(part, cfg, params)
-            del params
-            for file in scratch.iterdir():
-                file.unlink()
-            scratch.rmdir()
+            checked, digest = samples.check(str(out), model_folder.read_parameters(part))
+        return Converted(cfg.name, checked, digest, tuple(checkpoint.warnings))
     finally:
-        release.close()
+        checkpoint.close()
 
 
 def _fresh(cfg: VirstConfig, parts: tuple[str, ...]) -> dict[str, Any]:
@@ -176,12 +156,13 @@ HELP = "Convert the released PyTorch checkpoints to a model folder, or back."
 EXAMPLES = """examples:
   virst convert --videochat checkpoints/videochat --sam2 checkpoints/sam2.1_hiera_large.pt \\
       --virst checkpoints/virst.pt --out virst_7b
+  virst convert --sam2 checkpoints/sam2.1_hiera_tiny.pt --out tracker
   virst convert --to-torch virst_7b --out back.pt"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videochat", type=Path, metavar="DIR", help="VideoChat-Flash: safetensors and tokenizer")
-    parser.add_argument("--sam2", type=Path, metavar="FILE.pt", help="sam2.1_hiera_large.pt")
+    parser.add_argument("--sam2", type=Path, metavar="FILE.pt", help="sam2.1_hiera_large.pt; alone, any of the four")
     parser.add_argument(
         "--virst", type=Path, metavar="FILE.pt", help="the VIRST checkpoint; without: a start for training"
     )
@@ -191,6 +172,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the parameters (default: %(default)s)")
     parser.add_argument("--lora", default="merge", choices=["merge", "keep"], help="(default: %(default)s)")
     parser.add_argument("--lora-alpha", type=float, default=16.0, metavar="A", help="(default: %(default)s)")
+    parser.add_argument(
+        "--root", metavar="KEY", help="where in the --virst file (or --sam2 alone) the tensors are (default: found)"
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer's folder (default: --videochat)")
     parser.add_argument("--peft-names", action="store_true", help="with --to-torch: name as PEFT wraps them")
 
@@ -202,31 +186,45 @@ def run(args: argparse.Namespace) -> int:
       UserError: bad arguments, or what is wrong with the files.
     """
     jax.config.update("jax_platforms", "cpu")  # only shapes and files: leave accelerators alone
-    sources = (args.videochat, args.sam2, args.virst)
     try:
         if args.to_torch:
-            if any(sources):
+            if args.videochat or args.sam2 or args.virst:
                 raise UserError("--to-torch takes a model folder alone: leave out --videochat, --sam2 and --virst")
             to_torch(args.to_torch, args.out, peft=args.peft_names)
         else:
-            if not all(sources[:2]):
-                raise UserError(
-                    "give the release's files: --videochat DIR, --sam2 FILE.pt and --virst FILE.pt (without the last: "
-                    "the model that training starts from)"
-                )
-            convert(
-                *sources,
-                args.out,
-                cfg=read_config(args.config),
-                dtype=args.dtype,
-                lora=args.lora,
-                lora_alpha=args.lora_alpha,
-                tokenizer=args.tokenizer,
-            )
+            _convert_sources(args)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("interrupted; nothing was written") from error
     print(f"wrote {args.out}")
     return 0
+
+
+def _convert_sources(args: argparse.Namespace) -> None:
+    sources = (args.videochat, args.sam2, args.virst)
+    if args.sam2 and not args.videochat and not args.virst:
+        done = convert_tracker(args.sam2, args.out, dtype=args.dtype, root=args.root)
+    elif all(sources[:2]):
+        done = convert(
+            *sources,
+            args.out,
+            cfg=read_config(args.config),
+            dtype=args.dtype,
+            lora=args.lora,
+            lora_alpha=args.lora_alpha,
+            root=args.root,
+            tokenizer=args.tokenizer,
+        )
+    else:
+        raise UserError(
+            "give the release's files: --videochat DIR, --sam2 FILE.pt and --virst FILE.pt (without the last: "
+            "the model that training starts from; --sam2 alone: a tracker)"
+        )
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{done.name}: {done.checked} values read again from {args.out} are those of the files; digest {done.digest}")
+    if args.virst:
+        for case in sorted((*args.virst.parent.glob("e2e_*.json"), *args.virst.parent.glob("*/e2e_*.json")))[:1]:
+            print(f"its recorded case: virst parity {case.parent} --case {case.stem} --checkpoint {args.out}")
 
 
 def main(argv: list[str] | None = None) -> int:

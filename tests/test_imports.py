@@ -29,6 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "virst_jax.parallel.processes": BASE,
     "virst_jax.parallel": {"virst_jax.parallel.processes", *NETWORK},
     "virst_jax.io.model_folder": {"virst_jax.io", "virst_jax.parallel.processes", *NETWORK},
+    "virst_jax.io.tracker_folder": {"virst_jax.io", "virst_jax.io.model_folder", *NETWORK},
     "virst_jax.data": {"virst_jax.io", *BASE},
     "virst_jax.io": BASE,
     "virst_jax.models": {"virst_jax.ops", *BASE},

@@ -9,9 +9,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from virst_jax.errors import UserError
+
+Config = TypeVar("Config")
 
 IMAGE_TOKEN = -200  # in input_ids: the visual tokens go here
 IGNORE = -100  # in labels: no loss here
@@ -237,6 +239,27 @@ def tiny() -> VirstConfig:
 
 
 RETIRED = ("train_anchors",)  # keys that decided nothing; config files of earlier versions hold them
+# The published SAM 2.1 models: sam2/configs/sam2.1/sam2.1_hiera_{t,s,b+,l}.yaml of facebookresearch/sam2.
+_SMALL_HIERA = HieraConfig(embed_dim=96, num_heads=1, window_spec=(8, 4, 14, 7))
+SAM2_SIZES: dict[str, HieraConfig] = {
+    "tiny": dataclasses.replace(_SMALL_HIERA, stages=(1, 2, 7, 2), global_att_blocks=(5, 7, 9)),
+    "small": dataclasses.replace(_SMALL_HIERA, stages=(1, 2, 11, 2), global_att_blocks=(7, 10, 13)),
+    "base_plus": HieraConfig(
+        embed_dim=112,
+        num_heads=2,
+        stages=(2, 3, 16, 3),
+        global_att_blocks=(12, 16, 20),
+        window_spec=(8, 4, 14, 7),
+        window_pos_embed_bkg_spatial_size=(14, 14),
+    ),
+    "large": HieraConfig(),
+}
+
+
+def sam2_preset(size: str) -> Sam2Config:
+    """SAM 2.1 as published, in one of SAM2_SIZES: unlike VIRST, it attends to all prompted frames."""
+    return Sam2Config(hiera=SAM2_SIZES[size], max_anchors_attended=-1)
+
 
 PRESETS: dict[str, Callable[[], VirstConfig]] = {"virst_7b": virst_7b, "tiny": tiny}
 
@@ -263,13 +286,22 @@ def from_json(text: str, where: str = "config.json") -> VirstConfig:
     Raises:
       UserError: not JSON, an unknown key, or a value of another type; names `where`.
     """
+    return kind_from_json(VirstConfig, text, where)
+
+
+def kind_from_json(kind: type[Config], text: str, where: str) -> Config:
+    """As `from_json`, of a config of another kind.
+
+    Raises:
+      UserError: not JSON, an unknown key, or a value of another type; names `where`.
+    """
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error}); write it again or copy it from a preset") from error
     if isinstance(data, dict):
         data = {key: value for key, value in data.items() if key not in RETIRED}
-    return _build(VirstConfig, data, where, "")
+    return _build(kind, data, where, "")
 
 
 def override(config: Any, changes: Mapping[str, Any], where: str = "config") -> Any:

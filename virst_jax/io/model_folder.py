@@ -184,8 +184,14 @@ def read_parameters(
     Raises:
       UserError: broken.
     """
-    folder = (Path(path) / PARAMS).absolute()
     _, stored = stored_shapes(path)
+    yield from read_arrays((Path(path) / PARAMS).absolute(), stored, budget, share)
+
+
+def read_arrays(
+    folder: Path, stored: Any, budget: int = 1 << 30, share: tuple[int, int] = (0, 1)
+) -> Iterator[tuple[str, np.ndarray]]:
+    """As `read_parameters`, of a folder that Orbax wrote and what `stored_arrays` tells of it."""
     flat = flax.traverse_util.flatten_dict(stored)
     batches: list[list[tuple[str, ...]]] = []
     room = 0
@@ -237,7 +243,18 @@ def stored_shapes(path: str | Path) -> tuple[VirstConfig, Any]:
       UserError: no model folder, a broken one, or parameters that do not fit its config.
     """
     cfg = read_config(path)
-    folder = (Path(path) / PARAMS).absolute()
+    return cfg, stored_arrays((Path(path) / PARAMS).absolute(), parameter_shapes(cfg))
+
+
+def stored_arrays(folder: Path, wanted: Any) -> Any:
+    """Shape and dtype of the arrays in a folder that Orbax wrote: a tree of its metadata.
+
+    Args:
+      wanted: a tree of arrays or shapes that should be there.
+
+    Raises:
+      UserError: broken, or other arrays than those wanted.
+    """
     with _reader() as checkpointer:
         try:
             with _quiet():
@@ -247,8 +264,8 @@ def stored_shapes(path: str | Path) -> tuple[VirstConfig, Any]:
             raise _broken(folder, error) from error
     if not stored:
         raise _broken(folder, ValueError("their list cannot be read" if folder.is_dir() else "there are none"))
-    _compare_shapes(str(folder), stored, parameter_shapes(cfg))
-    return cfg, stored
+    _compare_shapes(str(folder), stored, wanted)
+    return stored
 
 
 def _reader(handler: Any = None) -> Any:
@@ -284,15 +301,7 @@ def load_model(
       UserError: no model folder, a broken one, or parameters that do not fit its config.
     """
     cfg, stored = stored_shapes(path)
-    folder = (Path(path) / PARAMS).absolute()
-    if shardings is None:
-        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), stored)
-
-    def wanted(path: tuple[Any, ...], have: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        fixed = dtype is None or jax.tree_util.keystr(path, simple=True, separator="/").startswith(FLOAT32)
-        return jax.ShapeDtypeStruct(have.shape, have.dtype if fixed else dtype, sharding=sharding)
-
-    target = jax.tree_util.tree_map_with_path(wanted, stored, shardings)
+    target = array_target(stored, dtype, shardings, FLOAT32)
     stated = _digests_to_check(path) if check else None
     # values of another dtype, or on other hosts, are not what was saved: then the stored ones are read once more
     same = jax.tree.map(lambda have, want: have.dtype == want.dtype, stored, target)
@@ -302,15 +311,38 @@ def load_model(
         if not at_once:
             share = (jax.process_index(), jax.process_count())
             digests.check_tensors(path, stated, read_parameters(path, share=share))
-    with _reader() as checkpointer:
-        try:
-            with _quiet():
-                params = checkpointer.restore(folder, target)
-        except Exception as error:
-            raise _broken(folder, error) from error
+    params = load_arrays((Path(path) / PARAMS).absolute(), target)
     if stated is not None and at_once:
         digests.check_tensors(path, stated, _named(params))
     return cfg, params
+
+
+def array_target(stored: Any, dtype: str | None, shardings: Any, fixed: str) -> Any:
+    """What `load_arrays` shall read: shapes with dtypes and shardings.
+
+    Args:
+      stored: from `stored_arrays`.
+      dtype, shardings: as in `load_model`.
+      fixed: beginning of the paths that keep their dtype.
+    """
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), stored)
+
+    def wanted(path: tuple[Any, ...], have: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        keeps = dtype is None or jax.tree_util.keystr(path, simple=True, separator="/").startswith(fixed)
+        return jax.ShapeDtypeStruct(have.shape, have.dtype if keeps else dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(wanted, stored, shardings)
+
+
+def load_arrays(folder: Path, target: Any) -> Any:
+    """The arrays of a folder that Orbax wrote, on devices. Raises UserError: broken."""
+    with _reader() as checkpointer:
+        try:
+            with _quiet():
+                return checkpointer.restore(folder, target)
+        except Exception as error:
+            raise _broken(folder, error) from error
 
 
 def _digests_to_check(path: str | Path) -> digests.Digests | None:
