@@ -20,7 +20,7 @@ from .formats.safetensors_dir import SafetensorsDir
 from .formats.source import TensorSource, map_file
 from .formats.torch_dir import TorchDir
 from .formats.torch_file import TorchFile
-from .names import SEG_MODEL, canonical, is_buffer, is_other_adapter, listing, precedence
+from .names import SEG_MODEL, canonical, is_buffer, is_other_adapter, listing, precedence, shown
 from .rules import LLM_PROJECTIONS
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -66,7 +66,7 @@ def plain_entries(source: TensorSource, prefix: str = "") -> dict[str, Entry]:
             continue
         if is_other_adapter(name):
             raise UserError(
-                f"{source.where}: {name:.200} belongs to an adapter that is not plain LoRA (DoRA, AdaLoRA, IA3, ...); "
+                f"{source.where}: {shown(name)} belongs to an adapter that is not plain LoRA (DoRA, AdaLoRA, IA3, ...); "
                 "merge it first where it was trained (PEFT's merge_and_unload)"
             )
         plain = prefix + canonical(name)
@@ -74,7 +74,7 @@ def plain_entries(source: TensorSource, prefix: str = "") -> dict[str, Entry]:
             order = precedence(entries[plain].name) - precedence(name)
             if order == 0:
                 raise UserError(
-                    f"{source.where}: {entries[plain].name:.200} and {name:.200} are the same parameter; remove one"
+                    f"{source.where}: {shown(entries[plain].name)} and {shown(name)} are the same parameter; remove one"
                 )
             if order > 0:
                 continue

@@ -48,15 +48,20 @@ def is_other_adapter(name: str) -> bool:
     return _OTHER_ADAPTERS.search(name) is not None
 
 
+def shown(name: str) -> str:
+    """A name as it stands in a message: on one line, not too long."""
+    return (name if name.isprintable() else ascii(name))[:200]
+
+
 def listing(names: Collection[str], limit: int = 12) -> str:
     """Names on one line, those that differ in a number only once."""
     groups: dict[str, int] = {}
     for name in sorted(names):
-        pattern = re.sub(r"\d+", "*", name)[:200]
+        pattern = re.sub(r"\d+", "*", shown(name))
         groups[pattern] = groups.get(pattern, 0) + 1
-    shown = [f"{name} ({count})" if count > 1 else name for name, count in list(groups.items())[:limit]]
-    rest = len(groups) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more kinds" if rest > 0 else "")
+    first = [f"{name} ({count})" if count > 1 else name for name, count in list(groups.items())[:limit]]
+    rest = len(groups) - len(first)
+    return ", ".join(first) + (f" and {rest} more kinds" if rest > 0 else "")
 
 
 def nearest(names: Collection[str], known: Collection[str], limit: int = 3) -> str:
@@ -70,5 +75,5 @@ def nearest(names: Collection[str], known: Collection[str], limit: int = 3) -> s
         seen.add(kind)
         found = difflib.get_close_matches(name[:200], known, n=1, cutoff=0.6)
         if found:
-            pairs.append(f"{found[0]} for {name[:200]}")
+            pairs.append(f"{found[0]} for {shown(name)}")
     return "; nearest known: " + ", ".join(pairs) if pairs else ""
