@@ -66,7 +66,7 @@ def plain_entries(source: TensorSource, prefix: str = "") -> dict[str, Entry]:
             continue
         if is_other_adapter(name):
             raise UserError(
-                f"{source.where}: {shown(name)} belongs to an adapter that is not plain LoRA (DoRA, AdaLoRA, IA3, ...); "
+                f"{source.where}: {shown(name)} belongs to an adapter that is not plain LoRA (DoRA, IA3, ...); "
                 "merge it first where it was trained (PEFT's merge_and_unload)"
             )
         plain = prefix + canonical(name)
