@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from helpers.network import SMALL, random_params
+from helpers.network import CFG, params
 from virst_jax.data.frames import eval_anchors
 from virst_jax.data.sequence import splice
 from virst_jax.errors import UserError
@@ -17,20 +17,20 @@ from virst_jax.ops.resize import resize_maps
 
 @pytest.fixture(scope="module")
 def network() -> Network:
-    return Network(SMALL, random_params(SMALL))
+    return Network(CFG, params())
 
 
 def prompt(word: int) -> list[int]:
-    return [1, 2, -200, word + 2, word, SMALL.seg_token_id, word + 1, SMALL.seg_token_id]
+    return [1, 2, -200, word + 2, word, CFG.seg_token_id, word + 1, CFG.seg_token_id]
 
 
 def segment(network: Network, video: np.ndarray, words: list[int], chunk: int, slots: int = 4) -> np.ndarray:
     """Low-resolution logits [O, T, L, L]."""
     rng = np.random.default_rng(1)
-    side = SMALL.vision.image_size
+    side = CFG.vision.image_size
     clips = rng.integers(0, 256, (1, 4, side, side, 3), dtype=np.uint8)
     labels = [-100] * 4 + prompt(0)[4:]
-    rows = [splice(prompt(word), labels, 64, SMALL.seg_token_id) for word in words]
+    rows = [splice(prompt(word), labels, 64, CFG.seg_token_id) for word in words]
     texts = cut_behind_video(rows, free_slots=64)
     seg_frames = np.linspace(0, len(video) - 1, 8).round().astype(int)
     features = [network.encode_batch(video[i : i + 1], 1)[0] for i in seg_frames]
@@ -49,7 +49,7 @@ def segment(network: Network, video: np.ndarray, words: list[int], chunk: int, s
 
 
 def video(count: int) -> np.ndarray:
-    size = SMALL.sam2.image_size
+    size = CFG.sam2.image_size
     return np.random.default_rng(count).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
@@ -57,7 +57,7 @@ def video(count: int) -> np.ndarray:
 def test_chunks_do_not_matter(network, count):
     frames = video(count)
     whole = segment(network, frames, [3, 7], chunk=4)
-    assert whole.shape == (2, count, SMALL.sam2.low_res_size, SMALL.sam2.low_res_size)
+    assert whole.shape == (2, count, CFG.sam2.low_res_size, CFG.sam2.low_res_size)
     np.testing.assert_array_equal(segment(network, frames, [3, 7], chunk=3), whole)
     np.testing.assert_array_equal(segment(network, frames, [3, 7], chunk=4, slots=6), whole)
 
@@ -83,11 +83,11 @@ def test_videos_of_any_length_share_the_compiled_functions(network):
 
 
 def test_compiling_is_told_to_whom_it_concerns():
-    network = Network(SMALL, None)
-    tiles = MaskTiles((9, 7), SMALL.sam2.low_res_size)
+    network = Network(CFG, None)
+    tiles = MaskTiles((9, 7), CFG.sam2.low_res_size)
     told: dict[str, list[str]] = {"a": [], "b": []}
     a, b = (CompileWatch(told[name].append) for name in told)
-    side = SMALL.sam2.low_res_size
+    side = CFG.sam2.low_res_size
     for watch, count in ((a, 1), (b, 1), (b, 2), (a, 2)):
         with watch_compiling(watch):
             network.resize_masks(np.zeros((count, side, side), np.float32), *tiles.matrices[0][0])
@@ -98,7 +98,7 @@ def test_compiling_is_told_to_whom_it_concerns():
 
 @pytest.mark.parametrize("size", [(7, 11), (256, 300), (521, 40)])
 def test_tiles_make_up_the_masks(size):
-    network, side = Network(SMALL, None), SMALL.sam2.low_res_size
+    network, side = Network(CFG, None), CFG.sam2.low_res_size
     low_res = np.random.default_rng(0).standard_normal((2, 3, side, side)).astype(np.float32)
     tiles = MaskTiles(size, side)
     masks = tiles.join([[network.resize_masks(low_res, *pair) for pair in row] for row in tiles.matrices])
@@ -117,13 +117,13 @@ def test_tiles_make_up_the_masks(size):
         (Options(seed=-1), "the seed is -1; give integers of 0 or more"),
         (Options(anchors=3), "anchors must be a list of frame numbers, not 3"),
         (Options(anchors=[1.5]), "anchors must be a list of frame numbers"),
-        (Options(anchors=[]), "0 anchors were given; give 1 to 8"),
+        (Options(anchors=[]), "0 anchors were given; give 1 to 2"),
         (Options(anchors=[-1]), "anchor -1 is no frame"),
     ],
 )
 def test_options_that_fit_no_video(options, message):
     with pytest.raises(UserError, match=message):
-        check_options(SMALL, options)
+        check_options(CFG, options)
 
 
 def test_splice():

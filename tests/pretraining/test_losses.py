@@ -47,7 +47,8 @@ def test_patch_loss_by_hand(cfg, params):
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     pixels = ((clips / 255 - mean) / std).astype(np.float32)
     no_merging = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, tokens_per_frame=9))
-    tokens = Virst(no_merging).apply({"params": params}, pixels, method=Virst.encode_clips)
+    encode = jax.jit(lambda p, x: Virst(no_merging).apply({"params": p}, x, method=Virst.encode_clips))
+    tokens = np.asarray(encode(params, pixels))
     table = np.asarray(params["llm"]["embed_tokens"]["embedding"], np.float64)
     norm = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     logits = 24 * norm(np.asarray(tokens, np.float64)) @ norm(table).T
@@ -78,7 +79,8 @@ def test_cell_loss_by_hand(cfg, params):
     loss, parts = jax.jit(lambda p, b: cell_loss(cfg, p, b))(params, CellBatch(frames, words, weights))
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     pixels = ((frames / 255 - mean) / std).astype(np.float32)
-    features = Sam2(cfg.sam2, cfg.compute).apply({"params": params["sam2"]}, pixels, method=Sam2.encode_image)
+    encode = jax.jit(lambda p, x: Sam2(cfg.sam2, cfg.compute).apply({"params": p}, x, method=Sam2.encode_image))
+    features = encode(params["sam2"], pixels)
     norm = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
     project = jax.tree.map(lambda x: np.asarray(x, np.float64), params["second_fusion"]["seg_proj"])
     rows = norm(np.asarray(params["llm"]["lm_head"]["kernel"], np.float64).T)
@@ -107,15 +109,17 @@ def test_named_loss_is_that_of_a_video_with_words_directions_at_seg(cfg, params,
     hidden = np.zeros((ROWS, video.token_ids.shape[1], rows.shape[-1]), np.float32)
     hidden[:, :2] = np.where((words != IGNORE)[..., None], rows[np.maximum(words, 0)], 0)
     monkeypatch.setattr(losses, "hidden_states", lambda *_: (None, jnp.asarray(hidden)))
-    _, expected = video_losses(cfg, params, dataclasses.replace(video, seg_positions=positions))
+    of_video = dataclasses.replace(video, seg_positions=positions)
+    _, expected = jax.jit(lambda p, b: video_losses(cfg, p, b))(params, of_video)
     batch = NamedBatch(video.frames, words, video.targets, anchors)
-    loss, parts = jax.jit(lambda p, b: named_loss(cfg, p, b))(params, batch)
+    compiled = jax.jit(lambda p, b: named_loss(cfg, p, b))
+    loss, parts = compiled(params, batch)
     assert set(parts) == set(expected) - {"ce_loss"}
     for name, value in parts.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
     assert float(loss) == pytest.approx(float(parts["mask_loss"] + parts["iou_loss"] + parts["occ_loss"]), rel=1e-5)
     others = dataclasses.replace(batch, words=np.full_like(words, IGNORE))
-    assert np.abs(np.asarray(named_loss(cfg, params, others)[1]["masks"]) - np.asarray(parts["masks"])).max() > 1e-3
+    assert np.abs(np.asarray(compiled(params, others)[1]["masks"]) - np.asarray(parts["masks"])).max() > 1e-3
 
 
 def test_read_loss_by_hand(cfg, params):
@@ -133,8 +137,13 @@ def test_read_loss_by_hand(cfg, params):
     for row, position in np.argwhere(video.visual_index >= 0):
         said = [w for w in words[video.visual_index[row, position]] if w != IGNORE]
         embeds[row, position] = table[said].sum(0) / np.sqrt(max(1, len(said)))
-    hidden = Virst(cfg).apply({"params": params}, embeds, video.mask, method=Virst.hidden)
-    logits = np.asarray(Virst(cfg).apply({"params": params}, hidden, method=Virst.logits), np.float64)[:, :-1]
+
+    @jax.jit
+    def read(params, embeds):
+        hidden = Virst(cfg).apply({"params": params}, embeds, video.mask, method=Virst.hidden)
+        return Virst(cfg).apply({"params": params}, hidden, method=Virst.logits)
+
+    logits = np.asarray(read(params, embeds), np.float64)[:, :-1]
     target = np.where(video.labels == cfg.seg_token_id, IGNORE, video.labels)[:, 1:]
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.mean([logits[row, i, target[row, i]] for row, i in np.argwhere(target != IGNORE)])

@@ -3,6 +3,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
 
 from virst_jax.config import tiny
 from virst_jax.models.sam2.memory import MemoryAttention
@@ -11,9 +12,14 @@ from virst_jax.models.virst import Virst
 from virst_jax.pretraining.mimetic import mimic_attention
 
 
-def test_like_attends_to_like_and_passes_on_what_it_is():
+@pytest.fixture(scope="module")
+def made():
+    """A tiny network as it begins."""
+    return nn.meta.unbox(jax.jit(lambda: Virst(tiny()).init(jax.random.key(0)))()["params"])
+
+
+def test_like_attends_to_like_and_passes_on_what_it_is(made):
     cfg = tiny()
-    made = nn.meta.unbox(jax.jit(lambda: Virst(cfg).init(jax.random.key(0)))()["params"])
     before, after = flatten(made), flatten(mimic_attention(made, cfg))
     changed = {path for path in before if not np.array_equal(before[path], after[path])}
     seen, projected = "vision/layers/attn/qkv/kernel", "vision/layers/attn/proj/kernel"
@@ -38,9 +44,8 @@ def test_like_attends_to_like_and_passes_on_what_it_is():
                 assert diagonal.mean() > 4 * np.abs(product - np.diag(diagonal)).mean()
 
 
-def test_the_tracker_compares_what_is_said_with_what_is_there():
+def test_the_tracker_compares_what_is_said_with_what_is_there(made):
     cfg = tiny()
-    made = nn.meta.unbox(jax.jit(lambda: Virst(cfg).init(jax.random.key(0)))()["params"])
     before, after = flatten(made), flatten(mimic_attention(made, cfg))
     queries = [path for path in before if path.startswith("sam2/mask_decoder") and path.endswith("q_proj/kernel")]
     assert len(queries) == 3 * cfg.sam2.decoder_layers + 1
@@ -57,10 +62,12 @@ def test_the_tracker_compares_what_is_said_with_what_is_there():
         np.testing.assert_allclose(after[path], 0.2 * before[path], rtol=1e-6)
 
 
-def test_memory_attention_begins_at_its_own_place():
+def test_memory_attention_begins_at_its_own_place(made):
     cfg = tiny()
     cfg = dataclasses.replace(cfg, sam2=dataclasses.replace(cfg.sam2, memory_layers=1))
-    made = nn.meta.unbox(jax.jit(lambda: Virst(cfg).init(jax.random.key(0)))()["params"])
+    attention = made["sam2"]["memory_attention"]
+    attention = {**attention, "layers": jax.tree.map(lambda x: np.asarray(x[:1]), attention["layers"])}
+    made = {**made, "sam2": {**made["sam2"], "memory_attention": attention}}
     side, width, depth = cfg.sam2.feature_size, cfg.sam2.hidden_size, cfg.sam2.memory_dim
     rng = np.random.default_rng(0)
     weights = rng.normal(size=width)

@@ -65,8 +65,8 @@ def test_a_conversation_that_does_not_count(cfg, params, compiled):
 def test_cross_entropy_in_pieces(cfg, params, monkeypatch):
     batch = make_batch(cfg, SHARED)
     text = TextBatch(batch.clips, batch.token_ids, batch.visual_index, batch.labels, batch.mask, prefix_len=SHARED)
-    whole, _ = jax.jit(lambda: text_loss(cfg, params, text))()
+    whole, _ = jax.jit(lambda p, b: text_loss(cfg, p, b))(params, text)
     monkeypatch.setattr(losses, "CE_BUDGET", 500)
-    pieces, _ = jax.jit(lambda: text_loss(cfg, params, text))()
+    pieces, _ = jax.jit(lambda p, b: text_loss(cfg, p, b))(params, text)
     assert float(pieces) == pytest.approx(float(whole), rel=1e-6)
     assert float(whole) > 1
