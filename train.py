@@ -62,7 +62,7 @@ def train(config: Any, workdir: Path) -> None:
     with alone_in(workdir), sharding.use_mesh(mesh):
         for stage in stages:
             folder = workdir / stage.name
-            if not (folder / EXPORT).exists():
+            if not model_folder.is_whole(folder / EXPORT):
                 train_stage(run, stage, folder, start)
             start = folder / EXPORT
 
@@ -132,9 +132,22 @@ def train_stage(run: Run, stage: recipe.Stage, folder: Path, start: Path | None)
     def count_flops(stream: Stream, batch: Batch) -> float:
         return stream.task.count_flops(cfg, batch, layout.trained).model
 
+    def is_due(step: int) -> bool:
+        return videos is not None and (step == stage.steps or _divides(config.eval.every, step))
+
+    def score(state: TrainState, step: int) -> None:
+        assert videos is not None
+        summary = evaluate(run.segmenter.using(state), videos, step, log, stop.now)
+        if not summary:
+            raise processes.Stopped
+        checkpoints.add_score(step, summary[METRIC])
+
     meter = Meter(folder, count_flops, bar, log)
     try:
-        with processes.Stop() as stop:
+        with processes.together(), processes.Stop() as stop:
+            if begin and is_due(begin) and checkpoints.score(begin) is None:  # a stop or a kill cut it short
+                score(state, begin)
+                meter.restart()
             for step in range(begin, stage.steps):
                 stream = streams[choose_stream(stage, seed, step)]
                 arrays = stream.next()
@@ -146,16 +159,15 @@ def train_stage(run: Run, stage: recipe.Stage, folder: Path, start: Path | None)
                 if not (done or stopped or _divides(config.checkpoint.every, step + 1)):
                     continue
                 meter.flush()
-                score = None
-                if videos and not stopped and (done or _divides(config.eval.every, step + 1)):
-                    score = evaluate(run.segmenter.using(state), videos, step + 1, log, stop.now).get(METRIC)
-                    stopped = score is None
-                checkpoints.save(state, score, wait=stopped or done)
+                checkpoints.save(state, wait=stopped or done)  # before the evaluation, which may take long
                 if stopped:
                     raise processes.Stopped
+                if is_due(step + 1):
+                    score(state, step + 1)
                 meter.restart()
-        # what virst_jax.load and the next stage read
-        model_folder.save_model(folder / EXPORT, cfg, state.all_params(averaged=True), run.tokenizer_folder)
+            # what virst_jax.load and the next stage read
+            model_folder.save_model(folder / EXPORT, cfg, state.all_params(averaged=True), run.tokenizer_folder)
+            stop.check()
     finally:
         bar.close()
         if log:

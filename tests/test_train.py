@@ -1,4 +1,3 @@
-import csv
 import dataclasses
 import os
 import shutil
@@ -14,18 +13,13 @@ import pytest
 import train
 import virst_jax
 from helpers.places import ROOT
-from helpers.train_cases import command, recipe
+from helpers.train_cases import command, losses, recipe
 from virst_jax import cli
 from virst_jax.errors import UserError
 from virst_jax.io import lock, model_folder
 from virst_jax.io.model_folder import load_model
 from virst_jax.training.start import Start
 from virst_jax.training.tasks import TASKS
-
-
-def losses(workdir):
-    with (workdir / "stage" / "metrics.csv").open() as f:
-        return {int(row["step"]): row["shapes/loss"] for row in csv.DictReader(f)}
 
 
 def run(arguments, **kwargs):
@@ -177,7 +171,7 @@ def test_another_recipe_does_not_go_on(undisturbed, tmp_path):
     (tmp_path / "stage" / "model").rename(tmp_path / "gone")
     config.stage.steps = 6
     config.model.overrides.llm.num_layers = 3
-    with pytest.raises(UserError, match=r"checkpoints/4: cannot go on from this checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoints/4: this checkpoint is of another recipe \(.*\[3, .* now\)"):
         train.train(config, tmp_path)
 
 

@@ -1,5 +1,6 @@
 """A recipe small enough to train in a test: questions about pictures, and pictures to segment."""
 
+import csv
 import sys
 from pathlib import Path
 
@@ -58,3 +59,9 @@ def get_config(kind: str = "image_text") -> ConfigDict:
 
 def command(workdir: Path, *extra: str, config: str = "tests/helpers/train_cases.py") -> list[str]:
     return [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *extra]
+
+
+def losses(workdir: Path) -> dict[int, str]:
+    """The losses of a run of `recipe`, by step, as they are logged."""
+    with (workdir / "stage" / "metrics.csv").open() as file:
+        return {int(row["step"]): row["shapes/loss"] for row in csv.DictReader(file)}

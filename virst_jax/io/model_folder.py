@@ -111,6 +111,17 @@ def _new_folder(path: Path) -> Iterator[Path]:
     processes.barrier("folder there")
 
 
+def is_whole(path: Path) -> bool:
+    """Whether there is a model folder.
+
+    Raises:
+      UserError: there is one without config.json, as several processes of an earlier version left it when killed.
+    """
+    if path.exists() and not (path / CONFIG).is_file():
+        raise UserError(f"{path}: is not a whole model ({CONFIG} is missing); remove it and run the same command again")
+    return path.exists()
+
+
 def write_description(folder: Path, cfg: VirstConfig, params: Mapping[str, Any] | None) -> None:
     """Writes what a folder needs beside parameters and tokenizer: config.json and, last, digests.json.
 
