@@ -8,8 +8,8 @@ from PIL import Image
 from helpers.dataset_layouts import write_layout
 from virst_jax.commands import data
 from virst_jax.data.builders.builder import open_built
-from virst_jax.data.datasets.contact_sheet import COLORS, overlay
 from virst_jax.errors import UserError
+from virst_jax.io import visualize
 
 
 def run(*arguments):
@@ -62,7 +62,7 @@ def test_show_draws_masks(tmp_path, capsys):
     with Image.open(out) as image:
         sheet = np.asarray(image.convert("RGB"))
     # the second expression means the green square: its edge is drawn in the second colour
-    assert (sheet == COLORS[1]).all(-1).sum() > 50
+    assert (sheet == visualize.color(1)).all(-1).sum() > 50
     assert not list(tmp_path.glob(".*"))
 
 
@@ -126,13 +126,3 @@ def test_a_sheet_that_cannot_be_written(tmp_path):
     write_layout("custom", tmp_path, num_videos=1, seed=0)
     with pytest.raises(UserError, match="cannot be written"):
         run("show", tmp_path, "--out", tmp_path / "nothing" / "sheet.png")
-
-
-def test_overlay():
-    frame = np.full((6, 6, 3), 100, np.uint8)
-    mask = np.zeros((6, 6), bool)
-    mask[1:5, 1:5] = True
-    out = overlay(frame, mask, (200, 0, 0))
-    assert out[0, 0].tolist() == [100, 100, 100]
-    assert out[1, 1].tolist() == [200, 0, 0]  # the edge
-    assert out[2, 2].tolist() == [150, 50, 50]

@@ -1,4 +1,4 @@
-"""The report: numbers, files, pictures."""
+"""The report: numbers, files, images."""
 
 import base64
 import csv
@@ -74,9 +74,9 @@ def test_worst_page_shows_the_worst(evaluated, tmp_path):
     rows = sorted((row for video in outcome.scores for row in video.rows), key=lambda row: row.JF)
     page = (tmp_path / "worst.html").read_text()
     assert re.findall(r"<h2>\d+\. (.*)</h2>", page) == [row.text for row in rows[:2]]
-    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    assert len(pictures) == 2 * report.PICTURES
-    with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as image:
+    images = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert len(images) == 2 * report.IMAGES
+    with Image.open(io.BytesIO(base64.b64decode(images[0]))) as image:
         assert image.format == "JPEG"
         assert image.size in [(64, 48), (56, 40)]
     assert "http" not in page  # one file, nothing fetched
@@ -100,10 +100,10 @@ def test_a_report_is_the_same_every_time_and_says_what_failed(evaluated, tmp_pat
     assert json.loads((tmp_path / "c/summary.json").read_text())["complete"] is False
 
 
-def test_overlay_tints_right_missed_and_false():
+def test_tint_of_right_missed_and_false():
     frame = np.full((2, 2, 3), 100, np.uint8)
     pred, gt = np.array([[1, 1], [0, 0]], bool), np.array([[1, 0], [1, 0]], bool)
-    out = report.overlay(frame, pred, gt).astype(int)
+    out = report.tint(frame, pred, gt).astype(int)
     assert out[0, 0].argmax() == 1  # green: right
     assert out[0, 1].argmax() == 0  # red: false
     assert out[1, 0].argmax() == 2  # blue: missed

@@ -72,6 +72,26 @@ def test_a_font_is_chosen_by_what_it_shows(tmp_path, monkeypatch):
     assert fonts._has(font, "\u732b")
 
 
+def test_overlay_in_given_colors():
+    frame = np.full((6, 6, 3), 100, np.uint8)
+    mask = np.zeros((6, 6), bool)
+    mask[1:5, 1:5] = True
+    out = visualize.overlay(frame, [mask], colors=[(200, 0, 0)])
+    assert out[0, 0].tolist() == [100, 100, 100]
+    assert out[1, 1].tolist() == [200, 0, 0]  # the edge
+    assert out[2, 2].tolist() == [150, 50, 50]
+    assert visualize.overlay(frame, [mask], colors=[(200, 0, 0)], outlined=False)[1, 1].tolist() == [150, 50, 50]
+
+
+def test_images_one_below_the_other():
+    low, wide = visualize.heading("clip   00\nx", 40), np.full((3, 60, 3), 7, np.uint8)
+    out = visualize.stack([low, wide])
+    assert out.shape == (low.shape[0] + 3, 60, 3)
+    np.testing.assert_array_equal(out[: low.shape[0], :40], low)
+    assert (out[: low.shape[0], 40:] == visualize.BACKGROUND).all()
+    assert (out[low.shape[0] :] == 7).all()
+
+
 @pytest.mark.parametrize("opacity", [0.0, 1.0])
 def test_opacity(opacity):
     frame = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)

@@ -100,8 +100,11 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from virst_jax.data.datasets.contact_sheet import SheetConfig, contact_sheet
+    from PIL import Image
+
+    from virst_jax.data.datasets.contact_sheet import ContactSheetConfig, contact_sheet
     from virst_jax.data.datasets.registry import open_dataset
+    from virst_jax.io import visualize
 
     for name in ("count", "frames", "expressions"):
         if getattr(args, name) < 1:
@@ -112,19 +115,20 @@ def _show(args: argparse.Namespace) -> int:
         raise UserError(f"show takes one split, not {' '.join(args.split)}")
     source = open_dataset(args.dataset, args.folder, *args.split)
     count = min(args.count, len(source))
-    samples = []
+    config = ContactSheetConfig(args.frames, args.expressions)
+    sheets = []
     for i in range(count):
         index = i * (len(source) - 1) // max(1, count - 1)
         try:
-            samples.append(source[index])
+            sheets.append(contact_sheet([source[index]], config))
         except UserError as error:
             print(f"left out: {error}", file=sys.stderr)
-    if not samples:
+    if not sheets:
         raise UserError(f"{source.root}: no sample can be shown; run virst data check")
-    sheet = contact_sheet(samples, SheetConfig(args.frames, args.expressions))
     with atomic.new_file(args.out) as file:
-        sheet.save(file, "PNG" if args.out.suffix.lower() == ".png" else "JPEG")
-    print(f"{args.out}: {len(samples)} of {len(source)} samples")
+        image = Image.fromarray(visualize.stack(sheets))
+        image.save(file, "PNG" if args.out.suffix.lower() == ".png" else "JPEG")
+    print(f"{args.out}: {len(sheets)} of {len(source)} samples")
     return 0
 
 

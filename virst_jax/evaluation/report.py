@@ -4,7 +4,7 @@ summary.json      groups and scores, 0..1
 table.txt         the same in percent, as printed
 expressions.csv   a line an expression (and objects.csv: a line an object and annotator of Ref-DAVIS17)
 expressions.png   J&F (IoU for images) of all expressions, sorted, and a histogram
-worst.html        the worst expressions with pictures, in one file
+worst.html        the worst expressions with images, in one file
 """
 
 import base64
@@ -29,10 +29,11 @@ from virst_jax.evaluation.benchmarks import MAX_CATEGORIES, Opened, Summary, Vid
 from virst_jax.evaluation.predictions import MaskReader, frame_names
 from virst_jax.evaluation.scoring import Row, ratio
 from virst_jax.evaluation.workers import reason
-from virst_jax.io import atomic
+from virst_jax.io import atomic, visualize
 
-PICTURES = 3  # frames shown of a bad case
-PICTURE_WIDTH = 320  # pixels
+IMAGES = 3  # frames shown of a bad case
+IMAGE_WIDTH = 320  # pixels
+_OPACITY = 0.55  # of the tint
 COLORS = {"both": (60, 200, 90), "missed": (60, 120, 255), "false": (255, 70, 60)}
 
 
@@ -50,7 +51,7 @@ def write_report(
     """Writes all files of a report; gives the table as text.
 
     Args:
-      source, read_pred: frames and masks for the pictures of the worst cases; None: the page has none.
+      source, read_pred: frames and masks for the images of the worst cases; None: the page has none.
       worst: how many cases the page shows.
       errors: why videos are missing from the scores, by video.
     """
@@ -141,32 +142,32 @@ def plot_rows(rows: Sequence[Row], summary: Summary) -> bytes:
 
 @dataclass(frozen=True)
 class Case:
-    """An expression on the page of the worst, with pictures as data URIs and their captions."""
+    """An expression on the page of the worst, with images as data URIs and their captions."""
 
     row: Row
-    pictures: tuple[tuple[str, str], ...]
+    images: tuple[tuple[str, str], ...]
 
 
 def worst_cases(
     rows: Sequence[Row], source: Opened | None, read_pred: MaskReader | None, count: int, progress: bool = True
 ) -> list[Case]:
-    """The expressions of the lowest scores, worst first, with pictures of their worst frames."""
+    """The expressions of the lowest scores, worst first, with images of their worst frames."""
     chosen = sorted(rows, key=lambda row: (row.JF, row.video, row.expression))[:count]
     if source is None or read_pred is None:
         return [Case(row, ()) for row in chosen]
     index = {name: i for i, name in enumerate(source.names)}
     cases = []
-    for row in tqdm(chosen, desc="pictures", unit="case", disable=None if progress else True, leave=False):
+    for row in tqdm(chosen, desc="images", unit="case", disable=None if progress else True, leave=False):
         try:
             video = cast(Video, source[index[row.video]])
             position = next(i for i, e in enumerate(video.expressions) if e.id == row.expression)
-            cases.append(Case(row, tuple(_pictures(video, position, read_pred))))
+            cases.append(Case(row, tuple(_images(video, position, read_pred))))
         except Exception as error:  # the page is there without these images
             cases.append(Case(row, (("", f"no images: {reason(error)}"),)))
     return cases
 
 
-def overlay(frame: np.ndarray, pred: np.ndarray, gt: np.ndarray) -> np.ndarray:
+def tint(frame: np.ndarray, pred: np.ndarray, gt: np.ndarray) -> np.ndarray:
     """A frame in which pixels are tinted by COLORS: rightly set, missed, falsely set.
 
     Args:
@@ -176,34 +177,33 @@ def overlay(frame: np.ndarray, pred: np.ndarray, gt: np.ndarray) -> np.ndarray:
     Returns:
       uint8[H, W, 3].
     """
-    out = frame.astype(np.float32)
-    for where, color in ((pred & gt, "both"), (gt & ~pred, "missed"), (pred & ~gt, "false")):
-        out[where] = 0.45 * out[where] + 0.55 * np.asarray(COLORS[color], np.float32)
-    return out.astype(np.uint8)
+    masks = {"both": pred & gt, "missed": gt & ~pred, "false": pred & ~gt}
+    colors = [COLORS[name] for name in masks]
+    return visualize.overlay(frame, list(masks.values()), _OPACITY, colors=colors, outlined=False)
 
 
-def _pictures(video: Video, position: int, read_pred: MaskReader) -> list[tuple[str, str]]:
+def _images(video: Video, position: int, read_pred: MaskReader) -> list[tuple[str, str]]:
     assert video.read_masks is not None
     # a frame in each third of the video: the worst of some
     names = frame_names(video)
     shown = []
-    for third in np.array_split(np.arange(video.num_frames), min(PICTURES, video.num_frames)):
+    for third in np.array_split(np.arange(video.num_frames), min(IMAGES, video.num_frames)):
         some = third[np.linspace(0, len(third) - 1, min(len(third), 8)).astype(int)].tolist()
         gt = bitmask.pack(video.read_masks(position, some))
         pred = read_pred(video, position, some)
         j = ratio(bitmask.count(pred & gt), bitmask.count(pred | gt))
         worst = int(np.argmin(j))
         width = video.size[1]
-        picture = overlay(
+        image = tint(
             video.read_frames([some[worst]])[0], bitmask.unpack(pred[worst], width), bitmask.unpack(gt[worst], width)
         )
-        shown.append((_data_uri(picture), f"frame {names[some[worst]]}: J {100 * j[worst]:.0f}"))
+        shown.append((_data_uri(image), f"frame {names[some[worst]]}: J {100 * j[worst]:.0f}"))
     return shown
 
 
-def _data_uri(picture: np.ndarray) -> str:
-    image = Image.fromarray(picture)
-    width = min(PICTURE_WIDTH, image.width)
+def _data_uri(pixels: np.ndarray) -> str:
+    image = Image.fromarray(pixels)
+    width = min(IMAGE_WIDTH, image.width)
     image = image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.BILINEAR)
     content = io.BytesIO()
     image.save(content, "JPEG", quality=85)
@@ -225,7 +225,7 @@ figcaption, .id { color: #666; font-size: 13px; } h2 { font-size: 17px; margin: 
 <h2>{{ loop.index }}. {{ case.row.text }}</h2>
 <div class="id">{{ case.row.video }}, expression {{ case.row.expression }}
 {%- if case.row.category %}, {{ case.row.category }}{% endif %}: {{ case.scores }}</div>
-{% for uri, caption in case.pictures %}<figure>{% if uri %}<img src="{{ uri }}" alt="{{ caption }}">{% endif %}
+{% for uri, caption in case.images %}<figure>{% if uri %}<img src="{{ uri }}" alt="{{ caption }}">{% endif %}
 <figcaption>{{ caption }}</figcaption></figure>{% endfor %}
 {% endfor %}
 </body></html>
@@ -246,7 +246,7 @@ def render_page(summary: Summary, cases: Sequence[Case], table: str) -> str:
         title=f"{summary.dataset} {summary.split}".strip(),
         table=table,
         colors=[({"both": "right", "missed": "missed", "false": "false"}[k], v) for k, v in COLORS.items()],
-        cases=[{"row": c.row, "pictures": c.pictures, "scores": scores(c.row)} for c in cases],
+        cases=[{"row": c.row, "images": c.images, "scores": scores(c.row)} for c in cases],
     )
 
 

@@ -1,4 +1,4 @@
-"""Pictures of masks: frames with coloured objects, a legend, contact sheets.
+"""Images of masks: frames with coloured objects, a legend, contact sheets.
 
 Axes: N expressions, H height, W width, 3 RGB.
 """
@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 
 from virst_jax.io.fonts import Font, font_for, shown
 
+Color = tuple[int, int, int]
+
 OPACITY = 0.5
 _STRIPE, _DASH = 6, 4  # pixels
 BACKGROUND, TEXT = (24, 24, 24), (235, 235, 235)
@@ -18,7 +20,7 @@ BACKGROUND, TEXT = (24, 24, 24), (235, 235, 235)
 _FIRST = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 
 
-def color(number: int) -> tuple[int, int, int]:
+def color(number: int) -> Color:
     """The colour of an expression by its number, counted from 0; always the same."""
     if number < len(_FIRST):
         return _FIRST[number]
@@ -27,8 +29,15 @@ def color(number: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def overlay(frame: np.ndarray, masks: np.ndarray, opacity: float = OPACITY) -> np.ndarray:
-    """A frame with every mask filled in its expression's colour and outlined.
+def overlay(
+    frame: np.ndarray,
+    masks: np.ndarray | Sequence[np.ndarray],
+    opacity: float = OPACITY,
+    *,
+    colors: Sequence[Color] | None = None,
+    outlined: bool = True,
+) -> np.ndarray:
+    """A frame with every mask filled in its colour and outlined.
 
     Where masks overlap their colours take turns in stripes, so that each is seen as the legend shows it.
 
@@ -36,11 +45,14 @@ def overlay(frame: np.ndarray, masks: np.ndarray, opacity: float = OPACITY) -> n
       frame: uint8[H, W, 3].
       masks: bool[N, H, W].
       opacity: of the filling, 0 to 1.
+      colors: of the masks; those of expressions by their numbers if None.
+      outlined: draw the masks' edges.
 
     Returns:
       uint8[H, W, 3].
     """
     out = frame.copy()
+    chosen = colors if colors is not None else [color(number) for number in range(len(masks))]
     boxes = [_box(mask) for mask in masks]
     edges: list[np.ndarray] = []
     for mask, box in zip(masks, boxes):
@@ -48,13 +60,14 @@ def overlay(frame: np.ndarray, masks: np.ndarray, opacity: float = OPACITY) -> n
         edge[box] = _outline(mask[box], box, mask.shape)
         edges.append(edge)
     levels = np.arange(256)
-    for number, (mine, box) in enumerate(zip(_take_turns(masks, _STRIPE), boxes)):
-        for channel, value in enumerate(color(number)):
+    for rgb, mine, box in zip(chosen, _take_turns(masks, _STRIPE), boxes):
+        for channel, value in enumerate(rgb):
             table = ((1 - opacity) * levels + opacity * value).round().astype(np.uint8)
             part = out[(*box, channel)]
             np.copyto(part, table[part], where=mine[box])
-    for number, (mine, box) in enumerate(zip(_take_turns(edges, _DASH), boxes)):
-        out[box][mine[box]] = color(number)
+    if outlined:
+        for rgb, mine, box in zip(chosen, _take_turns(edges, _DASH), boxes):
+            out[box][mine[box]] = rgb
     return out
 
 
@@ -97,8 +110,12 @@ def _outline(mask: np.ndarray, box: tuple[slice, slice], size: tuple[int, ...]) 
     return mask & ~inside
 
 
-def legend(expressions: Sequence[str], width: int, font_size: int | None = None) -> np.ndarray:
-    """A strip that names the expressions in their colours, uint8[h, width, 3]; long ones are cut to fit."""
+def legend(expressions: Sequence[str], width: int, font_size: int | None = None, first: int = 0) -> np.ndarray:
+    """A strip that names the expressions in their colours, uint8[h, width, 3]; long ones are cut to fit.
+
+    Args:
+      first: the number of the first expression.
+    """
     size = font_size or max(10, min(22, width // 24))
     font, lacking = font_for(expressions, size)
     line, gap = round(1.5 * size), size // 2
@@ -106,7 +123,7 @@ def legend(expressions: Sequence[str], width: int, font_size: int | None = None)
     draw = ImageDraw.Draw(strip)
     for number, text in enumerate(expressions):
         top = gap // 2 + number * line
-        draw.rectangle((gap, top + gap // 2, gap + size, top + gap // 2 + size), fill=color(number))
+        draw.rectangle((gap, top + gap // 2, gap + size, top + gap // 2 + size), fill=color(first + number))
         draw.text(
             (2 * gap + size, top + gap // 2), _fit(shown(text, lacking), font, width - 3 * gap - size), TEXT, font
         )
@@ -156,4 +173,24 @@ def contact_sheet(
     parts = [np.asarray(sheet)]
     if expressions:
         parts.append(legend(expressions, sheet.width, font_size))
-    return np.concatenate(parts)
+    return stack(parts)
+
+
+def stack(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images one below the other, uint8[h, w, 3]; narrow ones are filled up with background on the right."""
+    width = max(image.shape[1] for image in images)
+    out = np.full((sum(image.shape[0] for image in images), width, 3), BACKGROUND, np.uint8)
+    top = 0
+    for image in images:
+        out[top : top + image.shape[0], : image.shape[1]] = image
+        top += image.shape[0]
+    return out
+
+
+def heading(text: str, width: int, font_size: int = 13) -> np.ndarray:
+    """A line of text, uint8[h, width, 3], cut to fit."""
+    strip = Image.new("RGB", (width, round(1.6 * font_size)), BACKGROUND)
+    one_line = " ".join(text.split())
+    font, lacking = font_for([one_line], font_size)
+    ImageDraw.Draw(strip).text((font_size // 2, font_size // 4), _fit(shown(one_line, lacking), font, width - font_size), TEXT, font)
+    return np.asarray(strip)

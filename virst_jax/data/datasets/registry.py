@@ -20,7 +20,6 @@ class DataSet:
     open: Callable[[Path, str], IndexedSource]
     splits: tuple[str, ...]
     eval_split: str = ""  # the split that is scored by default; empty: training only
-    no_masks: tuple[str, ...] = ()  # splits whose masks are not public
     # samples and expressions of the official splits; None: unknown or not worth a check
     official: tuple[tuple[str, int | None, int | None], ...] = ()
 
@@ -31,18 +30,18 @@ def _refer(name: str, title: str) -> DataSet:
 
 DATASETS: dict[str, DataSet] = {
     "mevis": DataSet(
-        *("MeViS", "rvos", mevis.open_mevis, mevis.SPLITS, "valid_u", ("valid",)),
+        *("MeViS", "rvos", mevis.open_mevis, mevis.SPLITS, "valid_u"),
         official=(("train", 1662, 23051), ("valid_u", 50, 793), ("valid", 140, 2236)),
     ),
     "mevis_v2": DataSet(
-        *("MeViS v2", "rvos", mevis.open_mevis_v2, mevis.SPLITS, "valid_u", ("valid",)),
+        *("MeViS v2", "rvos", mevis.open_mevis_v2, mevis.SPLITS, "valid_u"),
         official=(("valid_u", None, 907), ("valid", None, 2523)),
     ),
     "custom": DataSet(
         "one's own videos in MeViS layout", "rvos", mevis.open_custom, ("", *mevis.SPLITS, "val", "test")
     ),
     "ref_youtube_vos": DataSet(
-        *("Ref-YouTube-VOS", "rvos", ytvos.open_ytvos, ytvos.SPLITS, "valid", ("valid", "test")),
+        *("Ref-YouTube-VOS", "rvos", ytvos.open_ytvos, ytvos.SPLITS, "valid"),
         official=(("valid", ytvos.NUM_VALID, None), ("test", 305, None)),
     ),
     "ref_davis17": DataSet(
