@@ -192,5 +192,6 @@ def heading(text: str, width: int, font_size: int = 13) -> np.ndarray:
     strip = Image.new("RGB", (width, round(1.6 * font_size)), BACKGROUND)
     one_line = " ".join(text.split())
     font, lacking = font_for([one_line], font_size)
-    ImageDraw.Draw(strip).text((font_size // 2, font_size // 4), _fit(shown(one_line, lacking), font, width - font_size), TEXT, font)
+    fitting = _fit(shown(one_line, lacking), font, width - font_size)
+    ImageDraw.Draw(strip).text((font_size // 2, font_size // 4), fitting, TEXT, font)
     return np.asarray(strip)
