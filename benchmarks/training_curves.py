@@ -1,4 +1,4 @@
-"""Curves of a training run: a picture, and a small CSV with means over some steps.
+"""Curves of a training run: an image, and a small CSV with means over some steps.
 
 python -m benchmarks.training_curves RUN --out PATH [--bin 25]
 

@@ -63,7 +63,7 @@ def mixed(groups: dict[str, float], **shape: Any) -> dict[str, Any]:
         sources = {name: {"weight": weights[name]} for name in names}
         data[kind] = {"kind": kind, "weight": sum(weights[name] for name in names), "sources": sources, **shape}
     if "image" in data:
-        data["image"] |= {"seg_tokens": 1}  # as the release answers for pictures
+        data["image"] |= {"seg_tokens": 1}  # as the release answers for images
     if "video_text" in data:
         data["video_text"] |= {"conversations": 1, "text_length": 512, "vlm_frames": 32, "policy": "flex"}
     return data

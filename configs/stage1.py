@@ -1,4 +1,4 @@
-"""Stage 1: pictures and text. Semantic, referring and reasoning segmentation, and video question answering.
+"""Stage 1: images and text. Semantic, referring and reasoning segmentation, and video question answering.
 
 python train.py --config=configs/stage1.py --workdir=runs/stage1 --config.model.init=START --config.data_root=DATA
 

@@ -374,7 +374,7 @@ def test_progress(model):
     assert encoded[-1][1] == encoded[-1][2] == 16
 
 
-def test_one_picture(model, tmp_path):
+def test_one_image(model, tmp_path):
     image = video(1)[0]
     result = model.segment_image(image, [DOG, CAT])
     assert (result.masks.shape, result.scores.shape, result.anchors) == ((2, 40, 56), (2,), (0,))
@@ -382,7 +382,7 @@ def test_one_picture(model, tmp_path):
     np.testing.assert_array_equal(model.segment_image(tmp_path / "a.png", [DOG, CAT]).masks, result.masks)
     for given in (Image.fromarray(image), image.transpose(2, 0, 1), (image / 255).astype(np.float32)):
         assert model.segment_image(given, [DOG, CAT]) == result
-    with pytest.raises(UserError, match="4 frames where one picture is wanted"):
+    with pytest.raises(UserError, match="4 frames where one image is wanted"):
         model.segment_stream(video(4), DOG, still=True)
 
 

@@ -180,7 +180,7 @@ def test_thinned(model, frames, tmp_path):
     assert json.loads((out / "result.json").read_text())["frames"] == [0, 3]
 
 
-def test_a_picture(model, frames, tmp_path):
+def test_an_image(model, frames, tmp_path):
     out = tmp_path / "out"
     assert cli.main(["segment", str(frames / "img004.png"), "x", "y", "--model", str(model), "--out", str(out)]) == 0
     assert [path.name for path in (out / "01-x").iterdir()] == ["img004.png"]

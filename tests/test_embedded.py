@@ -39,17 +39,17 @@ def test_it_segments_what_the_sentence_says(model):
     assert exchanged < said / 2
 
 
-def test_it_tells_colours_and_forms_in_a_picture(model):
+def test_it_tells_colours_and_forms_in_an_image(model):
     y, x = np.mgrid[:128, :128]
     shapes = {
         "the red square": (abs(y - 40) < 16) & (abs(x - 40) < 16),
         "the blue square": (abs(y - 40) < 16) & (abs(x - 92) < 16),
         "the red circle": (y - 92) ** 2 + (x - 64) ** 2 < 16**2,
     }
-    picture = np.full((128, 128, 3), 90, np.uint8)
+    drawn = np.full((128, 128, 3), 90, np.uint8)
     for text, mask in shapes.items():
-        picture[mask] = (220, 40, 40) if "red" in text else (40, 70, 220)
-    masks = model.segment_image(picture, list(shapes)).masks
+        drawn[mask] = (220, 40, 40) if "red" in text else (40, 70, 220)
+    masks = model.segment_image(drawn, list(shapes)).masks
     for found, (text, truth) in zip(masks, shapes.items()):
         assert iou(found, truth) > 0.6, text
 

@@ -1,4 +1,4 @@
-"""The Python interface: load a model, segment videos and pictures by sentences, ask about them.
+"""The Python interface: load a model, segment videos and images by sentences, ask about them.
 
 Axes: N expressions, T frames of the video, H, W its size, F segmentation frames, A anchors, L tokens of a text.
 """
@@ -308,13 +308,13 @@ class Model:
         The work begins with the first frame that is asked for. A loop over the stream may be left at any frame.
 
         Args:
-          still: the video is a single picture; see `segment_image`.
+          still: the video is a single image; see `segment_image`.
           state: of an earlier stream's `state()` with the same arguments: goes on behind it.
         """
         check_expressions(self.tokenizer, expressions)  # before the video, which may be long
         reader = open_video(video, fps=fps)
         if still and reader.num_frames != 1:
-            raise UserError(f"{reader.name}: {reader.num_frames} frames where one picture is wanted; use segment")
+            raise UserError(f"{reader.name}: {reader.num_frames} frames where one image is wanted; use segment")
         options = Options(
             seed, exact, anchors, release_random, still, batch=self.batch, chunk=self.chunk, group_size=self.group_size
         )
@@ -334,7 +334,7 @@ class Model:
 
         The language model reads it as a still image (with tokens_per_image visual tokens).
         """
-        video = image if isinstance(image, (str, os.PathLike)) else arrays.picture(image)[None]
+        video = image if isinstance(image, (str, os.PathLike)) else arrays.to_image(image)[None]
         stream = self.segment_stream(video, expressions, seed=seed, exact=exact, still=True, progress=progress)
         (frame,) = stream
         return Segmentation(stream.expressions, frame.masks, frame.scores, stream.plan, 0.0, stream.timings)

@@ -93,10 +93,10 @@ def test_a_frame_of_another_size(mevis):
         open_dataset("mevis", mevis.parent, "train")[0].read_frames([0, 3])
 
 
-def test_a_picture_that_is_none(mevis):
+def test_an_image_that_is_none(mevis):
     (mevis / "JPEGImages" / "train_00" / "00005.jpg").write_text("<html>404</html>")
     (problem,) = own(report_of("mevis", mevis.parent))
-    assert "cannot be read as a picture" in problem.what
+    assert "cannot be read as an image" in problem.what
 
 
 def test_empty_expressions_unknown_ids_and_keys(mevis):
@@ -169,7 +169,7 @@ def test_no_target_expressions_are_no_problem(tmp_path):
     assert own(report_of("mevis_v2", tmp_path)) == []
 
 
-def test_label_pictures(tmp_path):
+def test_label_images(tmp_path):
     write_layout("ref_youtube_vos", tmp_path, num_videos=2, seed=1)
     train = tmp_path / "Ref-Youtube-VOS" / "train"
     (train / "Annotations" / "train100" / "00005.png").unlink()
@@ -182,7 +182,7 @@ def test_label_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_mask_pictures_of_another_size(tmp_path, split):
+def test_mask_images_of_another_size(tmp_path, split):
     write_layout("ref_youtube_vos", tmp_path, num_videos=1, seed=1)
     folder = tmp_path / "Ref-Youtube-VOS" / split / "Annotations" / f"{split}100"
     path = (folder / "3" if split == "valid" else folder) / "00005.png"
@@ -192,7 +192,7 @@ def test_mask_pictures_of_another_size(tmp_path, split):
     assert len(found) == (11 if split == "train" else 1)
 
 
-def test_labels_without_pictures(tmp_path):
+def test_labels_without_images(tmp_path):
     write_layout("ade20k", tmp_path, num_videos=3, seed=1)
     folder = tmp_path / "sem_seg" / "ade20k"
     (folder / "images" / "training" / "0001.jpg").unlink()

@@ -385,7 +385,7 @@ def test_questions_are_about_the_same_scenes():
 def test_a_sample_is_fast():
     source = SyntheticVideos(50, 1)
     source[0].read_frames([0])
-    picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3)).astype(float)
+    values = np.random.default_rng(0).integers(0, 256, (128, 128, 3)).astype(float)
 
     def sample(i):
         video = source[i]
@@ -399,8 +399,8 @@ def test_a_sample_is_fast():
             function(argument)
         return (time.process_time() - start) / len(arguments)
 
-    # a few sorts of a picture take as long; drawing pixel by pixel, or every frame anew, many times that
-    assert cpu(sample, range(1, 40)) < 30 * cpu(lambda _: np.sort(picture, axis=None), range(20))
+    # a few sorts of an image take as long; drawing pixel by pixel, or every frame anew, many times that
+    assert cpu(sample, range(1, 40)) < 30 * cpu(lambda _: np.sort(values, axis=None), range(20))
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_truth_and_nothing(video, labels):
     assert [(r.J, r.F) for r in rows if r.annotator == 0] == [(0, 0), (0, 0), (0.25, 0.25)]
 
 
-def test_palette_pictures_score_the_same(video, labels, tmp_path):
+def test_palette_images_score_the_same(video, labels, tmp_path):
     found = noisy(labels, 1)
     for annotator in range(4):
         stack = np.stack([np.full(labels.shape, 0.1)] + [found[str(4 * n + annotator)] for n in range(OBJECTS)])

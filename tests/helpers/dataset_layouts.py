@@ -258,7 +258,7 @@ def _polygon(mask: np.ndarray) -> list[float]:
 def _refer(name: str, splits: tuple[str, ...], root: Path, num_videos: int, seed: int) -> None:
     folder = root / "refer_seg" / name
     clef = name == "refclef"
-    pictures = root / "refer_seg" / ("images/saiapr_tc-12" if clef else "images/mscoco/images/train2014")
+    images = root / "refer_seg" / ("images/saiapr_tc-12" if clef else "images/mscoco/images/train2014")
     images, refs = [], []
     annotations: list[Any] = []
     for index in range(num_videos * len(splits)):
@@ -266,7 +266,7 @@ def _refer(name: str, splits: tuple[str, ...], root: Path, num_videos: int, seed
         file_name = f"0{index}/images/{index}.jpg" if clef else f"COCO_train2014_{index:012d}.jpg"
         height, width = clip.labels.shape[1:]
         images.append({"id": 10 + index, "file_name": file_name, "height": height, "width": width})
-        _save(pictures / file_name, Image.fromarray(clip.frames[0]), quality=95)
+        _save(images / file_name, Image.fromarray(clip.frames[0]), quality=95)
         for number in range(1, NUM_OBJECTS + 1):
             mask = clip.mask(number)[0]
             if not mask.any():
@@ -308,7 +308,7 @@ def _reasonseg(root: Path, num_videos: int, seed: int) -> None:
     write_json(folder / "explanatory" / "train.json", explanations)
 
 
-def _label_pictures(
+def _label_images(
     values: Callable[[np.ndarray], np.ndarray], images: Path, labels: Path, num_videos: int, seed: int
 ) -> None:
     for i in range(num_videos):
@@ -321,7 +321,7 @@ def _ade20k(root: Path, num_videos: int, seed: int) -> None:
     for part, offset in (("training", 0), ("validation", 1000)):
         folder = root / "sem_seg" / "ade20k"
         # 0 stays unlabelled, the objects are wall, building, sky
-        _label_pictures(lambda x: x, folder / "images" / part, folder / "annotations" / part, num_videos, seed + offset)
+        _label_images(lambda x: x, folder / "images" / part, folder / "annotations" / part, num_videos, seed + offset)
 
 
 def _cocostuff(root: Path, num_videos: int, seed: int) -> None:
@@ -329,14 +329,14 @@ def _cocostuff(root: Path, num_videos: int, seed: int) -> None:
     for part, offset in (("train2017", 0), ("val2017", 1000)):
         folder = root / "sem_seg"
         places = folder / "coco" / part, folder / "cocostuff" / part
-        _label_pictures(lambda x: table[x], *places, num_videos, seed + offset)
+        _label_images(lambda x: table[x], *places, num_videos, seed + offset)
 
 
 def _mapillary(root: Path, num_videos: int, seed: int) -> None:
     folder = root / "sem_seg" / "mapillary"
     for part, offset in (("training", 0), ("validation", 1000)):
         places = folder / part / "images", folder / part / "v2.0" / "labels"
-        _label_pictures(lambda x: x, *places, num_videos, seed + offset)
+        _label_images(lambda x: x, *places, num_videos, seed + offset)
     names = ["Ambiguous Barrier", "Bird", "Road", "Sky"]
     write_json(folder / "config_v2.0.json", {"labels": [{"name": n, "readable": n} for n in names]})
 

@@ -1,4 +1,4 @@
-"""A recipe small enough to train in a test: questions about pictures, and pictures to segment."""
+"""A recipe small enough to train in a test: questions about images, and images to segment."""
 
 import csv
 import sys

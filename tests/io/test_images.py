@@ -45,7 +45,7 @@ def test_values_of_unknown_scale_are_refused_by_name(tmp_path, values):
     assert mode in ("F", "I")
 
 
-def test_pictures_are_turned_upright_where_asked():
+def test_images_are_turned_upright_where_asked():
     path = CASES / "orientation_6.jpg"
     stored = images.read_image(path, upright=False)
     assert stored.shape == (64, 96, 3)
@@ -58,11 +58,11 @@ def test_pictures_are_turned_upright_where_asked():
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "1", "CMYK", "RGB"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
-    picture = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB").convert(mode)
+    drawn = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB").convert(mode)
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    picture.save(path)
-    np.testing.assert_array_equal(images.read_image(path), np.asarray(picture.convert("RGB")))
-    np.testing.assert_array_equal(images.read_image(path.read_bytes(), name="x"), np.asarray(picture.convert("RGB")))
+    drawn.save(path)
+    np.testing.assert_array_equal(images.read_image(path), np.asarray(drawn.convert("RGB")))
+    np.testing.assert_array_equal(images.read_image(path.read_bytes(), name="x"), np.asarray(drawn.convert("RGB")))
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".png", ".gif", ".tif"])
@@ -77,7 +77,7 @@ def test_animations_are_no_stills(tmp_path, suffix):
         assert [seconds for _, seconds in found] == [0.12] * 3
 
 
-def test_a_picture_for_programs_without_animations_is_no_frame(tmp_path):
+def test_an_image_for_programs_without_animations_is_no_frame(tmp_path):
     path = animation(tmp_path / "a.png", count=4, default_image=True)
     assert images.num_frames(path) == 3
     assert [int(frame[0, 0, 0]) for frame, _ in images.frames(path)] == [40, 80, 120]
@@ -109,7 +109,7 @@ def test_huge_headers_are_refused_before_decoding(tmp_path, size):
 def test_what_is_no_file_is_refused_by_name(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").write_bytes(b"")
     shutil.copy(CASES / "orientation_6.jpg", tmp_path / "whole.jpg")
     content = (tmp_path / "whole.jpg").read_bytes()
@@ -117,8 +117,8 @@ def test_what_is_no_file_is_refused_by_name(tmp_path):
     for name, match in {
         "pipe.png": "no regular file",
         "folder.png": "is a folder",
-        "text.png": "cannot be read as a picture",
-        "empty.png": "cannot be read as a picture",
+        "text.png": "cannot be read as an image",
+        "empty.png": "cannot be read as an image",
         "cut.jpg": "truncated",
         "gone.png": "no such file",
         "nul\0.png": "cannot be read",

@@ -122,7 +122,7 @@ def test_no_video(tmp_path, content, message):
         open_video(path)
 
 
-def test_no_pictures_in_it(tmp_path):
+def test_no_images_in_it(tmp_path):
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
@@ -168,7 +168,7 @@ def test_bad_folders(tmp_path):
         (np.full((2, 4, 4, 3), np.nan), "floats of nan to nan"),
         (np.full((2, 4, 4, 3), 300), "int64 of 300 to 300 have no known scale"),
         (np.full((2, 4, 4, 3), 200, np.uint16), "may be 8 or 16 bits"),
-        (np.zeros((4, 4, 3), np.uint8), "not one picture"),
+        (np.zeros((4, 4, 3), np.uint8), "not one image"),
         (np.zeros((2, 7, 5, 6), np.uint8), r"not uint8\[2, 7, 5, 6\]"),
         (np.zeros((2, 4, 4, 3), bool), "an array of bool"),
         ([], "the video is empty"),
@@ -226,9 +226,9 @@ def test_lists_of_files(tmp_path):
     np.testing.assert_array_equal(np.stack(list(video)), frames[[3, 0, 2]])
     assert video.frame_names == ["frame3", "frame0", "frame2"]
     assert open_video([str(files[0]), files[0]]).frame_names == ["00000", "00001"]
-    picture = open_video(Image.fromarray(frames[1]))
-    assert picture.still
-    np.testing.assert_array_equal(picture.read([0]), frames[[1]])
+    still = open_video(Image.fromarray(frames[1]))
+    assert still.still
+    np.testing.assert_array_equal(still.read([0]), frames[[1]])
 
 
 def test_whole_names_are_in_natural_order(tmp_path):
@@ -261,10 +261,10 @@ def test_names_with_accents_are_found_in_either_spelling(tmp_path):
 
 def test_animations_are_videos(tmp_path):
     frames = clip(5)
-    pictures = [Image.fromarray(frame) for frame in frames]
+    stills = [Image.fromarray(frame) for frame in frames]
     for name, options in (("a.webp", {"lossless": True}), ("a.png", {}), ("a.tif", {}), ("a.gif", {})):
         path = tmp_path / name
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[200, 200, 400, 200, 200], **options)
+        stills[0].save(path, save_all=True, append_images=stills[1:], duration=[200, 200, 400, 200, 200], **options)
         video = open_video(path)
         assert (video.num_frames, video.size, video.still) == (5, (48, 64), False), name
         found = np.stack(list(video)).astype(int)
@@ -276,11 +276,11 @@ def test_animations_are_videos(tmp_path):
     folder = tmp_path / "frames"
     folder.mkdir()
     (tmp_path / "a.webp").rename(folder / "1.webp")
-    with pytest.raises(UserError, match=r"1\.webp: an animation of 5 frames where one picture"):
+    with pytest.raises(UserError, match=r"1\.webp: an animation of 5 frames where one image"):
         open_video(folder)
 
 
-def test_users_pictures_are_upright_and_scaled(tmp_path):
+def test_users_images_are_upright_and_scaled(tmp_path):
     assert open_video(CASES / "orientation_6.jpg").size == (96, 64)
     folder = tmp_path / "v"
     folder.mkdir()

@@ -16,7 +16,7 @@ def test_a_path_is_told_by_its_ends():
     assert paths_in_words(clip(), 3) == ["bhqt" + "08", "flrx" + "06", ""]
 
 
-def test_a_picture_has_places_alone():
+def test_an_image_has_places_alone():
     assert paths_in_words(clip()[:1], 2) == ["bh", "fl"]
 
 

@@ -16,7 +16,7 @@ SMALL_NOTE = (
     'the model "tiny" of this package is a demonstration: it was trained on moving coloured shapes and knows nothing '
     "of the real world; give another one with --model (see the README on converting the released checkpoints)"
 )
-VIDEO_HELP = "a video file, a folder of frames, or a picture"
+VIDEO_HELP = "a video file, a folder of frames, or an image"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

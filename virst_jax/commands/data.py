@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     show = actions.add_parser("show", help="draw a contact sheet with masks")
     _common(show)
-    show.add_argument("--out", type=Path, default=Path("sheet.png"), help="the picture to write (sheet.png)")
+    show.add_argument("--out", type=Path, default=Path("sheet.png"), help="the image to write (sheet.png)")
     show.add_argument("--count", type=int, default=4, help="samples, evenly spaced over the data set (4)")
     show.add_argument("--frames", type=int, default=4, help="frames of a sample (4)")
     show.add_argument("--expressions", type=int, default=3, help="expressions of a sample (3)")

@@ -10,7 +10,7 @@ from virst_jax.errors import UserError
 HELP = "score a folder of masks (PNG) by a benchmark's protocol"
 EXAMPLES = """\
 PRED_DIR holds VIDEO/EXPRESSION/FRAME.png of 0 and 255 (or 0 and 1), of the video's size, under Annotations/ or not;
-for Ref-DAVIS17 also anno_0 to anno_3 with VIDEO/FRAME.png, palette pictures of all objects; or results of eval.py.
+for Ref-DAVIS17 also anno_0 to anno_3 with VIDEO/FRAME.png, palette images of all objects; or results of eval.py.
 
   virst metrics results/mevis --dataset mevis --data-root data/RVOS --split valid_u --out scores
   virst metrics results/davis --dataset ref_davis17 --data-root data/RVOS

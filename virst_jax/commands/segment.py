@@ -1,4 +1,4 @@
-"""`virst segment`: masks of a video as pictures, an overlay, a contact sheet and a table of results.
+"""`virst segment`: masks of a video as images, an overlay, a contact sheet and a table of results.
 
 OUT/<number>-<name>/<frame>.png   0 and 255, of the video's size; one folder an expression, numbered from 01
 OUT/overlay.mp4                   the video with every expression in its colour, and a legend

@@ -51,7 +51,7 @@ def _json(data: Any, depth: int = 0) -> str:
     return json.dumps(data, ensure_ascii=False)
 
 
-def write_pictures(
+def write_images(
     reader: "Reader",
     expressions: Sequence[str],
     folders: Sequence[Path],

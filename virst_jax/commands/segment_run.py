@@ -144,7 +144,7 @@ class SegmentRun:
             scores = _MaskFiles(stream, self.folders, names, self.state_file).write(state)
         timings = dict(stream.timings)
         before = time.perf_counter()
-        objects = segment_results.write_pictures(
+        objects = segment_results.write_images(
             self.reader, self.expressions, self.folders, self.out, legend=self.legend, progress=self.progress
         )
         timings["overlay"] = time.perf_counter() - before

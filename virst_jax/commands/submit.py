@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():
         raise UserError(f"{args.out}: exists already; choose another name or remove it")
     read_pred = open_predictions(source, args.pred_dir).read_pred
-    assert read_pred is not None  # only Ref-DAVIS17 has palette pictures, and it has no server
+    assert read_pred is not None  # only Ref-DAVIS17 has palette images, and it has no server
     count = write_submission(source, read_pred, args.out, progress=not args.quiet)
     print(f"{args.out}: {count} masks of {len(source)} videos, checked")
     return 0

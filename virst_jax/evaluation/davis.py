@@ -2,7 +2,7 @@
 
 Axes: T frames, H height, W width, D words of packed bits, N_gt annotated objects, N results.
 
-For every annotator the masks of all objects become one picture: argmax over the objects and a background of 0.1, so of
+For every annotator the masks of all objects become one image: argmax over the objects and a background of 0.1, so of
 masks of 0 and 1 the object with the lowest number has a contested pixel. J and F of all pairs of results and annotated
 objects, means over all frames, decide which result belongs to which object (the task that DAVIS calls unsupervised);
 pixels annotated as void (255) are left out. Every object counts the same; the score is the mean of the four annotators.
@@ -25,7 +25,7 @@ from virst_jax.evaluation.predictions import MaskReader, frame_names, read_index
 from virst_jax.evaluation.scoring import pieces, ratio
 
 VOID = 255
-MAX_RESULTS = 20  # objects in a picture
+MAX_RESULTS = 20  # objects in an image
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def score_indexed(video: Video, folder: Path) -> list[ObjectRow]:
     """Scores of palette PNGs FOLDER/anno_K/VIDEO/FRAME.png, K from 0 to 3, whose values are the objects.
 
     Raises:
-      UserError: a picture is missing or of another size; a picture has an object that the data set has not.
+      UserError: an image is missing or of another size; an image has an object that the data set has not.
     """
     gt, void = annotated_objects(video)
     rows = []
@@ -91,7 +91,7 @@ def score_indexed(video: Video, folder: Path) -> list[ObjectRow]:
         if int(labels.max()) > MAX_RESULTS:
             raise UserError(
                 f"{folder / f'anno_{annotator}' / video.name}: has object {int(labels.max())}, DAVIS allows "
-                f"{MAX_RESULTS}; the pictures must be palette PNGs whose values are the objects"
+                f"{MAX_RESULTS}; the images must be palette PNGs whose values are the objects"
             )
         results = [bitmask.pack(labels == number) for number in range(1, int(labels.max()) + 1)]
         rows += match_objects(video, annotator, results, gt, void)

@@ -1,4 +1,4 @@
-"""Videos and pictures that Python users have in memory, in whatever layout and type, as uint8[T, H, W, 3].
+"""Videos and images that Python users have in memory, in whatever layout and type, as uint8[T, H, W, 3].
 
 Axes: T frames, H height, W width, C channels.
 """
@@ -27,7 +27,7 @@ def video(frames: Any) -> np.ndarray:
     """
     array = _array(frames)
     if array.ndim == 3 and array.shape[-1] in (3, 4):
-        raise UserError(f"a video must be {EXPECTED}, not one picture {_named(array)}; add an axis for its frames")
+        raise UserError(f"a video must be {EXPECTED}, not one image {_named(array)}; add an axis for its frames")
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4 or (array.shape[-1] not in CHANNELS and array.shape[1] not in CHANNELS):
@@ -39,14 +39,14 @@ def video(frames: Any) -> np.ndarray:
     return _rgb(_bytes(array, "the video"))
 
 
-def picture(image: Any) -> np.ndarray:
-    """One picture uint8[H, W, 3] of an array, tensor or PIL image.
+def to_image(image: Any) -> np.ndarray:
+    """One image uint8[H, W, 3] of an array, tensor or PIL image.
 
     Raises:
       UserError: another number of axes or channels, or values of unknown scale.
     """
     if isinstance(image, Image.Image):
-        return images.to_rgb(images.decoded(b"", image, name="the picture", upright=True), "the picture")
+        return images.to_rgb(images.decoded(b"", image, name="the image", upright=True), "the image")
     array = _array(image)
     if array.ndim == 2:
         array = array[..., None]
@@ -54,21 +54,21 @@ def picture(image: Any) -> np.ndarray:
         array = np.moveaxis(array, 0, -1)
     if array.ndim != 3 or array.shape[-1] not in CHANNELS:
         wanted = "a file or an array [H, W, 3] (also [3, H, W], grey, RGBA)"
-        raise UserError(f"a picture must be {wanted}, not {_named(array)}")
+        raise UserError(f"an image must be {wanted}, not {_named(array)}")
     if 0 in array.shape:
-        raise UserError(f"the picture is empty: an array of shape {list(array.shape)}")
-    return _rgb(_bytes(array, "the picture"))
+        raise UserError(f"the image is empty: an array of shape {list(array.shape)}")
+    return _rgb(_bytes(array, "the image"))
 
 
 def stack(frames: Sequence[Any]) -> np.ndarray:
-    """Frames uint8[T, H, W, 3] of single ones: arrays, tensors, PIL images or paths of pictures.
+    """Frames uint8[T, H, W, 3] of single ones: arrays, tensors, PIL images or paths of images.
 
     Raises:
-      UserError: none, frames that differ in size, or what `picture` refuses.
+      UserError: none, frames that differ in size, or what `to_image` refuses.
     """
     if not frames:
         raise UserError("the video is empty: a list without frames; give at least one")
-    whole = [images.read_image(f) if isinstance(f, (str, Path)) else picture(f) for f in frames]
+    whole = [images.read_image(f) if isinstance(f, (str, Path)) else to_image(f) for f in frames]
     for number, frame in enumerate(whole):
         if frame.shape != whole[0].shape:
             have, want = frame.shape[1::-1], whole[0].shape[1::-1]
@@ -79,7 +79,7 @@ def stack(frames: Sequence[Any]) -> np.ndarray:
     return np.stack(whole)
 
 
-def is_picture(value: Any) -> bool:
+def is_image(value: Any) -> bool:
     """Whether this is a PIL image, which is iterable in no useful way."""
     return isinstance(value, Image.Image)
 
@@ -92,7 +92,7 @@ def _array(value: Any) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"a {type(value).__name__} cannot be read as an array ({images.reason(error)})") from error
     if array.dtype.kind not in "uif" and array.dtype.name != "bfloat16":
-        raise UserError(f"an array of {array.dtype} cannot be read as pictures; give {EXPECTED}")
+        raise UserError(f"an array of {array.dtype} cannot be read as images; give {EXPECTED}")
     return array
 
 

@@ -1,4 +1,4 @@
-"""Pictures from files: the one place that decodes them, whatever is wrong said in one line with the file's name.
+"""Images from files: the one place that decodes them, whatever is wrong said in one line with the file's name.
 
 A header is checked before anything is decoded, so that a small file cannot ask for gigabytes. Nothing is clipped or cut
 off in silence: 16-bit values are scaled, floats and animations are taken only where their meaning is known.
@@ -23,7 +23,7 @@ from virst_jax.io.atomic import reason
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 89_478_485  # from here on Pillow warns; 9,459 x 9,459
-ANIMATED = ("GIF", "PNG", "WEBP", "TIFF")  # formats whose further pictures are frames or pages, not previews
+ANIMATED = ("GIF", "PNG", "WEBP", "TIFF")  # formats whose further images are frames or pages, not previews
 ORIENTATION = 0x0112  # EXIF's number of the tag
 _ERRORS = (
     OSError,
@@ -48,9 +48,9 @@ Source = str | Path | bytes
 
 
 def read_image(source: Source, *, name: str = "", upright: bool = True, remedy: str = "copy it again") -> np.ndarray:
-    """A still picture, uint8[H, W, 3] (RGB).
+    """A still image, uint8[H, W, 3] (RGB).
 
-    Grey and palette pictures become RGB, transparency is left out, 16-bit values and floats of 0 to 1 are scaled.
+    Grey and palette images become RGB, transparency is left out, 16-bit values and floats of 0 to 1 are scaled.
 
     Args:
       source: a path, or the contents of a file.
@@ -59,7 +59,7 @@ def read_image(source: Source, *, name: str = "", upright: bool = True, remedy: 
       remedy: what messages advise for a damaged file.
 
     Raises:
-      UserError: missing, no regular file, no picture, truncated, too large, an animation, or values of unknown scale.
+      UserError: missing, no regular file, no image, truncated, too large, an animation, or values of unknown scale.
     """
     with opened(source, name=name, remedy=remedy) as image:
         _refuse_animation(image, _called(source, name))
@@ -69,10 +69,10 @@ def read_image(source: Source, *, name: str = "", upright: bool = True, remedy: 
 def read_size(
     source: Source, *, name: str = "", upright: bool = True, remedy: str = "copy it again"
 ) -> tuple[int, int]:
-    """Height and width of a picture, from its header.
+    """Height and width of an image, from its header.
 
     Raises:
-      UserError: missing, no regular file, no picture, or too large.
+      UserError: missing, no regular file, no image, or too large.
     """
     with opened(source, name=name, remedy=remedy) as image:
         turned = upright and _orientation(image) in (5, 6, 7, 8)
@@ -80,7 +80,7 @@ def read_size(
 
 
 def read_values(source: Source, *, name: str = "", remedy: str = "copy it again") -> tuple[np.ndarray, str]:
-    """A still picture's own values and Pillow's name of its mode: of a palette picture the indices, no conversion.
+    """A still image's own values and Pillow's name of its mode: of a palette image the indices, no conversion.
 
     Returns:
       uint8, uint16, int32, float32 or bool [H, W] or [H, W, channels]; the mode ("P", "L", "RGBA", "I;16", ...).
@@ -95,7 +95,7 @@ def read_values(source: Source, *, name: str = "", remedy: str = "copy it again"
 
 
 def num_frames(source: Source, *, name: str = "", remedy: str = "copy it again") -> int:
-    """Frames of a picture file: 1 of a still picture, more of an animation or of a TIFF with pages.
+    """Frames of an image file: 1 of a still image, more of an animation or of a TIFF with pages.
 
     Raises:
       UserError: as `read_size`.
@@ -106,10 +106,10 @@ def num_frames(source: Source, *, name: str = "", remedy: str = "copy it again")
 
 @contextlib.contextmanager
 def opened(source: Source, *, name: str = "", remedy: str = "copy it again") -> Iterator[Image.Image]:
-    """A picture whose header is read and whose size is within bounds; nothing is decoded yet.
+    """An image whose header is read and whose size is within bounds; nothing is decoded yet.
 
     Raises:
-      UserError: missing, no regular file, no picture, or too large.
+      UserError: missing, no regular file, no image, or too large.
     """
     called = _called(source, name)
     content: Any = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
@@ -118,15 +118,15 @@ def opened(source: Source, *, name: str = "", remedy: str = "copy it again") -> 
     try:
         image = Image.open(content)
     except Image.DecompressionBombError as error:
-        raise UserError(f"{called}: has more than {MAX_PIXELS:,} pixels; give a smaller picture") from error
+        raise UserError(f"{called}: has more than {MAX_PIXELS:,} pixels; give a smaller image") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{called}: cannot be read as a picture (unknown kind, or damaged); {remedy}") from error
+        raise UserError(f"{called}: cannot be read as an image (unknown kind, or damaged); {remedy}") from error
     except _ERRORS as error:
-        raise UserError(f"{called}: cannot be read as a picture ({reason(error)}); {remedy}") from error
+        raise UserError(f"{called}: cannot be read as an image ({reason(error)}); {remedy}") from error
     with image:
         if image.width * image.height > MAX_PIXELS:
             raise UserError(
-                f"{called}: {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}; give a smaller picture"
+                f"{called}: {image.width}x{image.height} pixels, more than {MAX_PIXELS:,}; give a smaller image"
             )
         yield image
 
@@ -134,7 +134,7 @@ def opened(source: Source, *, name: str = "", remedy: str = "copy it again") -> 
 def decoded(
     source: Source, image: Image.Image, *, name: str = "", remedy: str = "copy it again", upright: bool = False
 ) -> Image.Image:
-    """An opened picture with its pixels read, turned upright if so asked.
+    """An opened image with its pixels read, turned upright if so asked.
 
     Raises:
       UserError: truncated or damaged.
@@ -145,12 +145,12 @@ def decoded(
     except _ERRORS as error:
         how = "truncated" if "truncated" in str(error) else "damaged"
         raise UserError(
-            f"{_called(source, name)}: {how}, cannot be read as a picture ({reason(error)}); {remedy}"
+            f"{_called(source, name)}: {how}, cannot be read as an image ({reason(error)}); {remedy}"
         ) from error
 
 
 def to_rgb(image: Image.Image, name: str) -> np.ndarray:
-    """A decoded picture's colours, uint8[H, W, 3].
+    """A decoded image's colours, uint8[H, W, 3].
 
     Raises:
       UserError: its values have no known scale.
@@ -170,7 +170,7 @@ def to_rgb(image: Image.Image, name: str) -> np.ndarray:
     try:
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except ValueError as error:
-        raise UserError(f"{name}: a picture of mode {image.mode} is not supported; save it as RGB in 8 bits") from error
+        raise UserError(f"{name}: an image of mode {image.mode} is not supported; save it as RGB in 8 bits") from error
 
 
 def scaled_16_bit(values: np.ndarray) -> np.ndarray:
@@ -231,12 +231,12 @@ def _refuse_animation(image: Image.Image, called: str) -> None:
     count = _num_frames(image)
     if count > 1:
         what = f"{count} pages" if image.format == "TIFF" else f"an animation of {count} frames"
-        raise UserError(f"{called}: {what} where one picture is expected; give it as a video, or save its frames apart")
+        raise UserError(f"{called}: {what} where one image is expected; give it as a video, or save its frames apart")
 
 
 def _num_frames(image: Image.Image) -> int:
     if image.format not in ANIMATED:
-        return 1  # the second picture of a camera's JPEG (MPO) is a preview or another eye's view
+        return 1  # the second image of a camera's JPEG (MPO) is a preview or another eye's view
     try:
         count = int(getattr(image, "n_frames", 1))
         return max(1, count - int(_has_default(image)))
@@ -245,7 +245,7 @@ def _num_frames(image: Image.Image) -> int:
 
 
 def _has_default(image: Image.Image) -> bool:
-    """Whether an APNG begins with a picture for programs that know no animations; Pillow counts it as a frame."""
+    """Whether an APNG begins with an image for programs that know no animations; Pillow counts it as a frame."""
     return image.format == "PNG" and bool(image.info.get("default_image"))
 
 
@@ -253,8 +253,8 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except _ERRORS:
-        return 1  # a damaged EXIF block does not spoil the picture
+        return 1  # a damaged EXIF block does not spoil the image
 
 
 def _called(source: Source, name: str) -> str:
-    return name or ("picture" if isinstance(source, bytes) else str(source))
+    return name or ("image" if isinstance(source, bytes) else str(source))

@@ -15,7 +15,7 @@ from virst_jax.errors import UserError
 
 @dataclass(frozen=True)
 class VideoFormat:
-    """How a file's pictures are meant to be shown, beside their pixels; numbers are FFmpeg's, 0 or 2: not stated."""
+    """How a file's images are meant to be shown, beside their pixels; numbers are FFmpeg's, 0 or 2: not stated."""
 
     sample_aspect: Fraction | None = None  # width over height of a pixel; None: square
     colorspace: int = 2
@@ -35,7 +35,7 @@ class Reader:
       name: of the file or folder.
       size: height, width.
       fps: frames a second, on average; 0: unknown.
-      still: a single picture, not a video.
+      still: a single image, not a video.
       format: what an overlay keeps of the file.
       damaged: numbers of the frames that may be wrong, as the file is damaged. They are an error unless the caller has
         asked to go on with them.

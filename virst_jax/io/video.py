@@ -1,4 +1,4 @@
-"""Videos from files, folders of frames, pictures and arrays, read in order without holding more than a frame.
+"""Videos from files, folders of frames, images and arrays, read in order without holding more than a frame.
 
 Axes: T frames of the video, n frames asked for, H height, W width, C channels, 3 RGB.
 """
@@ -32,11 +32,11 @@ def open_video(video: Any, *, fps: float | None = None, allow_damaged: bool = Fa
     Args:
       video: one of
         - a file that FFmpeg reads (mp4, mov, webm, gif, ...), or an animated WebP, PNG or TIFF;
-        - a picture: a file or a PIL image;
+        - an image: a file or a PIL image;
         - a folder of frames, in the natural order of their names ("cam2_frame_2" before "cam2_frame_10");
         - an array or tensor [T, H, W, C], [T, C, H, W] or [T, H, W], C 1 (grey), 3 (RGB) or 4 (RGBA, whose last is left
           out), of integers of 0 to 255, 16-bit integers, or floats of 0 to 1;
-        - a list or generator of frames: arrays, PIL images or paths of pictures;
+        - a list or generator of frames: arrays, PIL images or paths of images;
         - a data set's `Video`, or a reader.
       fps: frames a second of what states none itself: folders, arrays, lists. It is used for times.
       allow_damaged: go on with a damaged video file; see `FileReader`.
@@ -65,8 +65,8 @@ def _opened(video: Any, allow_damaged: bool) -> Reader:
         return SampleReader(video)
     if video is None or isinstance(video, (bool, int, float, bytes, dict, set)):
         raise UserError(f"a video cannot be made of {type(video).__name__}; give a path, a folder, an array or frames")
-    if arrays.is_picture(video):
-        return ArrayReader(arrays.picture(video)[None], still=True)
+    if arrays.is_image(video):
+        return ArrayReader(arrays.to_image(video)[None], still=True)
     if isinstance(video, Iterable) and not hasattr(video, "shape"):
         items = list(video)
         if items and all(isinstance(item, (str, os.PathLike)) for item in items):
@@ -101,10 +101,10 @@ def _found(given: str) -> str:
 
 
 class FolderReader(Reader):
-    """Frames as picture files of one size.
+    """Frames as image files of one size.
 
     Raises:
-      UserError: no frames, two of one name, or one that is no still picture.
+      UserError: no frames, two of one name, or one that is no still image.
     """
 
     def __init__(self, folder: Path):
@@ -113,7 +113,7 @@ class FolderReader(Reader):
         except OSError as error:
             raise UserError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
         if not found:
-            raise UserError(f"{folder}: holds no frames ({', '.join(FRAME_SUFFIXES)}); give a folder of pictures")
+            raise UserError(f"{folder}: holds no frames ({', '.join(FRAME_SUFFIXES)}); give a folder of images")
         seen: dict[str, Path] = {}
         for file in sorted(found, key=lambda f: natural_key(f.name)):
             other = seen.setdefault(same_name(file.stem), file)

@@ -23,7 +23,7 @@ MAX_FAILURES = 10_000  # packets that do not decode, before a file is given up
 REORDERED = 16  # frames by which the order of decoding and that of showing differ at most
 # one packet is one frame, so that a packet without a frame is a lost one
 _ONE_FRAME_A_PACKET = ("h264", "hevc", "av1", "vp9")
-_ATTACHED_PICTURE = 1 << 10  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC: a cover, not the video
+_ATTACHED_IMAGE = 1 << 10  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC: a cover, not the video
 
 
 class FileReader(Reader):
@@ -151,12 +151,12 @@ class FileReader(Reader):
             advice = "copy the file again" if missing else "give another file"
             raise UserError(f"{self.path}: cannot be read as a video ({why}); {advice}") from error
         with container:
-            streams = [s for s in container.streams.video if not int(s.disposition) & _ATTACHED_PICTURE]
+            streams = [s for s in container.streams.video if not int(s.disposition) & _ATTACHED_IMAGE]
             if not streams:
                 missing = what_is_missing(self.path)
                 if missing:
                     raise UserError(f"{self.path}: cut short: {missing} missing at its end; copy the file again")
-                cover = " but a cover picture" if container.streams.video else ""
+                cover = " but a cover image" if container.streams.video else ""
                 raise UserError(f"{self.path}: holds no video stream{cover}; give a video file")
             streams = [s for s in streams if s.codec_context is not None]
             if not streams:
@@ -368,7 +368,7 @@ def _display_matrix(frame: Any) -> np.ndarray:
 
 
 def _as_shown(image: np.ndarray, matrix: np.ndarray, path: Path) -> tuple[np.ndarray, bool]:
-    """A picture turned and mirrored as players do by the file's display matrix, and whether by a quarter turn.
+    """An image turned and mirrored as players do by the file's display matrix, and whether by a quarter turn.
 
     Raises:
       UserError: the matrix turns by another angle.

@@ -78,18 +78,18 @@ class VideoWriter:
           duration: seconds that it is shown; needed of the last frame only.
         """
         image = np.pad(frame, self._pad, mode="edge")
-        picture = self._av.VideoFrame.from_ndarray(image, format="rgb24")
-        picture = picture.reformat(format="yuv420p", dst_colorspace=self._matrix, dst_color_range=self._range)
-        picture.colorspace, picture.color_range = self._stream.codec_context.colorspace, self.format.color_range
-        picture.color_primaries, picture.color_trc = self.format.color_primaries, self.format.color_trc
+        av_frame = self._av.VideoFrame.from_ndarray(image, format="rgb24")
+        av_frame = av_frame.reformat(format="yuv420p", dst_colorspace=self._matrix, dst_color_range=self._range)
+        av_frame.colorspace, av_frame.color_range = self._stream.codec_context.colorspace, self.format.color_range
+        av_frame.color_primaries, av_frame.color_trc = self.format.color_primaries, self.format.color_trc
         at = Fraction(self._count) / self._rate if time is None else Fraction(time)
         number = max(round(at / self._base), self._last + 1)
-        picture.pts, picture.time_base = number, self._base
+        av_frame.pts, av_frame.time_base = number, self._base
         span = 1 / self._rate if duration is None else Fraction(duration)
-        picture.duration = max(1, round(span / self._base))
+        av_frame.duration = max(1, round(span / self._base))
         self._end = float(number * self._base + span)
         self._count, self._last = self._count + 1, number
-        self._container.mux(self._stream.encode(picture))
+        self._container.mux(self._stream.encode(av_frame))
         if self._audio is not None:
             self._audio.copy_until(self._end)
 

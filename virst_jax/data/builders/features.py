@@ -145,7 +145,7 @@ class CodeMasks:
 
 
 class RawFrames(tfds.decode.Decoder):
-    """Leaves encoded pictures as they are: TFDS's own SkipDecoding does not reach into a sequence."""
+    """Leaves encoded images as they are: TFDS's own SkipDecoding does not reach into a sequence."""
 
     def decode_example(self, serialized_image: Any) -> Any:
         return serialized_image
@@ -160,7 +160,7 @@ def _jpeg(sample: Video | Question, index: int) -> io.BytesIO:
     if isinstance(path, str) and path.lower().endswith((".jpg", ".jpeg")):
         with open(path, "rb") as file:
             data = file.read()
-        if data[:2] == b"\xff\xd8":  # else a picture of another kind under that name
+        if data[:2] == b"\xff\xd8":  # else an image of another kind under that name
             return io.BytesIO(data)
     buffer = io.BytesIO()
     Image.fromarray(sample.read_frames([index])[0]).save(buffer, "JPEG", quality=_QUALITY)

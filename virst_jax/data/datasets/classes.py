@@ -5,7 +5,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(" ".join(name.split()) for name in text.split("|"))
 
 
-# ADE20K (SceneParsing): the label picture holds 1 for the first; 0 is unlabelled
+# ADE20K (SceneParsing): the label image holds 1 for the first; 0 is unlabelled
 ADE20K = _names("""
     wall | building | sky | floor | tree | ceiling | road | bed | windowpane | grass | cabinet | sidewalk | person |
     earth | door | table | mountain | plant | curtain | chair | car | water | painting | sofa | shelf | house | sea
@@ -22,7 +22,7 @@ ADE20K = _names("""
     crt screen | plate | monitor | bulletin board | shower | radiator | glass | clock | flag
 """)
 
-# COCO-Stuff: the label picture holds 0 for the first; 255 is unlabelled
+# COCO-Stuff: the label image holds 0 for the first; 255 is unlabelled
 COCO_STUFF = _names("""
     person | bicycle | car | motorcycle | airplane | bus | train | truck | boat | traffic light | fire hydrant |
     street sign | stop sign | parking meter | bench | bird | cat | dog | horse | sheep | cow | elephant | bear |

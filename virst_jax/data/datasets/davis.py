@@ -5,8 +5,8 @@ FOLDER/
   {train,valid}/{JPEGImages/VIDEO/FRAME.jpg, Annotations/VIDEO/FRAME.png}
 
 Every object has four expressions, one from each annotator: id = 4 * (object - 1) + annotator, objects counting from 1
-as in the label pictures and annotators from 0. Follows data/d2_datasets/refytvos_utils.py of the release, which scores
-against a mask_dict.pkl made of the same pictures.
+as in the label images and annotators from 0. Follows data/d2_datasets/refytvos_utils.py of the release, which scores
+against a mask_dict.pkl made of the same images.
 """
 
 from functools import partial

@@ -65,7 +65,7 @@ def find_frames(images: str | Path, video: str, names: Sequence[str]) -> FrameFi
 
 
 def stack_frames(paths: Sequence[str]) -> np.ndarray:
-    """Pictures of one size: uint8[n, H, W, 3].
+    """Images of one size: uint8[n, H, W, 3].
 
     Raises:
       UserError: one is missing, truncated or of another size than the first; names it.

@@ -6,7 +6,7 @@ FOLDER/
   train/{JPEGImages/VIDEO/FRAME.jpg, Annotations/VIDEO/FRAME.png, meta.json}
   valid/JPEGImages, test/JPEGImages     valid/Annotations/VIDEO/ID/FRAME.png where somebody made them
 
-Training masks are palette pictures whose numbers are the objects. The file of valid lists the videos of test as well:
+Training masks are palette images whose numbers are the objects. The file of valid lists the videos of test as well:
 507 with 305 to be taken away leave 202. A mask_dict.pkl, where there is one, is a pickle and never read.
 Follows data/d2_datasets/refytvos_utils.py of the release. Expression ids are in order as text ("10" before "2").
 """
