@@ -258,7 +258,7 @@ def _polygon(mask: np.ndarray) -> list[float]:
 def _refer(name: str, splits: tuple[str, ...], root: Path, num_videos: int, seed: int) -> None:
     folder = root / "refer_seg" / name
     clef = name == "refclef"
-    images = root / "refer_seg" / ("images/saiapr_tc-12" if clef else "images/mscoco/images/train2014")
+    folder_of_images = root / "refer_seg" / ("images/saiapr_tc-12" if clef else "images/mscoco/images/train2014")
     images, refs = [], []
     annotations: list[Any] = []
     for index in range(num_videos * len(splits)):
@@ -266,7 +266,7 @@ def _refer(name: str, splits: tuple[str, ...], root: Path, num_videos: int, seed
         file_name = f"0{index}/images/{index}.jpg" if clef else f"COCO_train2014_{index:012d}.jpg"
         height, width = clip.labels.shape[1:]
         images.append({"id": 10 + index, "file_name": file_name, "height": height, "width": width})
-        _save(images / file_name, Image.fromarray(clip.frames[0]), quality=95)
+        _save(folder_of_images / file_name, Image.fromarray(clip.frames[0]), quality=95)
         for number in range(1, NUM_OBJECTS + 1):
             mask = clip.mask(number)[0]
             if not mask.any():

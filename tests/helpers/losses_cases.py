@@ -62,20 +62,20 @@ def make_batch(cfg: VirstConfig, prefix_len: int, used: Sequence[int] = (0, 1, 2
     labels = np.where(mask, labels, IGNORE)
     size = cfg.sam2.image_size
     valid = np.arange(slots) < len(used)
-    arrays: dict[str, Any] = dict(  # steps take NumPy arrays as well
-        clips=rng.integers(0, 255, (1, 4, 48, 48, 3), dtype=np.uint8),
-        token_ids=ids,
-        visual_index=index,
-        labels=labels,
-        mask=mask,
-        seg_positions=seg,
-        frames=rng.integers(0, 255, (4, size, size, 3), dtype=np.uint8),
-        targets=rng.random((ROWS, slots, size, size)) > 0.7,
-        anchors=np.array([0, 2], np.int32),
-        frames_used=np.pad(np.array(used, np.int32), (0, slots - len(used))),
-        used_valid=valid,
-        conversation_valid=np.array([True, True, True]),
-    )
+    arrays: dict[str, Any] = {  # steps take NumPy arrays as well
+        "clips": rng.integers(0, 255, (1, 4, 48, 48, 3), dtype=np.uint8),
+        "token_ids": ids,
+        "visual_index": index,
+        "labels": labels,
+        "mask": mask,
+        "seg_positions": seg,
+        "frames": rng.integers(0, 255, (4, size, size, 3), dtype=np.uint8),
+        "targets": rng.random((ROWS, slots, size, size)) > 0.7,
+        "anchors": np.array([0, 2], np.int32),
+        "frames_used": np.pad(np.array(used, np.int32), (0, slots - len(used))),
+        "used_valid": valid,
+        "conversation_valid": np.array([True, True, True]),
+    }
     return VideoBatch(**arrays, prefix_len=prefix_len)
 
 
