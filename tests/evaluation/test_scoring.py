@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from helpers.dataset_layouts import encode
-from helpers.evaluation_cases import plain_scores
+from helpers.evaluation_cases import plain_scores, sequence_scores
 from virst_jax.data.datasets.json_index import index_members
 from virst_jax.data.datasets.readers import RleMasks
 from virst_jax.data.samples import Expression, Video
 from virst_jax.errors import UserError
-from virst_jax.evaluation import bitmask, metrics
+from virst_jax.evaluation import bitmask
 from virst_jax.evaluation.scoring import pack_annotations, score_expressions
 
 SIZE, LENGTH = (45, 70), 20  # more frames than one piece
@@ -44,7 +44,7 @@ def test_rows_are_plain_means():
     for i, row in enumerate(rows):
         j, f = plain_scores(pred[i], gt[i])
         assert pytest.approx((j, f, (j + f) / 2), abs=1e-12) == (row.J, row.F, row.JF)
-        known = metrics.sequence_scores(pred[i], gt[i])
+        known = sequence_scores(pred[i], gt[i])
         assert pytest.approx((known["J"], known["F"]), abs=1e-12) == (row.J, row.F)
         assert row.intersection == (pred[i] & gt[i]).sum()
         assert row.union == (pred[i] | gt[i]).sum()
@@ -81,7 +81,7 @@ def test_accuracy_and_robustness_both_ways(tmp_path):
     rows = score_expressions(video, reader(pred), foreground=lambda frames: foreground[list(frames)])
     for row, one, counts in zip(rows, pred, (parts.sum(0), parts[2].astype(int)), strict=True):
         gt = counts > 0
-        known = metrics.sequence_scores(one, gt, foreground)
+        known = sequence_scores(one, gt, foreground)
         assert pytest.approx((known["A"], known["R"]), abs=1e-12) == (row.A, row.R)
         assert (row.A_script, row.R_script) == pytest.approx(script_scores(one, counts, foreground), abs=1e-12)
     assert parts.sum(0).max() > 1

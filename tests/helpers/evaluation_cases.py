@@ -15,9 +15,19 @@ import numpy as np
 from scipy import ndimage
 
 from virst_jax.data.datasets.registry import open_dataset
+from virst_jax.evaluation import metrics
 from virst_jax.evaluation.runner import evaluate
 
 SETTINGS = {"predictor": "shifted"}
+
+
+def sequence_scores(pred, gt, foreground=None):
+    """Means over the frames of masks bool[T, H, W]: J, F, their mean JF, A, and R if `foreground` is given."""
+    j, f = float(metrics.region_similarity(pred, gt).mean()), float(metrics.boundary_f(pred, gt).mean())
+    scores = {"J": j, "F": f, "JF": (j + f) / 2, "A": float(metrics.accuracy(pred, gt).mean())}
+    if foreground is not None:
+        scores["R"] = float(metrics.robustness(pred, gt, foreground).mean())
+    return scores
 
 
 def predict_truth(video, expressions):

@@ -91,26 +91,6 @@ def robustness(pred: ArrayLike, gt: ArrayLike, foreground: ArrayLike) -> np.ndar
     return np.maximum(1 - false_pixels / (np.count_nonzero(foreground, axis=(-2, -1)) + 1e-6), 0.0)[()]
 
 
-def sequence_scores(pred: ArrayLike, gt: ArrayLike, foreground: ArrayLike | None = None) -> dict[str, float]:
-    """Means over the frames of one expression's masks: J, F, their mean JF, A, and R if `foreground` is given.
-
-    Args:
-      pred, gt, foreground: mask[T, H, W].
-
-    Raises:
-      UserError: the shapes differ or there is no frame.
-    """
-    pred, gt = _masks(pred=pred, gt=gt)
-    if pred.ndim != 3 or not len(pred):
-        raise UserError(f"masks of a sequence must have shape [T, H, W] with T >= 1, not {list(pred.shape)}")
-    j = float(region_similarity(pred, gt).mean())
-    f = float(boundary_f(pred, gt).mean())
-    scores = {"J": j, "F": f, "JF": (j + f) / 2, "A": float(accuracy(pred, gt).mean())}
-    if foreground is not None:
-        scores["R"] = float(robustness(pred, gt, foreground).mean())
-    return scores
-
-
 def _masks(**named: ArrayLike) -> list[np.ndarray]:
     arrays = {name: np.asarray(mask) for name, mask in named.items()}
     (first, reference), *rest = arrays.items()
