@@ -3,6 +3,7 @@
 Prints "restored STEP SUM OF PARAMETERS".
 """
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ split = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp"))
 def begin() -> TrainState:
     params = {"llm": {"kernel": jnp.arange(64.0), "bias": jnp.ones(8)}}
     state = init_state(tiny(), OptimConfig(ema=0.5), ((".*", 1.0),), params)
-    return state.replace(step=jnp.int32(step))
+    return dataclasses.replace(state, step=jnp.int32(step))
 
 
 abstract = jax.eval_shape(begin)
