@@ -7,12 +7,12 @@ import pytest
 
 hypothesis = pytest.importorskip("hypothesis")
 
-from fuzz.targets.checkpoints import TARGETS  # noqa: E402
+from fuzz.targets.checkpoints import CHECKS  # noqa: E402
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CHECKS)
 def test_a_mutated_checkpoint_is_read_or_refused(tmp_path_factory, target):
-    inputs, check = TARGETS[target]
+    inputs, check = CHECKS[target]
     folder: Path = tmp_path_factory.mktemp(target)
 
     @hypothesis.settings(

@@ -260,6 +260,19 @@ def test_archives_that_are_none(archive, tmp_path):
         check_submission(source, tmp_path / "pipe.zip", progress=False)
 
 
+def test_a_damaged_entry_is_told_in_a_short_line(archive, tmp_path):
+    """Found by the fuzzer: Python's message quotes as many bytes as the header says its name has."""
+    source, path = archive
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as good:
+        at = good.getinfo("valid_u_00/0/00005.png").header_offset
+    content[at + 26 : at + 28] = b"\x00\x08"  # the length of the name
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"valid_u_00/0/00005\.png is damaged") as error:
+        check_submission(source, tmp_path / "x.zip", progress=False)
+    assert len(str(error.value)) < 600
+
+
 # processes
 
 

@@ -111,7 +111,7 @@ def check_submission(source: Opened, path: Path, *, progress: bool = True) -> in
     try:
         archive = zipfile.ZipFile(path)
     except (*_ZIP_ERRORS, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a zip ({error}); write it again with `virst submit`") from error
+        raise UserError(f"{path}: not a zip ({atomic.reason(error)}); write it again with `virst submit`") from error
     with archive:
         files = [i.filename for i in archive.infolist() if not i.is_dir()]
         expected: set[str] = set()
@@ -144,7 +144,7 @@ def _check_png(path: Path, name: str, archive: zipfile.ZipFile, size: tuple[int,
         with archive.open(name) as entry:
             content = entry.read(limit + 1)
     except _ZIP_ERRORS as error:
-        raise UserError(f"{where} is damaged ({error}); {damaged}") from error
+        raise UserError(f"{where} is damaged ({atomic.reason(error)}); {damaged}") from error
     try:
         with images.opened(content, name=where, remedy=damaged) as image:
             if image.format != "PNG" or image.mode != "L":

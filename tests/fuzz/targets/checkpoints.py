@@ -8,6 +8,7 @@ import json
 import struct
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from conversion.formats.safetensors_dir import SafetensorsDir, write_safetensors_dir
 from conversion.formats.source import TensorSource
 from conversion.formats.torch_file import TorchFile, write_torch_file
+from fuzz.target import Target
 from helpers.torch_archives import Call, Global, Outside, Raw, encode, program, tensor, write_archive
 from virst_jax.errors import UserError
 
@@ -190,4 +192,13 @@ def check_safetensors(data: bytes, folder: Path) -> None:
         assert len(str(error)) < 2000  # noqa: PT017
 
 
-TARGETS = {"torch_file": (TORCH, check_torch), "safetensors": (SAFETENSORS, check_safetensors)}
+def _in_a_folder(check: Callable[[bytes, Path], None]) -> Callable[[bytes], None]:
+    def read(data: bytes) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            check(data, Path(folder))
+
+    return read
+
+
+CHECKS = {"torch_file": (TORCH, check_torch), "safetensors": (SAFETENSORS, check_safetensors)}
+TARGETS = [Target(f"checkpoint_{name}", cases, _in_a_folder(check)) for name, (cases, check) in CHECKS.items()]

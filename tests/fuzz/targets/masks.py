@@ -25,8 +25,15 @@ numbers = st.one_of(st.floats(-30, 60), st.floats(), st.integers(), st.none())
 polygons = st.lists(
     st.one_of(st.lists(st.floats(-30, 60), max_size=12), st.lists(numbers, max_size=12), ODD), max_size=4
 )
+good = st.sampled_from(CODES).map(lambda text: {"size": list(SIZE), "counts": text})
+points = st.tuples(st.floats(-30, 60), st.floats(-30, 60))
+drawn = st.lists(
+    st.lists(points, min_size=3, max_size=9).map(lambda xy: [v for p in xy for v in p]), min_size=1, max_size=3
+)
 codes = st.fixed_dictionaries({"size": sizes, "counts": counts})
-anything = st.one_of(codes, st.lists(codes, max_size=3), polygons, ODD)
+anything = st.one_of(
+    good, drawn, st.lists(good, min_size=1, max_size=3), codes, st.lists(codes, max_size=3), polygons, ODD
+)
 
 
 def decode(code: Any) -> int:
