@@ -180,16 +180,16 @@ print(sys.modules["virst_jax"].__file__)
 
 @pytest.mark.heavy
 def test_the_wheel_segments_and_trains(wheel, tmp_path):
-    """`virst demo` without the extras, and two steps of every stage of a recipe by its name."""
+    """`virst demo` without the extras, and two steps of a recipe that is given by its name."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     demo = f"{WITHOUT_EXTRAS}\nfrom virst_jax import cli\nassert cli.main(['demo', '--out', 'demo', '--quiet']) == 0"
     python(demo, path=tmp_path / "site", cwd=tmp_path)
     assert (tmp_path / "demo" / "result.json").is_file()
-    arguments = ["train", "--config=synthetic", "--steps=2", "--config.eval.videos=2"]
+    arguments = ["train", "--config=synthetic", "--steps=2", "--config.stages=('patch_pretrain',)"]
     python(f"from virst_jax import cli\nassert cli.main({arguments}) == 0", path=tmp_path / "site", cwd=tmp_path)
     models = list((tmp_path / "runs" / "synthetic-2-steps").glob("*/model/config.json"))
-    assert len(models) == len(programs.load("configs.synthetic").get_config().stages)
+    assert [model.parent.parent.name for model in models] == ["patch_pretrain"]
 
 
 def test_files_that_others_read():
