@@ -1,6 +1,7 @@
 """Mutated checkpoint files: they read as values or end in one UserError, in bounded time and memory.
 
-A target is a strategy of inputs and a function that takes one; the function raises on anything but these two outcomes.
+Files are mutated byte by byte; pickles and headers are also made from the right words in any order, so that more than
+the outermost check is met.
 """
 
 import io
@@ -20,7 +21,6 @@ from conversion.formats.source import TensorSource
 from conversion.formats.torch_file import TorchFile, write_torch_file
 from fuzz.target import Target
 from helpers.torch_archives import Call, Global, Outside, Raw, encode, program, tensor, write_archive
-from virst_jax.errors import UserError
 
 ARRAYS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -172,24 +172,16 @@ def check_torch(data: bytes, folder: Path) -> None:
     """Reads a `.pt` file."""
     path = folder / "model.pt"
     path.write_bytes(data)
-    try:
-        with TorchFile(path, ("model_state_dict", "state", "model", None)) as file:
-            _read_all(file)
-    except UserError as error:
-        assert "\n" not in str(error)  # noqa: PT017
-        assert len(str(error)) < 2000  # noqa: PT017
+    with TorchFile(path, ("model_state_dict", "state", "model", None)) as file:
+        _read_all(file)
 
 
 def check_safetensors(data: bytes, folder: Path) -> None:
     """Reads a safetensors file."""
     path = folder / "model.safetensors"
     path.write_bytes(data)
-    try:
-        with SafetensorsDir(path) as file:
-            _read_all(file)
-    except UserError as error:
-        assert "\n" not in str(error)  # noqa: PT017
-        assert len(str(error)) < 2000  # noqa: PT017
+    with SafetensorsDir(path) as file:
+        _read_all(file)
 
 
 def _in_a_folder(check: Callable[[bytes, Path], None]) -> Callable[[bytes], None]:
@@ -200,5 +192,7 @@ def _in_a_folder(check: Callable[[bytes, Path], None]) -> Callable[[bytes], None
     return read
 
 
-CHECKS = {"torch_file": (TORCH, check_torch), "safetensors": (SAFETENSORS, check_safetensors)}
-TARGETS = [Target(f"checkpoint_{name}", cases, _in_a_folder(check)) for name, (cases, check) in CHECKS.items()]
+TARGETS = [
+    Target("checkpoint_torch_file", TORCH, _in_a_folder(check_torch)),
+    Target("checkpoint_safetensors", SAFETENSORS, _in_a_folder(check_safetensors)),
+]
