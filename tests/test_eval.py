@@ -1,6 +1,5 @@
 """eval.py: as a program without a network, and with a small network on every benchmark."""
 
-import dataclasses
 import functools
 import json
 import signal
@@ -148,22 +147,9 @@ BENCHMARKS += ("refcoco", "refcoco+", "refcocog", "refclef", "reasonseg")
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    """A folder with a small network of random parameters."""
-    from helpers.network import SMALL, random_params
-    from virst_jax.config import LoraConfig
-    from virst_jax.io import model_folder
+    from helpers.network import write_model
 
-    cfg = dataclasses.replace(
-        SMALL,
-        llm=dataclasses.replace(SMALL.llm, vocab_size=151647, num_layers=1, lora=LoraConfig(rank=0)),
-        seg_token_id=151646,
-        max_video_frames=8,
-        max_seg_frames=8,
-        num_seg_tokens=2,
-    )
-    folder = tmp_path_factory.mktemp("model") / "small"
-    model_folder.save_model(folder, cfg, random_params(cfg), ROOT / "tests/data/tokenizer")
-    return folder
+    return write_model(tmp_path_factory.mktemp("model") / "small")
 
 
 @pytest.fixture(scope="module")
