@@ -12,6 +12,7 @@ import pytest
 
 import train
 import virst_jax
+from helpers.network import random_params
 from helpers.places import ROOT
 from helpers.train_cases import command, losses, recipe
 from virst_jax import cli
@@ -34,6 +35,12 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def start(undisturbed):
+    """A model to begin with: to draw one takes longer to compile than the steps of a test."""
+    return undisturbed / "stage" / "model"
+
+
 def test_it_learns_and_leaves_a_model(undisturbed):
     found = losses(undisturbed)
     assert list(found) == [1, 2, 3, 4, 5, 6]
@@ -47,8 +54,9 @@ def test_it_learns_and_leaves_a_model(undisturbed):
 
 # in six steps patches learn which words are common; the language model, which has layers to go through, is slower
 @pytest.mark.parametrize(("kind", "share"), [("image_patches", 0.8), ("image_read", 0.95)])
-def test_words_come_before_masks(tmp_path, kind, share):
+def test_words_come_before_masks(start, tmp_path, kind, share):
     config = recipe(kind, learning_rate=1e-2, name="muon", ema=0.0)
+    config.model.init = str(start)
     config.eval.videos = 1  # of which there can be no evaluation yet
     train.train(config, tmp_path)
     found = losses(tmp_path)
@@ -164,13 +172,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert "token_ids" in np.load(batch)
 
 
-def test_another_recipe_does_not_go_on(undisturbed, tmp_path):
+def test_another_recipe_does_not_go_on(start, tmp_path):
     config = recipe(steps=4)
+    config.model.init = str(start)
     train.train(config, tmp_path)
     (tmp_path / "stage" / "model" / "config.json").unlink()
     (tmp_path / "stage" / "model").rename(tmp_path / "gone")
     config.stage.steps = 6
     config.model.overrides.llm.num_layers = 3
+    cfg = model_folder.read_config(start)
+    deeper = dataclasses.replace(cfg, llm=dataclasses.replace(cfg.llm, num_layers=3))
+    model_folder.save_model(tmp_path / "deeper", deeper, random_params(deeper), start / "tokenizer")
+    config.model.init = str(tmp_path / "deeper")
     with pytest.raises(UserError, match=r"checkpoints/4: this checkpoint is of another recipe \(.*\[3, .* now\)"):
         train.train(config, tmp_path)
 

@@ -5,13 +5,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from helpers import network
 from virst_jax.config import IGNORE, VirstConfig, tiny
-from virst_jax.models.virst import Virst
 from virst_jax.training.losses import VideoBatch
 
 SHARED, TAIL, ROWS = 40, 20, 3  # 32 visual tokens stand in the prefix
@@ -41,10 +40,9 @@ CFG = small()
 
 @functools.cache
 def random_params() -> Any:
-    cfg = CFG
-    made = nn.meta.unbox(jax.jit(lambda: Virst(cfg).init(jax.random.key(0)))()["params"])
-    # an absent object has no mask to learn from
-    made["sam2"]["mask_decoder"]["object_head"]["layer2"]["bias"] += 3.0
+    made = jax.tree.map(np.array, network.random_params(CFG))
+    # an absent object has no mask to learn from; of one that is surely there, nothing is left to learn
+    made["sam2"]["mask_decoder"]["object_head"]["layer2"]["bias"][:] = 3.0
     return made
 
 
