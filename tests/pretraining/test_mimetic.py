@@ -66,7 +66,7 @@ def test_memory_attention_begins_at_its_own_place(made):
     cfg = tiny()
     cfg = dataclasses.replace(cfg, sam2=dataclasses.replace(cfg.sam2, memory_layers=1))
     attention = made["sam2"]["memory_attention"]
-    attention = {**attention, "layers": jax.tree.map(lambda x: np.asarray(x[:1]), attention["layers"])}
+    attention = {**attention, "layers": jax.tree.map(lambda x: x[:1], attention["layers"])}
     made = {**made, "sam2": {**made["sam2"], "memory_attention": attention}}
     side, width, depth = cfg.sam2.feature_size, cfg.sam2.hidden_size, cfg.sam2.memory_dim
     rng = np.random.default_rng(0)
