@@ -24,7 +24,7 @@ from virst_jax.data.prompts import Tokenizer, build_chat, load_tokenizer, time_m
 from virst_jax.data.samples import Video
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import resize_frames
-from virst_jax.errors import UserError
+from virst_jax.errors import UserError, no_device
 from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed
 from virst_jax.inference.resume import State
 from virst_jax.inference.steps import Network, PyTree
@@ -151,6 +151,9 @@ def find_device(device: str | jax.Device | None = None) -> jax.Device:
     try:
         devices = jax.local_devices(backend=platform or None)
     except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        if not device and asked:
+            raise UserError(no_device(asked)) from error
         lines = str(error).splitlines() or [type(error).__name__]
         wanted = f"device {device!r} is not here" if device else "JAX finds no device"
         raise UserError(f"{wanted} ({lines[0][:200]}); check JAX_PLATFORMS and how jax was installed") from error

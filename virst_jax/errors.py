@@ -20,3 +20,8 @@ class UserError(Exception):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(str(message)))
+
+
+def no_device(kind: str) -> str:
+    """What is wrong where JAX has no device of the kind that JAX_PLATFORMS names."""
+    return f"JAX finds no device of the kind {kind!r} here; set JAX_PLATFORMS=cpu, or install jax for that device"

@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 
-from virst_jax.errors import UserError
+from virst_jax.errors import UserError, no_device
 
 # packages that only some commands need, and the extra of pyproject.toml that brings them
 EXTRAS = {
@@ -58,7 +58,7 @@ def _backend(error: BaseException) -> str | None:
     if isinstance(error, AssertionError) and _raised_in(error).endswith("xla_bridge.py"):
         asked = os.environ.get("JAX_PLATFORMS", "")  # JAX asserts that the plugin is installed
     if asked is not None:
-        return f"JAX finds no device of the kind {asked!r} here; set JAX_PLATFORMS=cpu, or install jax for that device"
+        return no_device(asked)
     if type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):
         if "RESOURCE_EXHAUSTED" in text:
             return f"the device is out of memory; use --dtype bfloat16 or fewer expressions at once ({text[:200]})"
