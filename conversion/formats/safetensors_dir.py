@@ -11,8 +11,7 @@ import json
 import mmap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -22,11 +21,11 @@ from virst_jax.io import atomic
 
 from .shards import check_promises, find_shards, twice
 from .source import (
+    TensorFile,
     TensorSpec,
     element_count,
     ends_early,
     map_file,
-    no_such_name,
     tensor_bytes,
 )
 
@@ -64,7 +63,7 @@ class _Entry(NamedTuple):
     start: int  # in the file
 
 
-class SafetensorsDir:
+class SafetensorsDir(TensorFile[_Entry]):
     """Tensors of a folder of safetensors files, or of one such file. A `TensorSource` and a context manager.
 
     Raises:
@@ -74,7 +73,7 @@ class SafetensorsDir:
     def __init__(self, path: str | Path) -> None:
         self.where = str(path)
         self._maps: dict[Path, mmap.mmap] = {}
-        self._tensors: dict[str, _Entry] = {}
+        self.entries: dict[str, _Entry] = {}
         try:
             self._open(Path(path))
         except BaseException:
@@ -86,27 +85,10 @@ class SafetensorsDir:
         for shard in promised:
             self._maps[shard] = map_file(shard)
             for name, entry in _header(shard, self._maps[shard]).items():
-                if name in self._tensors:
-                    raise twice(self.where, name, self._tensors[name].shard, shard)
-                self._tensors[name] = entry
-        check_promises(self.where, INDEX, promised, {name: entry.shard for name, entry in self._tensors.items()})
-
-    def _tensor(self, name: str) -> _Entry:
-        if name not in self._tensors:
-            raise no_such_name(self.where, name)
-        return self._tensors[name]
-
-    def names(self) -> list[str]:
-        """Names of all tensors, in the order of the shards and their values."""
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor. UserError: no such name."""
-        return self._tensor(name).shape
-
-    def dtype(self, name: str) -> np.dtype:
-        """Dtype of a tensor. UserError: no such name."""
-        return self._tensor(name).dtype
+                if name in self.entries:
+                    raise twice(self.where, name, self.entries[name].shard, shard)
+                self.entries[name] = entry
+        check_promises(self.where, INDEX, promised, {name: entry.shard for name, entry in self.entries.items()})
 
     def read(self, name: str) -> np.ndarray:
         """dtype[shape]: a read-only view of the file, which stays valid after `close`.
@@ -114,7 +96,7 @@ class SafetensorsDir:
         Raises:
           UserError: no such name.
         """
-        entry = self._tensor(name)
+        entry = self.entry(name)
         if entry.shard not in self._maps:
             raise ValueError(f"{self.where}: is closed")
         if 0 in entry.shape:
@@ -124,14 +106,6 @@ class SafetensorsDir:
     def close(self) -> None:
         """Lets go of the files; what was read stays valid."""
         self._maps.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import math
 import mmap
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -42,6 +44,59 @@ class TensorSource(Protocol):
     def read(self, name: str) -> np.ndarray:
         """dtype[shape], read-only. UserError: no such name, or damaged."""
         ...
+
+
+class Entry(Protocol):
+    """What a format keeps of a tensor before its values are read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class TensorFile(ABC, Generic[E]):
+    """What the readers of all formats share: tensors looked up by name, and a context that closes the files.
+
+    where: what error messages call the source. entries: what the format keeps of every tensor, in order.
+    """
+
+    where: str
+    entries: dict[str, E]
+
+    def entry(self, name: str) -> E:
+        """What the format keeps of a tensor. UserError: no such name."""
+        if name not in self.entries:
+            raise no_such_name(self.where, name)
+        return self.entries[name]
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the files."""
+        return list(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. UserError: no such name."""
+        return self.entry(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor, in native byte order. UserError: no such name."""
+        return self.entry(name).dtype
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the files; what was read stays valid."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def element_count(shape: Sequence[object]) -> int:

@@ -13,8 +13,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +21,9 @@ from virst_jax.errors import UserError
 from virst_jax.io import atomic
 
 from .source import (
+    TensorFile,
     TensorSpec,
     element_count,
-    no_such_name,
     some,
     tensor_bytes,
 )
@@ -36,7 +35,7 @@ _ALIGNMENT = 64  # as torch.save
 _ZIP64_FROM = 1 << 30  # from this entry size on the zip64 form is used; necessary from 4 GiB
 
 
-class TorchFile:
+class TorchFile(TensorFile[Tensor]):
     """A `.pt` file's tensors, read one at a time. A `TensorSource` and a context manager.
 
     root: the key of the top-level dict that holds the state dict; None: the top-level dict itself; several: the first
@@ -72,14 +71,14 @@ class TorchFile:
             for key, value in top.items()
             if isinstance(key, str) and isinstance(value, int | float | str | None)
         }
-        self._tensors: dict[str, Tensor] = {}
+        self.entries: dict[str, Tensor] = {}
         for name, value in state.items():
             if isinstance(value, Tensor):
                 if not isinstance(name, str):
                     raise UserError(f"{self.where}: a tensor is named by a {type(name).__name__}; use text")
                 self._check_tensor(name, value)
-                self._tensors[name] = value
-        if not self._tensors:
+                self.entries[name] = value
+        if not self.entries:
             at = "at its top level" if self.root is None else f"under {self.root!r}"
             raise UserError(f"{self.where}: no tensors {at}, {_keys(top)}; choose another root")
 
@@ -131,23 +130,6 @@ class TorchFile:
         if bad:
             raise UserError(f"{self.where}: tensor {name!r} {bad}; get the file again")
 
-    def _tensor(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            raise no_such_name(self.where, name)
-        return self._tensors[name]
-
-    def names(self) -> list[str]:
-        """Names of all tensors of the state dict, in its order."""
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor. UserError: no such name."""
-        return self._tensor(name).shape
-
-    def dtype(self, name: str) -> np.dtype:
-        """Dtype of a tensor, in native byte order. UserError: no such name."""
-        return self._tensor(name).dtype
-
     def read(self, name: str) -> np.ndarray:
         """dtype[shape]: a read-only view of the file, with the strides it was saved with.
 
@@ -156,7 +138,7 @@ class TorchFile:
         Raises:
           UserError: no such name, or the entry of its values is damaged or differs from its checksum.
         """
-        tensor = self._tensor(name)
+        tensor = self.entry(name)
         start, _ = self._archive.place(f"data/{tensor.storage.key}")
         if 0 in tensor.shape:
             return np.empty(tensor.shape, tensor.dtype)
@@ -177,14 +159,6 @@ class TorchFile:
     def close(self) -> None:
         """Lets go of the file; what was read stays valid."""
         self._archive.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _last(tensor: Tensor) -> int:
