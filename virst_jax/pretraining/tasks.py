@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from virst_jax.config import VirstConfig
 from virst_jax.pretraining import examples, losses
 from virst_jax.profiling.flops import StepCount, StepFlops, StepShape, image_encoder, lm_head
-from virst_jax.training.tasks import Task, register
+from virst_jax.training.tasks import Task, for_both, register
 
 
 def patch_flops(cfg: VirstConfig, batch: losses.PatchBatch, trained: Iterable[str] | None = None) -> StepFlops:
@@ -58,47 +58,25 @@ def read_flops(cfg: VirstConfig, batch: losses.ReadBatch, trained: Iterable[str]
     return count.total()
 
 
-def _patches(name: str, is_image: bool) -> Task:
-    return Task(
-        name=name,
+register(
+    *for_both(
+        "video_patches",
+        "image_patches",
         maker=examples.PatchMaker,
         array_shapes=examples.patch_shapes,
         batch=lambda arrays, prefix_len: losses.PatchBatch(**arrays),
         loss=losses.patch_loss,
         count_flops=patch_flops,
-        is_image=is_image,
-    )
-
-
-def _named(name: str, is_image: bool) -> Task:
-    return Task(
-        name=name,
-        maker=examples.NamedMaker,
-        array_shapes=examples.named_shapes,
-        batch=lambda arrays, prefix_len: losses.NamedBatch(**arrays),
-        loss=losses.named_loss,
-        count_flops=named_flops,
-        is_image=is_image,
-    )
-
-
-def _read(name: str, is_image: bool) -> Task:
-    return Task(
-        name=name,
+    ),
+    *for_both(
+        "video_read",
+        "image_read",
         maker=examples.ReadMaker,
         array_shapes=examples.read_shapes,
         batch=lambda arrays, prefix_len: losses.ReadBatch(**arrays, prefix_len=prefix_len),
         loss=losses.read_loss,
         count_flops=read_flops,
-        is_image=is_image,
-    )
-
-
-register(
-    _patches("video_patches", is_image=False),
-    _patches("image_patches", is_image=True),
-    _read("video_read", is_image=False),
-    _read("image_read", is_image=True),
+    ),
     Task(
         name="image_cells",
         maker=examples.CellMaker,
@@ -108,6 +86,13 @@ register(
         count_flops=cell_flops,
         is_image=True,
     ),
-    _named("video_named", is_image=False),
-    _named("image_named", is_image=True),
+    *for_both(
+        "video_named",
+        "image_named",
+        maker=examples.NamedMaker,
+        array_shapes=examples.named_shapes,
+        batch=lambda arrays, prefix_len: losses.NamedBatch(**arrays),
+        loss=losses.named_loss,
+        count_flops=named_flops,
+    ),
 )

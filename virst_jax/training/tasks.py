@@ -81,6 +81,11 @@ def register(*tasks: Task) -> None:
             raise ValueError(f"a kind of batch {task.name!r} is registered already")
 
 
+def for_both(video: str, image: str, **values: Any) -> tuple[Task, Task]:
+    """A kind of batch of videos, and the same kind of still images: two tasks that differ in name and `is_image`."""
+    return Task(name=video, is_image=False, **values), Task(name=image, is_image=True, **values)
+
+
 def get_task(name: str) -> Task:
     """A kind of batch by its name.
 
@@ -119,34 +124,24 @@ def video_shape(batch: VideoBatch) -> StepShape:
     )
 
 
-def _segmentation(name: str, is_image: bool) -> Task:
-    return Task(
-        name=name,
+register(
+    *for_both(
+        "video",
+        "image",
         maker=batches.SegmentationMaker,
         array_shapes=batches.segmentation_shapes,
         batch=lambda arrays, prefix_len: VideoBatch(**arrays, prefix_len=prefix_len),
         loss=video_losses,
         count_flops=lambda cfg, batch, trained: flops.step_flops(cfg, video_shape(batch), trained),
-        is_image=is_image,
         evaluated=True,
-    )
-
-
-def _questions(name: str, is_image: bool) -> Task:
-    return Task(
-        name=name,
+    ),
+    *for_both(
+        "video_text",
+        "image_text",
         maker=batches.QuestionMaker,
         array_shapes=batches.question_shapes,
         batch=lambda arrays, prefix_len: TextBatch(**arrays, prefix_len=prefix_len),
         loss=text_loss,
         count_flops=lambda cfg, batch, trained: flops.step_flops(cfg, text_shape(batch), trained),
-        is_image=is_image,
-    )
-
-
-register(
-    _segmentation("video", is_image=False),
-    _segmentation("image", is_image=True),
-    _questions("video_text", is_image=False),
-    _questions("image_text", is_image=True),
+    ),
 )
