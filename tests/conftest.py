@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +37,19 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {ROOT / "tests" / f"{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """The small network that segments (see helpers.segmenting)."""
+    from helpers.segmenting import small_model  # brings JAX, which few tests need
+
+    return small_model()
+
+
+@pytest.fixture(scope="session")
+def three(model: Any) -> Any:
+    """Three expressions at once, in two groups (see helpers.segmenting)."""
+    from helpers.segmenting import three_expressions
+
+    return three_expressions()

@@ -2,14 +2,7 @@
 
 import contextlib
 import dataclasses
-import gc
-import os
 import random
-import subprocess
-import sys
-import threading
-import weakref
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,43 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import virst_jax
-from helpers.network import CFG, SMALL, params, write_model
-from helpers.places import PROGRAMS, ROOT, TOKENIZER
-from virst_jax.api import Model, load
-from virst_jax.config import Compute, to_json
+from helpers.network import CFG, params
+from helpers.places import TOKENIZER
+from helpers.segmenting import CAR, CAT, DOG, video
+from virst_jax.api import Model
 from virst_jax.data import frames as frame_choice
 from virst_jax.data.prompts import ANSWERS, QUESTIONS, build_prompt, load_tokenizer
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import sam_pixels, vlm_pixels
 from virst_jax.errors import UserError
-from virst_jax.inference import resume
 from virst_jax.inference.plan import Options, plan_frames
-from virst_jax.inference.steps import Network
 from virst_jax.inference.texts import build_texts
-from virst_jax.io import model_folder
-from virst_jax.io.video import Reader, VideoWriter
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.models.sam2.tracker import Tracked
 from virst_jax.models.virst import Virst
 from virst_jax.ops.resize import resize_maps
-
-DOG, CAT, CAR = "the dog", "A red cat   that runs", "what scared the seal?"
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return Model(CFG, params(), load_tokenizer(TOKENIZER, CFG.seg_token_id), chunk=2, group_size=2)
-
-
-def video(count: int, height: int = 40, width: int = 56) -> np.ndarray:
-    return np.random.default_rng(count).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def three(model):
-    """Three expressions at once, in two groups."""
-    return model.segment(video(11), [DOG, CAT, CAR])
 
 
 def test_shapes_and_frames(three):
@@ -207,163 +178,6 @@ def test_nothing_is_compiled_again(model, three):
         jax.monitoring.unregister_event_duration_listener(listen)
     assert model.network.num_compiled == known
     assert len(compiled) == 1
-
-
-def test_stream_goes_on_from_its_state(model, three):
-    stream = model.segment_stream(video(11), [DOG, CAT, CAR])
-    first = [next(stream) for _ in range(5)]
-    state = stream.state()
-    stream.close()
-    assert [frame.index for frame in first] == [0, 1, 2, 3, 4]
-    assert state["next"] == 4
-    state = {key: np.array(value) for key, value in state.items()}
-    assert {value.dtype.kind for value in state.values()} <= set("iufb")  # what .npz files keep
-    rest = list(model.segment_stream(video(11), [DOG, CAT, CAR], state=state))
-    assert [frame.index for frame in rest] == list(range(4, 11))
-    for frame in [*first, *rest]:
-        np.testing.assert_array_equal(frame.masks, three.masks[:, frame.index])
-        np.testing.assert_array_equal(frame.scores, three.scores[:, frame.index])
-
-
-def test_states_of_before_load(model, three):
-    stream = model.segment_stream(video(11), [DOG, CAT, CAR])
-    for _ in range(5):
-        next(stream)
-    before = {key.replace(".bank.", ".recent."): value for key, value in stream.state().items()}
-    stream.close()
-    assert "0.recent.0" in before
-    for frame in model.segment_stream(video(11), [DOG, CAT, CAR], state=before):
-        np.testing.assert_array_equal(frame.masks, three.masks[:, frame.index])
-
-
-def test_a_stream_that_did_nothing_has_a_state(model, three):
-    stream = model.segment_stream(video(11), [DOG, CAT, CAR])
-    state = stream.state()
-    assert set(state) == {"next"}
-    frame = next(model.segment_stream(video(11), [DOG, CAT, CAR], state=state))
-    np.testing.assert_array_equal(frame.masks, three.masks[:, 0])
-
-
-def test_damaged_states(model):
-    stream = model.segment_stream(video(5), [DOG, CAT])
-    for _ in range(3):
-        next(stream)
-    good = stream.state()
-    stream.close()
-    low = next(key for key in good if key.endswith(".bfloat16"))
-    changes: list[dict[str, Any]] = [
-        {key: None} for key in good if key != "0.count"
-    ]  # without its count a batch is not there
-    changes += [
-        {"next": np.array(-1)},
-        {"next": np.array([3, 4])},
-        {"next": np.array(2.5)},
-        {"0.count": None},
-        {"0.count": np.array(0)},
-        {"0.count": np.array(1)},
-        {"0.count": np.array(9)},
-        {"0.anchors.4": np.zeros(3, np.float32)},
-        {"0.anchors.4": good["0.anchors.4"].astype(np.float64)},
-        {"0.bank.0": good["0.bank.0"][:-1]},
-        {low: good[low].astype(np.float32)},
-        {low: good[low][..., :-1]},
-    ]
-    for change in changes:
-        state = {key: value for key, value in {**good, **change}.items() if value is not None}
-        with pytest.raises(UserError, match="the saved state of the tracker does not fit"):
-            model.segment_stream(video(5), [DOG, CAT], state=state)
-    with pytest.raises(UserError, match="does not fit"):
-        model.segment_stream(video(5), DOG, state=good)
-    with pytest.raises(UserError, match="does not fit"):
-        resume.unpack(good, Network(dataclasses.replace(CFG, max_seg_frames=4), None).steps, 2)
-
-
-def test_a_closed_stream_ends_its_thread(model):
-    before = threading.active_count()
-    with model.segment_stream(video(200, 8, 8), DOG) as stream:
-        next(stream)
-    assert threading.active_count() == before
-
-
-def open_things() -> tuple[int, int]:
-    """Threads of this process, also those of FFmpeg, and open files."""
-    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts in /proc")
-def test_a_loop_that_is_left_leaks_nothing(model, tmp_path):
-    file = tmp_path / "clip.mp4"
-    with VideoWriter(file, (48, 64), 25) as writer:
-        for frame in video(40, 48, 64):
-            writer.write(frame)
-    for _ in range(2):  # what stays for good, such as pools of threads, is there after the first
-        for _ in model.segment_stream(file, DOG):
-            break
-    gc.collect()
-    gc.disable()  # at once, not some time later
-    try:
-        before = open_things()
-        for _ in range(3):
-            for frame in model.segment_stream(file, DOG):
-                if frame.index == 2:
-                    break
-        stream = model.segment_stream(file, DOG)
-        next(stream)
-        del stream
-        threads, files = open_things()
-        assert threads <= before[0]  # a pool of before may have ended meanwhile
-        assert files <= before[1]
-    finally:
-        gc.enable()
-
-
-def test_making_a_stream_reads_nothing(model):
-    class Untouched(Reader):
-        name, size = "untouched", (8, 8)
-
-        @property
-        def num_frames(self) -> int:
-            raise AssertionError("the video was read")
-
-        frame_names = num_frames
-
-        def pick(self, indices: Any) -> Any:
-            raise AssertionError("the video was read")
-
-    stream = model.segment_stream(Untouched(), DOG, progress=lambda *call: calls.append(call))
-    calls: list[Any] = []
-    assert repr(stream) == "SegmentationStream('untouched', expressions=['the dog'])"
-    with pytest.raises(UserError, match="the expression is empty"):
-        model.segment_stream(Untouched(), "")
-    with pytest.raises(AssertionError, match="the video was read"):
-        next(stream)
-    assert calls == [("decode", 0, 0)]
-
-
-def test_prepare_does_what_comes_first(model, three):
-    stream = model.segment_stream(video(11), [DOG, CAT, CAR])
-    stream.prepare()
-    assert stream.timings["sample"] > 0
-    assert stream.timings["track"] == 0
-    np.testing.assert_array_equal(next(stream).masks, three.masks[:, 0])
-
-
-def test_interleaved_streams(model, three):
-    """Each hears of its own progress alone, and none is kept alive by the network."""
-    calls: dict[str, set[int]] = {"a": set(), "b": set()}
-
-    def listen(name: str) -> Any:
-        return lambda stage, done, total: calls[name].add(total) if stage == "track" else None
-
-    a = model.segment_stream(video(11), [DOG, CAT, CAR], progress=listen("a"))
-    b = model.segment_stream(video(6), [DOG], progress=listen("b"))
-    for frame in a:
-        np.testing.assert_array_equal(frame.masks, three.masks[:, frame.index])
-        next(b, None)
-    assert calls == {"a": {11}, "b": {6}}
-    gone = weakref.ref(a)
-    del a
-    assert gone() is None
 
 
 def test_progress(model):
@@ -541,135 +355,3 @@ def test_chat(model):
             model.chat("no such video.mp4", **{"question": "what is it?", **arguments})
     with pytest.raises(UserError, match="max_frames is 2; give at least 4"):
         model.chat(video(6), "what is it?", max_frames=2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "small")
-
-
-def test_load(folder, three):
-    loaded = virst_jax.load(folder)
-    assert isinstance(loaded, virst_jax.Model)
-    assert loaded.cfg == CFG
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), loaded.network.params, params())
-    assert all(jax.tree.leaves(same))
-    low = load(folder, dtype="bfloat16")
-    assert low.cfg.compute.dtype == "bfloat16"
-    kept = low.network.params["sam2"].pop("prompt_encoder")
-    assert {str(x.dtype) for x in jax.tree.leaves(kept)} == {"float32"}
-    assert {str(x.dtype) for x in jax.tree.leaves(low.network.params)} == {"bfloat16"}
-    assert repr(loaded) == f"Model({str(folder)!r}, virst_7b, {num_params() / 1e6:,.1f} M parameters, float32)"
-
-
-def num_params() -> int:
-    return sum(x.size for x in jax.tree.leaves(params()))
-
-
-def test_dtype_of_activations(monkeypatch):
-    tokenizer = load_tokenizer(TOKENIZER, CFG.seg_token_id)
-    trained = dataclasses.replace(CFG, compute=Compute(dtype="bfloat16"))
-    converted = {"llm": {"embed_tokens": {"embedding": jnp.zeros(2, jnp.bfloat16)}}}
-    plain = {"llm": {"embed_tokens": {"embedding": jnp.zeros(2)}}}
-
-    def dtypes() -> list[str]:
-        given = ((CFG, plain), (CFG, converted), (trained, plain), (trained, converted))
-        return [Model(cfg, params, tokenizer).cfg.compute.dtype for cfg, params in given]
-
-    assert dtypes() == ["float32"] * 4
-    monkeypatch.setattr("virst_jax.api._platform", lambda x: "gpu")
-    assert dtypes() == ["float32", "bfloat16", "bfloat16", "bfloat16"]
-    assert Model(trained, plain, tokenizer, dtype="float32").cfg.compute.dtype == "float32"
-
-
-def test_load_on_a_device(folder, three):
-    (device,) = {x.device for x in jax.tree.leaves(load(folder, device="cpu:0").network.params)}
-    assert device == jax.local_devices(backend="cpu")[0]
-    model = load(folder, device=device)
-    model.group_size = model.chunk = 2
-    assert model.segment(video(11), [DOG, CAT, CAR]) == three
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"path": None}, "a model is loaded from a folder or by its name, not from NoneType None"),
-        ({"path": 3}, "not from int 3"),
-        ({"mesh": "cpu"}, "mesh is 'cpu'; make one with virst_jax.parallel.sharding.make_mesh"),
-        ({"mesh": jax.make_mesh((1,), ("x",))}, r"mesh is \('x',\); make one with"),
-        ({"mesh": jax.make_mesh((1,), ("x",)), "device": "cpu"}, "exclude each other"),
-        ({"device": "warp"}, "device 'warp' is not here"),
-        ({"device": "cpu:99"}, "device 'cpu:99' is not here; there are"),
-        ({"device": "cpu:x"}, "'x' is no number"),
-        ({"device": 7}, "device is 7; give a name such as"),
-        ({"compilation_cache": 7}, "compilation_cache is 7; give True, False or a folder"),
-    ],
-)
-def test_arguments_of_load(folder, arguments, message):
-    with pytest.raises(UserError, match=message):
-        load(**{"path": folder, **arguments})
-
-
-def test_compiled_programs_are_kept(folder, tmp_path):
-    own = tmp_path / "own"
-    cases = (({}, "True", tmp_path / "virst_jax"), ({"JAX_COMPILATION_CACHE_DIR": str(own)}, "True", own))
-    cases += (({}, str(tmp_path / "given"), tmp_path / "given"), ({}, "False", None))
-    for added, given, where in cases:
-        kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-        run = subprocess.run(
-            [sys.executable, PROGRAMS / "compilation_cache.py", folder, given],
-            env={**kept, "XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", **added},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=300,
-        )
-        assert run.stdout.strip() == str(where)
-        if where is not None:
-            assert list(where.glob("*cache*"))
-
-
-def test_load_refuses(folder, tmp_path):
-    with pytest.raises(UserError, match="none: no model there; give a folder that `python -m conver"):
-        load(tmp_path / "none")
-    with pytest.raises(UserError, match="unknown dtype 'int8': choose float32 or bfloat16"):
-        load(folder, dtype="int8")
-    other = dataclasses.replace(CFG, seg_token_id=17)
-    copy = tmp_path / "other"
-    copy.mkdir()
-    (copy / model_folder.TOKENIZER).symlink_to(folder / model_folder.TOKENIZER)
-    (copy / model_folder.PARAMS).symlink_to(folder / model_folder.PARAMS)
-    (copy / model_folder.CONFIG).write_text(to_json(other))
-    with pytest.raises(UserError, match="the network expects 17"):
-        load(copy)
-    (copy / model_folder.CONFIG).write_text(to_json(dataclasses.replace(CFG, num_seg_tokens=3, llm=SMALL.llm)))
-    with pytest.raises(UserError, match=r"parameters do not fit config\.json"):
-        load(copy)
-
-
-def test_the_package_does_without_jax_until_it_is_used():
-    script = "import sys, virst_jax, virst_jax.cli; assert 'jax' not in sys.modules; assert virst_jax.load"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = virst_jax.nothing
-
-
-def test_four_devices_give_what_one_gives(tmp_path):
-    folder, clip, out = tmp_path / "model", tmp_path / "clip.npy", tmp_path / "out.npz"
-    model_folder.save_model(folder, CFG, params(), TOKENIZER)
-    np.save(clip, video(5))
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    subprocess.run(
-        [sys.executable, PROGRAMS / "segment_on_mesh.py", folder, clip, out],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        cwd=ROOT,
-        check=True,
-        timeout=900,
-    )
-    found = np.load(out)
-    assert found["split"] > 0
-    expected = load(folder).segment(video(5), [DOG, CAT, CAR])
-    scale = np.abs(expected.scores).max()
-    np.testing.assert_allclose(found["scores"], expected.scores, atol=1e-4 * scale)
-    assert (found["masks"] != expected.masks).mean() < 1e-3

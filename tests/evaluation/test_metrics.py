@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from helpers.evaluation_cases import sequence_scores
+from helpers.evaluation_cases import sequence_scores, whole_frame_f
 from helpers.places import PARITY
 from virst_jax.errors import UserError
 from virst_jax.evaluation import metrics
@@ -32,25 +32,6 @@ def test_scores_are_those_of_the_release(row):
     assert scores == pytest.approx(
         {k: np.mean(row[k]) for k in "JFAR"} | {"JF": (np.mean(row["J"]) + np.mean(row["F"])) / 2}, abs=1e-9
     )
-
-
-def whole_frame_f(pred, gt, tolerance=0.008):
-    """F by dilating both outlines of the whole frame with a disk."""
-    height, width = pred.shape
-    radius = int(np.ceil(tolerance * np.sqrt(height**2 + width**2)))
-    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
-    disk = x * x + y * y <= radius * radius
-
-    def outline(mask):
-        padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-        return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
-
-    a, b = outline(pred), outline(gt)
-    if not a.any() or not b.any():
-        return float(a.any() == b.any())
-    precision = (a & ndimage.binary_dilation(b, disk)).sum() / a.sum()
-    recall = (b & ndimage.binary_dilation(a, disk)).sum() / b.sum()
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def ellipse(shape, centre, radii):
