@@ -19,8 +19,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
-from conversion.formats.safetensors_dir import write_safetensors_dir
+from conversion.formats.safetensors_dir import INDEX
 from conversion.formats.source import TensorSpec
 from conversion.formats.torch_file import write_torch_file
 from conversion.names import SEG_MODEL, canonical
@@ -44,13 +45,27 @@ def specs(names: list[tuple[str, str]], shapes: dict[str, tuple[int, ...]], dtyp
         yield written, shape, dtype, functools.partial(values, name, shape, dtype)
 
 
+def write_base(folder: Path, names: list[str], shapes: dict[str, tuple[int, ...]], shard_bytes: int = 2 << 30) -> None:
+    """Writes a folder of safetensors in shards, of which one is held in memory at a time."""
+    folder.mkdir(parents=True)
+    places, shard = {}, {}
+    for name in names:
+        shard[name] = values(name, shapes[name], BFLOAT16)
+        if name == names[-1] or sum(array.nbytes for array in shard.values()) >= shard_bytes:
+            file = f"model-{len(set(places.values())) + 1:05}.safetensors"
+            save_file(shard, folder / file, {"format": "pt"})
+            places |= dict.fromkeys(shard, file)
+            shard = {}
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+
+
 def write_release(folder: Path, manifest: Path, tokenizer: Path, whole: bool) -> dict[str, tuple[int, ...]]:
     """Writes videochat/, sam2.pt and virst.pt; returns the canonical names with their shapes."""
     given = {name: tuple(shape) for name, shape in json.loads(manifest.read_text()).items()}
     shapes = {canonical(name): shape for name, shape in given.items()}
     rows = virst_7b().llm.vocab_size
-    base = [(n, n) for n in shapes if not n.startswith(NEW) and ".lora_" not in n]
-    write_safetensors_dir(folder / "videochat", specs(base, shapes, BFLOAT16))
+    base = [n for n in shapes if not n.startswith(NEW) and ".lora_" not in n]
+    write_base(folder / "videochat", base, shapes)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (folder / "videochat" / name).write_bytes((tokenizer / name).read_bytes())
     seg = [(n.removeprefix(SEG_MODEL), n) for n in shapes if n.startswith(SEG_MODEL)]

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: read lazily from memory maps, written in a stream.
+"""Folders of safetensors files, read lazily from memory maps.
 
 A `.safetensors` file is the size of its header (8 bytes, little endian), the header (JSON: dtype, shape and byte
 range of every tensor) and the values. A model of several such files (shards) has a model.safetensors.index.json that
@@ -9,7 +9,6 @@ Source: model/builder.py (from_pretrained with use_safetensors) reads such folde
 
 import json
 import mmap
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from virst_jax.errors import UserError
-from virst_jax.io import atomic
 
 from .shards import check_promises, find_shards, twice
-from .source import (
-    TensorFile,
-    TensorSpec,
-    element_count,
-    ends_early,
-    map_file,
-    tensor_bytes,
-)
+from .source import TensorFile, element_count, ends_early, map_file
 
 INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype] = {
@@ -51,7 +42,6 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FORMAT_MAX_HEADER = 100_000_000  # bytes
 _MAX_HEADER = 16 << 20  # bytes; parsing takes some 25 times as much memory. 2000 tensors have 200 kB
 
@@ -156,89 +146,3 @@ def _byte_range(name: str, value: Any) -> tuple[int, int]:
     if last - first != element_count(value["shape"]) * DTYPES[value["dtype"]].itemsize:
         raise ValueError(f"the shape and byte range of {name!r} disagree")
     return first, last
-
-
-def write_safetensors_dir(
-    path: str | Path,
-    tensors: Iterable[TensorSpec],
-    shard_bytes: int = 5_000_000_000,
-    on_tensor: Callable[[str], None] | None = None,
-) -> None:
-    """Writes model.safetensors, or shards of at most `shard_bytes` (or one tensor) with their index.
-
-    path: the folder; made if need be.
-    tensors: (name, shape, dtype, function that returns dtype[shape]) each; values are asked for once, one at a time.
-    on_tensor: called with the name of every tensor written.
-
-    Raises:
-      UserError: the folder holds safetensors already or cannot be written, the disk is full (nothing new is left
-        then), a name comes twice, or the format has no such dtype.
-      ValueError: values are not of the announced shape and dtype.
-    """
-    path = Path(path)
-    shards = _plan(path, tensors, shard_bytes)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror}); choose another folder") from error
-    if any(path.glob("*.safetensors")) or (path / INDEX).exists():
-        raise UserError(f"{path}: holds a checkpoint already; choose an empty folder")
-    single = len(shards) == 1
-    files = [
-        path / ("model.safetensors" if single else f"model-{i + 1:05}-of-{len(shards):05}.safetensors")
-        for i in range(len(shards))
-    ]
-    index = {
-        "metadata": {"total_size": sum(_size(spec) for shard in shards for spec in shard)},
-        "weight_map": {spec[0]: file.name for file, shard in zip(files, shards) for spec in shard},
-    }
-    try:
-        for file, shard in zip(files, shards):
-            _write_shard(file, shard, on_tensor)
-        if not single:
-            atomic.write_json(path / INDEX, index)
-    except BaseException:
-        for file in files:
-            file.unlink(missing_ok=True)
-        raise
-
-
-def _size(spec: TensorSpec) -> int:
-    return element_count(spec[1]) * spec[2].itemsize
-
-
-def _plan(path: Path, tensors: Iterable[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
-    names: set[str] = set()
-    filled = 0
-    for name, shape, dtype, read in tensors:
-        spec = (name, tuple(int(n) for n in shape), np.dtype(dtype), read)
-        if name in names:
-            raise UserError(f"{path}: two tensors are named {name!r}; give every tensor a name of its own")
-        if spec[2] not in _DTYPE_NAMES:
-            raise UserError(f"{path}: {name!r} is {spec[2]}, which safetensors has not; convert it first")
-        if shards[-1] and filled + _size(spec) > shard_bytes:
-            shards.append([])
-            filled = 0
-        names.add(name)
-        shards[-1].append(spec)
-        filled += _size(spec)
-    return shards
-
-
-def _write_shard(path: Path, shard: list[TensorSpec], on_tensor: Callable[[str], None] | None) -> None:
-    shard = sorted(shard, key=lambda spec: -spec[2].itemsize)  # so that every tensor is aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # readers of the reference library ask for it
-    end = 0
-    for spec in shard:
-        name, shape, dtype, _ = spec
-        first, end = end, end + _size(spec)
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [first, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic.new_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for spec in shard:
-            file.write(tensor_bytes(spec))
-            if on_tensor is not None:
-                on_tensor(spec[0])

@@ -10,11 +10,11 @@ import numpy as np
 
 from conversion import convert
 from conversion.assemble import take_apart
-from conversion.formats.safetensors_dir import write_safetensors_dir
 from conversion.formats.torch_file import write_torch_file
 from conversion.names import SEG_MODEL
 from conversion.rules import rule_table
 from helpers.places import DATA
+from helpers.safetensors_files import write_shards
 from virst_jax.config import HieraConfig, LoraConfig, QwenConfig, Sam2Config, VirstConfig, VisionConfig, to_json
 from virst_jax.io.model_folder import parameter_shapes
 from virst_jax.models.tree import flatten
@@ -93,7 +93,7 @@ def write_checkpoint(
     base = {k: below(k, v) for k, v in base.items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         base[name] = np.concatenate([base[name], np.full((BASE_ROWS - 40, 16), 9, np.float32)])
-    write_safetensors_dir(folder / "videochat", specs(base), shard_bytes=20_000)
+    write_shards(folder / "videochat", base, shard_bytes=20_000)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (folder / "videochat" / name).write_bytes((DATA / "tokenizer" / name).read_bytes())
     seg_plain = {k.removeprefix(SEG_MODEL): below(k, v) for k, v in seg.items()}
