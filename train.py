@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from virst_jax import cli
@@ -45,11 +46,12 @@ from virst_jax.training.start import Start, StateLayout
 from virst_jax.training.step import TrainState, make_train_step
 from virst_jax.training.streams import Stream, choose_stream, open_streams, stage_seed
 from virst_jax.training.tasks import Batch
+from virst_jax.types import PyTree
 
 EXPORT = "model"
 
 
-def train(config: Any, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: Path) -> None:
     """Runs all stages of a recipe; those that have left their model are passed over."""
     mesh = sharding.make_mesh(**recipe.plain(config.mesh))
     cfg, start, tokenizer_folder = starting_point(config)
@@ -81,7 +83,7 @@ def alone_in(workdir: Path) -> Iterator[None]:
         yield
 
 
-def starting_point(config: Any) -> tuple[VirstConfig, Path | None, Path]:
+def starting_point(config: ConfigDict) -> tuple[VirstConfig, Path | None, Path]:
     """The network, the model folder to start from (None: random parameters), and the tokenizer's folder."""
     start = EMBEDDED.get(config.model.init, Path(config.model.init)) if config.model.init else None
     base = model_folder.read_config(start) if start else get_preset(config.model.preset)
@@ -95,7 +97,7 @@ def starting_point(config: Any) -> tuple[VirstConfig, Path | None, Path]:
 class Run:
     """What all stages of a run share."""
 
-    config: Any  # the recipe
+    config: ConfigDict  # the recipe
     cfg: VirstConfig
     tokenizer: Tokenizer
     tokenizer_folder: Path
@@ -187,12 +189,12 @@ def compile_step(run: Run, stage: recipe.Stage, layout: StateLayout, stream: Str
     )
 
 
-def random_parameters(cfg: VirstConfig) -> Any:
+def random_parameters(cfg: VirstConfig) -> PyTree:
     """A function of a random key that makes the parameters of a network."""
     return lambda key: mimic_attention(nn.meta.unbox(Virst(cfg).init(key)["params"]), cfg)
 
 
-def open_held_out(config: Any, streams: dict[str, Stream]) -> Source | None:
+def open_held_out(config: ConfigDict, streams: dict[str, Stream]) -> Source | None:
     """The videos to evaluate on; None: the recipe wants none, or the stage does not learn to segment them."""
     if not config.eval.videos or not any(stream.task.evaluated for stream in streams.values()):
         return None

@@ -48,7 +48,8 @@ def specs(names: list[tuple[str, str]], shapes: dict[str, tuple[int, ...]], dtyp
 def write_base(folder: Path, names: list[str], shapes: dict[str, tuple[int, ...]], shard_bytes: int = 2 << 30) -> None:
     """Writes a folder of safetensors in shards, of which one is held in memory at a time."""
     folder.mkdir(parents=True)
-    places, shard = {}, {}
+    places: dict[str, str] = {}
+    shard: dict[str, np.ndarray] = {}
     for name in names:
         shard[name] = values(name, shapes[name], BFLOAT16)
         if name == names[-1] or sum(array.nbytes for array in shard.values()) >= shard_bytes:

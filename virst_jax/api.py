@@ -27,7 +27,7 @@ from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError, no_device
 from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed
 from virst_jax.inference.resume import State
-from virst_jax.inference.steps import Network, PyTree
+from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import FrameMasks, Progress, SegmentationStream
 from virst_jax.inference.texts import TEXT_BUCKET, check_expressions, round_up
 from virst_jax.io import arrays, model_folder, remote
@@ -36,6 +36,7 @@ from virst_jax.io.video import Reader, open_video
 from virst_jax.models.generate import generate
 from virst_jax.models.qwen2 import Qwen2
 from virst_jax.parallel import sharding
+from virst_jax.types import PyTree
 
 __all__ = ["FrameMasks", "ImageLike", "Model", "Plan", "Segmentation", "SegmentationStream", "VideoLike", "load"]
 

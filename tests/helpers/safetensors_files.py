@@ -22,7 +22,7 @@ def write_shards(folder: Path, tensors: Mapping[str, np.ndarray], shard_bytes: i
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
         return
-    places = {}
+    places: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         save_file(shard, folder / file, {"format": "pt"})

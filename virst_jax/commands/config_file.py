@@ -1,16 +1,21 @@
 """Config files of train.py and eval.py: found by name or by path, and changed by `--config.key=value`."""
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from virst_jax import programs
 from virst_jax.commands.parser import Parser, did_you_mean
 from virst_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 NOT_RECIPES = ("common", "eval")
 
@@ -28,7 +33,7 @@ def recipes() -> list[str]:
     return sorted(f.stem for f in files if f.stem not in NOT_RECIPES and not f.stem.startswith("_"))
 
 
-def load(given: str, settings: Sequence[str] = ()) -> Any:
+def load(given: str, settings: Sequence[str] = ()) -> ConfigDict:
     """The ConfigDict of a config: a name of configs/, or a Python file with `get_config`, either with `:argument`.
 
     A file may import what the package's recipes share by `from . import common`, wherever it lies.
@@ -49,7 +54,7 @@ def load(given: str, settings: Sequence[str] = ()) -> Any:
     return change(config, settings)
 
 
-def change(config: Any, settings: Sequence[str]) -> Any:
+def change(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
     """The config with settings in the form of absl flags, such as "--config.seed=3".
 
     Raises:
@@ -73,7 +78,7 @@ def change(config: Any, settings: Sequence[str]) -> Any:
     return holder.value
 
 
-def _check_key(config: Any, option: str) -> None:
+def _check_key(config: ConfigDict, option: str) -> None:
     """Names the part of a key that a config does not have."""
     path = re.sub(r"^--(no)?config\.", "", option)
     here, passed = config, "config"

@@ -1,11 +1,16 @@
 """`virst eval`: masks, scores and a report of a model on a benchmark. eval.py does the work."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from virst_jax import programs
 from virst_jax.commands import config_file
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 HELP = """Evaluate a model on a benchmark: masks, scores, a report. Interrupted, the same command goes on.
 
@@ -30,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_of(args: argparse.Namespace) -> Any:
+def config_of(args: argparse.Namespace) -> ConfigDict:
     """The settings that the arguments name, with their changes.
 
     Raises:

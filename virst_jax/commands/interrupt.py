@@ -4,7 +4,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 _asked: list[type[KeyboardInterrupt]] = []
 # a batch system or `kill` ends a process so, and a terminal that is closed
@@ -25,7 +24,7 @@ def watched() -> Iterator[None]:
     """Inside, the signals raise KeyboardInterrupt and are remembered for `check`."""
     _asked.clear()
 
-    def catch(number: int, frame: Any) -> None:
+    def catch(number: int, frame: object) -> None:
         kind = KeyboardInterrupt if number == signal.SIGINT else Terminated
         _asked.append(kind)
         raise kind

@@ -49,7 +49,7 @@ class Progress:
             self._lines.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bars.stop()
         if self._lines is not None:
             self._lines.stop()

@@ -1,13 +1,18 @@
 """`virst train`: training by a recipe. train.py, beside this package or in it, does the work."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from virst_jax import programs
 from virst_jax.commands import config_file
 from virst_jax.errors import UserError
 from virst_jax.io.address import local
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 HELP = """Train a model by a recipe. The same command goes on where an earlier run stopped, or was killed.
 
@@ -30,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", default="", help="hardware to compile for: v5e:4x4, v5p:2x2x2, h100:8, cpu:8")
 
 
-def config_of(args: argparse.Namespace) -> Any:
+def config_of(args: argparse.Namespace) -> ConfigDict:
     """The recipe that the arguments name, with their changes.
 
     Raises:
@@ -42,7 +47,7 @@ def config_of(args: argparse.Namespace) -> Any:
     return config if args.steps is None else limit_steps(config, args.steps)
 
 
-def limit_steps(config: Any, steps: int) -> Any:
+def limit_steps(config: ConfigDict, steps: int) -> ConfigDict:
     """The recipe with at most `steps` steps of every stage, and no longer a warm-up than that."""
     if steps < 1:
         raise UserError(f"--steps {steps}: give 1 or more")
@@ -56,7 +61,7 @@ def limit_steps(config: Any, steps: int) -> Any:
     return config
 
 
-def check_start(config: Any) -> None:
+def check_start(config: ConfigDict) -> None:
     """Raises UserError: a recipe of a large network that names no model to start from, and no tokenizer."""
     model = config.get("model", {})
     if model.get("preset", "tiny") == "tiny" or model.get("init") or model.get("tokenizer"):

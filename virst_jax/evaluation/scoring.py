@@ -122,7 +122,7 @@ def pack_annotations(video: Video, position: int, indices: Sequence[int]) -> np.
     return pack_frames(video, reader(position, indices))  # names what is unusual
 
 
-def _is_compressed(code: Any, size: tuple[int, int]) -> bool:
+def _is_compressed(code: object, size: tuple[int, int]) -> bool:
     return not code or (
         isinstance(code, dict) and isinstance(code.get("counts"), str) and code.get("size") == list(size)
     )

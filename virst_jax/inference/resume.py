@@ -10,7 +10,6 @@ Without any batch, nothing was done yet.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from virst_jax.errors import UserError
 from virst_jax.inference.steps import ExpressionBatch, Steps
 from virst_jax.models.sam2.tracker import Anchors, MemoryBank
+from virst_jax.types import PyTree
 
 State = Mapping[str, np.ndarray]
 ANCHORS, BANK, BANK_BEFORE = "anchors", "bank", "recent"
@@ -83,7 +83,7 @@ def _integer(state: State, key: str) -> int:
     return int(value)
 
 
-def _restore(state: State, prefix: str, shapes: Any) -> Any:
+def _restore(state: State, prefix: str, shapes: PyTree) -> PyTree:
     leaves = []
     for j, expected in enumerate(jax.tree.leaves(shapes)):
         key, low = f"{prefix}.{j}", expected.dtype.name == "bfloat16"

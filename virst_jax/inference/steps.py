@@ -27,8 +27,8 @@ from virst_jax.models.qwen2 import Cache, init_cache
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.models.sam2.tracker import Anchors, MemoryBank, Tracked, Tracker
 from virst_jax.models.virst import Virst
+from virst_jax.types import PyTree
 
-PyTree = Any
 Scale = Sequence[np.ndarray | jax.Array]  # float32[] and twice float32[3]: divisor, mean and deviation of pixels
 
 SCALE: Scale = (np.array(255, np.float32), MEAN, STD)  # of 8-bit pixels

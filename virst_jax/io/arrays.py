@@ -5,7 +5,6 @@ Axes: T frames, H height, W width, C channels.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +18,7 @@ EXPECTED = (
 )
 
 
-def video(frames: Any) -> np.ndarray:
+def video(frames: object) -> np.ndarray:
     """Frames uint8[T, H, W, 3] of an array or tensor.
 
     Raises:
@@ -39,7 +38,7 @@ def video(frames: Any) -> np.ndarray:
     return _rgb(_bytes(array, "the video"))
 
 
-def to_image(image: Any) -> np.ndarray:
+def to_image(image: object) -> np.ndarray:
     """One image uint8[H, W, 3] of an array, tensor or PIL image.
 
     Raises:
@@ -60,7 +59,7 @@ def to_image(image: Any) -> np.ndarray:
     return _rgb(_bytes(array, "the image"))
 
 
-def stack(frames: Sequence[Any]) -> np.ndarray:
+def stack(frames: Sequence[object]) -> np.ndarray:
     """Frames uint8[T, H, W, 3] of single ones: arrays, tensors, PIL images or paths of images.
 
     Raises:
@@ -79,12 +78,12 @@ def stack(frames: Sequence[Any]) -> np.ndarray:
     return np.stack(whole)
 
 
-def is_image(value: Any) -> bool:
+def is_image(value: object) -> bool:
     """Whether this is a PIL image, which is iterable in no useful way."""
     return isinstance(value, Image.Image)
 
 
-def _array(value: Any) -> np.ndarray:
+def _array(value: object) -> np.ndarray:
     if hasattr(value, "detach"):  # a tensor of PyTorch, which may belong to a graph or a device
         value = value.detach().cpu()
     try:

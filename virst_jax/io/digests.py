@@ -6,6 +6,8 @@ The digest of a parameter is of its values as they were in memory, with dtype an
 lays them out.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -13,12 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
+
+if TYPE_CHECKING:
+    import jax
 
 FILE = "digests.json"
 SMALL = 4 << 20  # larger files hold parameters, whose values are checked
@@ -35,7 +40,7 @@ class Digests:
     files: Mapping[str, str]
 
 
-def of_tensor(value: Any) -> str:
+def of_tensor(value: np.ndarray | jax.Array) -> str:
     """The digest of an array on the host or on a device."""
     array = np.asarray(value)
     digest = hashlib.blake2b(f"{array.dtype.name}{list(array.shape)}".encode(), digest_size=_SIZE)
@@ -52,7 +57,7 @@ def of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def of_tensors(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
+def of_tensors(values: Iterable[tuple[str, np.ndarray | jax.Array]]) -> Iterator[tuple[str, str]]:
     """Names and digests of parameters, by several threads; a few values are held at a time."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="digest") as pool:
         waiting: list[tuple[str, Future[str]]] = []
@@ -65,7 +70,7 @@ def of_tensors(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
             yield name, digest.result()
 
 
-def write(folder: Path, tensors: Iterable[tuple[str, Any]], parts: Iterable[str]) -> None:
+def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray | jax.Array]], parts: Iterable[str]) -> None:
     """Writes digests.json.
 
     Args:
@@ -123,7 +128,7 @@ def check_files(folder: str | Path, stated: Digests, limit: int | None = SMALL) 
     return count
 
 
-def check_tensors(folder: str | Path, stated: Digests, tensors: Iterable[tuple[str, Any]]) -> int:
+def check_tensors(folder: str | Path, stated: Digests, tensors: Iterable[tuple[str, np.ndarray | jax.Array]]) -> int:
     """Compares parameters with their digests; gives how many.
 
     Raises:

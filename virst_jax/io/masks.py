@@ -7,7 +7,6 @@ Axes: H height, W width.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,7 @@ def encode_mask(mask: np.ndarray) -> str:
     return write_runs(runs)
 
 
-def decode_mask(code: Any, size: Size, where: str) -> np.ndarray:
+def decode_mask(code: object, size: Size, where: str) -> np.ndarray:
     """A mask in one of COCO's forms: run lengths (compressed or not), polygons, or a list of run lengths.
 
     Args:
@@ -60,7 +59,7 @@ def check_size(size: Size, where: str) -> None:
         raise UserError(f"{where}: a frame of {height}x{width} pixels; from 1 to {MAX_PIXELS} can be read")
 
 
-def runs_of_code(code: Any, size: Size, where: str) -> np.ndarray:
+def runs_of_code(code: object, size: Size, where: str) -> np.ndarray:
     """Run lengths, int64[runs], of `{"size": [H, W], "counts": text or list}` for a frame of `size`.
 
     Raises:
@@ -83,7 +82,7 @@ def runs_of_code(code: Any, size: Size, where: str) -> np.ndarray:
         raise UserError(f"{where}: {error}") from error
 
 
-def plain_runs(counts: Any) -> np.ndarray:
+def plain_runs(counts: object) -> np.ndarray:
     """Run lengths that stand in a list, int64[runs]. Raises UserError: it is no list of lengths."""
     if not isinstance(counts, list) or any(type(n) is not int or not 0 <= n <= MAX_PIXELS for n in counts):
         raise UserError('not a mask in COCO\'s form ("counts" is neither a code nor a list of lengths)')
@@ -155,7 +154,7 @@ def write_runs(runs: np.ndarray) -> str:
     return (groups + 48)[place < digits[:, None]].astype(np.uint8).tobytes().decode("ascii")
 
 
-def draw_polygons(polygons: Sequence[Any], size: Size, where: str) -> np.ndarray:
+def draw_polygons(polygons: Sequence[object], size: Size, where: str) -> np.ndarray:
     """The union of polygons [x0, y0, x1, y1, ...] in pixels: bool[H, W]. Those of less than three points are left out.
 
     Raises:

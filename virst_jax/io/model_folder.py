@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from virst_jax.errors import UserError
 from virst_jax.io import atomic, digests
 from virst_jax.models.virst import boxed_shapes
 from virst_jax.parallel import processes
+from virst_jax.types import Params, PyTree
 
 PARAMS, CONFIG, TOKENIZER = "params", "config.json", "tokenizer"
 TOKENIZER_FILES = (
@@ -46,7 +47,7 @@ CHUNK_BYTES = 1 << 28  # of the stored arrays: hosts of a pod read their shards,
 
 
 @functools.cache
-def parameter_shapes(cfg: VirstConfig) -> Any:
+def parameter_shapes(cfg: VirstConfig) -> PyTree:
     """Shape and dtype of every parameter of a network, computing none: a tree of jax.ShapeDtypeStruct."""
     return nn.meta.unbox(boxed_shapes(cfg))
 
@@ -61,7 +62,7 @@ class _OneByOne(type_handlers.NumpyHandler):
         return []
 
 
-def write_parameters(path: Path, params: Mapping[str, Any]) -> None:
+def write_parameters(path: Path, params: Params) -> None:
     """Writes a parameter tree with Orbax, uncompressed: random bits of weights do not shrink."""
     registry = type_handlers.create_type_handler_registry(
         (np.ndarray, _OneByOne(deepcopy_host_arrays=False)), (jax.Array, type_handlers.ArrayHandler())
@@ -78,7 +79,7 @@ def write_parameters(path: Path, params: Mapping[str, Any]) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
-def save_model(path: Path, cfg: VirstConfig, params: Mapping[str, Any], tokenizer: Path | None) -> None:
+def save_model(path: Path, cfg: VirstConfig, params: Params, tokenizer: Path | None) -> None:
     """Writes a model folder, which appears whole. All processes of a run call it together.
 
     Args:
@@ -122,7 +123,7 @@ def is_whole(path: Path) -> bool:
     return path.exists()
 
 
-def write_description(folder: Path, cfg: VirstConfig, params: Mapping[str, Any] | None) -> None:
+def write_description(folder: Path, cfg: VirstConfig, params: Params | None) -> None:
     """Writes what a folder needs beside parameters and tokenizer: config.json and, last, digests.json.
 
     Args:
@@ -133,7 +134,7 @@ def write_description(folder: Path, cfg: VirstConfig, params: Mapping[str, Any] 
     digests.write(folder, tensors, (CONFIG, TOKENIZER, PARAMS))
 
 
-def _named(params: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _named(params: Params) -> Iterator[tuple[str, Any]]:
     return (("/".join(key), value) for key, value in flax.traverse_util.flatten_dict(params).items())
 
 
@@ -200,7 +201,7 @@ def read_parameters(
 
 
 def read_arrays(
-    folder: Path, stored: Any, budget: int = 1 << 30, share: tuple[int, int] = (0, 1)
+    folder: Path, stored: PyTree, budget: int = 1 << 30, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[str, np.ndarray]]:
     """As `read_parameters`, of a folder that Orbax wrote and what `stored_arrays` tells of it."""
     flat = flax.traverse_util.flatten_dict(stored)
@@ -247,7 +248,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def stored_shapes(path: str | Path) -> tuple[VirstConfig, Any]:
+def stored_shapes(path: str | Path) -> tuple[VirstConfig, PyTree]:
     """The config of a model folder, and shape and dtype of what it stores: a tree of Orbax metadata.
 
     Raises:
@@ -257,7 +258,7 @@ def stored_shapes(path: str | Path) -> tuple[VirstConfig, Any]:
     return cfg, stored_arrays((Path(path) / PARAMS).absolute(), parameter_shapes(cfg))
 
 
-def stored_arrays(folder: Path, wanted: Any) -> Any:
+def stored_arrays(folder: Path, wanted: PyTree) -> PyTree:
     """Shape and dtype of the arrays in a folder that Orbax wrote: a tree of its metadata.
 
     Args:
@@ -295,8 +296,8 @@ def _reader(handler: Any = None) -> Any:
 
 
 def load_model(
-    path: str | Path, dtype: str | None = None, shardings: Any = None, *, check: bool = True
-) -> tuple[VirstConfig, Any]:
+    path: str | Path, dtype: str | None = None, shardings: PyTree = None, *, check: bool = True
+) -> tuple[VirstConfig, PyTree]:
     """Reads a model folder. Waits for no other process: each reads what its devices hold.
 
     Args:
@@ -328,7 +329,7 @@ def load_model(
     return cfg, params
 
 
-def array_target(stored: Any, dtype: str | None, shardings: Any, fixed: str) -> Any:
+def array_target(stored: PyTree, dtype: str | None, shardings: PyTree, fixed: str) -> PyTree:
     """What `load_arrays` shall read: shapes with dtypes and shardings.
 
     Args:
@@ -339,14 +340,14 @@ def array_target(stored: Any, dtype: str | None, shardings: Any, fixed: str) -> 
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), stored)
 
-    def wanted(path: tuple[Any, ...], have: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    def wanted(path: tuple[Any, ...], have: PyTree, sharding: PyTree) -> jax.ShapeDtypeStruct:
         keeps = dtype is None or jax.tree_util.keystr(path, simple=True, separator="/").startswith(fixed)
         return jax.ShapeDtypeStruct(have.shape, have.dtype if keeps else dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(wanted, stored, shardings)
 
 
-def load_arrays(folder: Path, target: Any) -> Any:
+def load_arrays(folder: Path, target: PyTree) -> PyTree:
     """The arrays of a folder that Orbax wrote, on devices. Raises UserError: broken."""
     with _reader() as checkpointer:
         try:
@@ -364,7 +365,7 @@ def _digests_to_check(path: str | Path) -> digests.Digests | None:
     return stated
 
 
-def _compare_shapes(where: str, stored: Any, wanted: Any) -> None:
+def _compare_shapes(where: str, stored: PyTree, wanted: PyTree) -> None:
     have = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in jax.tree_util.tree_leaves_with_path(stored)}
     want = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in jax.tree_util.tree_leaves_with_path(wanted)}
     wrong = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))

@@ -7,7 +7,6 @@ TRACKER/tracker.json  the Sam2Config
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,13 +17,14 @@ from virst_jax.config import Compute, Sam2Config, kind_from_json
 from virst_jax.errors import UserError
 from virst_jax.io import model_folder
 from virst_jax.models.sam2.sam2 import Sam2
+from virst_jax.types import PyTree
 
 CONFIG = "tracker.json"
 FLOAT32 = "prompt_encoder/"  # as model_folder.FLOAT32
 
 
 @functools.cache
-def parameter_shapes(cfg: Sam2Config) -> Any:
+def parameter_shapes(cfg: Sam2Config) -> PyTree:
     """Shape and dtype of every parameter, computing none: a tree of jax.ShapeDtypeStruct."""
     image = jnp.zeros((cfg.image_size, cfg.image_size, 3))
     boxed = jax.eval_shape(lambda: Sam2(cfg, Compute()).init(jax.random.key(0), image))["params"]
@@ -52,7 +52,7 @@ def read_parameters(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     yield from model_folder.read_arrays(folder, model_folder.stored_arrays(folder, parameter_shapes(read_config(path))))
 
 
-def load_tracker(path: str | Path, dtype: str | None = None, shardings: Any = None) -> tuple[Sam2Config, Any]:
+def load_tracker(path: str | Path, dtype: str | None = None, shardings: PyTree = None) -> tuple[Sam2Config, PyTree]:
     """Reads a tracker's folder.
 
     Args:

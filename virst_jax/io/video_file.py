@@ -3,12 +3,14 @@
 Axes: H height, W width, 3 RGB.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +19,9 @@ from virst_jax.errors import UserError
 from virst_jax.io.atomic import reason
 from virst_jax.io.containers import what_is_missing
 from virst_jax.io.reader import Reader, VideoFormat, check_indices
+
+if TYPE_CHECKING:
+    import av
 
 MAX_PIXELS = 1 << 27
 MAX_FAILURES = 10_000  # packets that do not decode, before a file is given up
@@ -105,7 +110,7 @@ class FileReader(Reader):
                         return
         check_indices(self.name, indices, self.num_frames)
 
-    def _scan(self, limit: int | None) -> "_Scan":
+    def _scan(self, limit: int | None) -> _Scan:
         """Decodes up to `limit` frames, or all, without converting them, if that was not done before.
 
         Raises:
@@ -122,7 +127,7 @@ class FileReader(Reader):
             self._checked = len(scan.times) if limit is None or scan.complete else limit
         return self._scanned
 
-    def _complain(self, scan: "_Scan", limit: int | None = None) -> None:
+    def _complain(self, scan: _Scan, limit: int | None = None) -> None:
         """Raises a UserError that names what is damaged, unless the caller goes on with it."""
         if self.allow_damaged:
             return
@@ -140,7 +145,7 @@ class FileReader(Reader):
             )
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[tuple[Any, Any]]:
+    def _opened(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
         import av  # loads FFmpeg's libraries
 
         try:
@@ -172,7 +177,7 @@ class FileReader(Reader):
             yield container, stream
 
     def _decode(
-        self, wanted: Callable[[int], bool], scan: "_Scan | None" = None
+        self, wanted: Callable[[int], bool], scan: _Scan | None = None
     ) -> Generator[np.ndarray | None, None, None]:
         """Every frame in order of display; None for those that are not wanted, which saves converting them.
 
@@ -200,7 +205,7 @@ class FileReader(Reader):
             self._scan(None)  # tells the whole of it
             raise UserError(f"{self.path}: damaged after frame {count}; copy the file again")
 
-    def _image(self, frame: Any, converter: Any) -> np.ndarray:
+    def _image(self, frame: av.VideoFrame, converter: Any) -> np.ndarray:
         image = converter.reformat(frame, format="rgb24").to_ndarray()
         # asked for once: a frame that has shown its side data lives until cycles are collected
         if self._matrix is None:
@@ -227,7 +232,7 @@ class _Scan:
         self._flags: list[tuple[int | None, bool, bool]] = []  # of a frame: time stamp, key frame, damaged
         self._broken: list[int] = []  # places in the order of decoding
 
-    def packet(self, packet: Any) -> None:
+    def packet(self, packet: av.Packet) -> None:
         place = len(self._order)
         if packet.pts is not None and packet.size and not packet.is_discard:
             self._order.setdefault(packet.pts, place)
@@ -235,12 +240,13 @@ class _Scan:
             self._broken.append(place)
             self.suspect = True
 
-    def broken(self, packet: Any) -> None:
+    def broken(self, packet: av.Packet) -> None:
         """A packet could not be decoded."""
-        self._broken.append(self._order.get(packet.pts, len(self._order)))
+        here = len(self._order)
+        self._broken.append(here if packet.pts is None else self._order.get(packet.pts, here))
         self.suspect = True
 
-    def frame(self, frame: Any) -> None:
+    def frame(self, frame: av.VideoFrame) -> None:
         base = frame.time_base
         self.times.append(None if frame.pts is None or base is None else float(frame.pts * base))
         self.last_duration = float(frame.duration * base) if frame.duration and base else 0.0
@@ -316,7 +322,9 @@ def ranges(numbers: Sequence[int], limit: int = 8) -> str:
     return ", ".join(shown) + (f" and {len(parts) - limit} more stretches" if len(parts) > limit else "")
 
 
-def _frames(container: Any, stream: Any, noted: _Scan, path: Path) -> Iterator[Any]:
+def _frames(
+    container: av.container.InputContainer, stream: av.VideoStream, noted: _Scan, path: Path
+) -> Iterator[av.VideoFrame]:
     """The frames of a stream; errors are noted, and what was decoded before them comes all the same."""
     import av
 
@@ -348,7 +356,7 @@ def _frames(container: Any, stream: Any, noted: _Scan, path: Path) -> Iterator[A
             yield frame
 
 
-def _format(path: Path, container: Any, stream: Any) -> VideoFormat:
+def _format(path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> VideoFormat:
     codec, aspect = stream.codec_context, stream.sample_aspect_ratio
     return VideoFormat(
         Fraction(aspect) if aspect and aspect > 0 and aspect != 1 else None,
@@ -361,9 +369,10 @@ def _format(path: Path, container: Any, stream: Any) -> VideoFormat:
     )
 
 
-def _display_matrix(frame: Any) -> np.ndarray:
+def _display_matrix(frame: av.VideoFrame) -> np.ndarray:
     """The first five numbers of a frame's display matrix, or none."""
-    data = next((d for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), None)
+    sides: Any = frame.side_data  # typed as a mapping, iterated as a sequence
+    data = next((side for side in sides if side.type.name == "DISPLAYMATRIX"), None)
     return np.zeros(0) if data is None else np.frombuffer(bytes(data), np.int32)[:5].astype(float)
 
 

@@ -3,16 +3,22 @@
 Axes: H height, W width, 3 RGB.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Generator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from virst_jax.io import atomic
 from virst_jax.io.reader import VideoFormat
+
+if TYPE_CHECKING:
+    import av
 
 DEFAULT_FPS = 10.0  # of frames without times
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac", "mp2"}  # copied; others become AAC
@@ -100,10 +106,12 @@ class VideoWriter:
             self._audio.end(self._end if self._count else 0.0)
         self._stack.close()
 
-    def __enter__(self) -> "VideoWriter":
+    def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             try:
                 self.close()
@@ -113,7 +121,9 @@ class VideoWriter:
             return
         self._leave(kind, error, trace)
 
-    def _leave(self, kind: Any, error: Any, trace: Any) -> None:
+    def _leave(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._audio is not None:
             self._audio.close()
         with contextlib.suppress(Exception):
@@ -123,17 +133,17 @@ class VideoWriter:
 class _Audio:
     """The sound of a file, copied beside the frames; where it is damaged it ends."""
 
-    def __init__(self, container: Any, path: Path):
+    def __init__(self, container: av.container.OutputContainer, path: Path):
         import av
 
         self._av, self._out = av, container
-        self._next: tuple[float, Any] | None = None
+        self._next: tuple[float, av.Packet] | None = None
         self._source = av.open(str(path), metadata_errors="replace")
         stream: Any = self._source.streams.best("audio")
         self._start = (self._source.start_time or 0) / 1_000_000
         if stream.codec_context.name in MP4_AUDIO:
             self._stream = container.add_stream_from_template(stream)
-            self._packets: Generator[tuple[float, Any], None, None] = self._copied(stream)
+            self._packets: Generator[tuple[float, av.Packet], None, None] = self._copied(stream)
         else:
             self._stream = container.add_stream("aac", rate=stream.rate)
             self._packets = self._encoded(stream)
@@ -160,7 +170,7 @@ class _Audio:
         self._packets.close()
         self._source.close()
 
-    def _copied(self, stream: Any) -> Generator[tuple[float, Any], None, None]:
+    def _copied(self, stream: av.AudioStream) -> Generator[tuple[float, av.Packet], None, None]:
         with contextlib.suppress(self._av.error.FFmpegError, OSError):
             for packet in self._source.demux(stream):
                 if packet.dts is None or packet.pts is None:
@@ -170,10 +180,10 @@ class _Audio:
                 packet.stream = self._stream
                 yield float(packet.pts * packet.time_base), packet
 
-    def _encoded(self, stream: Any) -> Generator[tuple[float, Any], None, None]:
+    def _encoded(self, stream: av.AudioStream) -> Generator[tuple[float, av.Packet], None, None]:
         with contextlib.suppress(self._av.error.FFmpegError, OSError):
             for frame in self._source.decode(stream):
-                if frame.pts is None:
+                if frame.pts is None or frame.time_base is None:
                     continue
                 frame.pts -= round(Fraction(self._start) / frame.time_base)
                 time = float(frame.pts * frame.time_base)

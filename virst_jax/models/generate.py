@@ -4,7 +4,7 @@ Axes: B batch, S tokens of the prompt, D width, V vocabulary, N new tokens.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,12 @@ import numpy as np
 
 from virst_jax.errors import UserError
 from virst_jax.models.qwen2 import Cache, Qwen2, init_cache
+from virst_jax.types import Params
 
 
 def generate(
     model: Qwen2,
-    params: Mapping[str, Any],
+    params: Params,
     embeds: jax.Array,
     mask: jax.Array,
     *,
@@ -87,7 +88,7 @@ class _State(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def _generate(
     model: Qwen2,
-    params: Mapping[str, Any],
+    params: Params,
     embeds: jax.Array,
     mask: jax.Array,
     sampling: _Sampling | None,

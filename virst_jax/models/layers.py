@@ -112,13 +112,13 @@ def conv(
     )
 
 
-def _pointwise(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, **__: Any) -> jax.Array:
+def _pointwise(x: jax.Array, kernel: jax.Array, *_: object, precision: Any = None, **__: Any) -> jax.Array:
     """A 1 x 1 convolution as a product: three times as fast on CPUs."""
     return jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0], precision=precision)
 
 
 def _strided(
-    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, *_: Any, precision: Any = None, **__: Any
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, *_: object, precision: Any = None, **__: Any
 ) -> jax.Array:
     return strided_convolution(x, kernel, strides[0], padding[0][0])
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from virst_jax.config import Compute, LoraConfig
 from virst_jax.errors import UserError
 from virst_jax.models.layers import default_init, with_axes
+from virst_jax.types import Params, PyTree
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -52,7 +53,7 @@ class LoraDense(nn.Module):
         return y + dropped @ a.astype(dtype) @ b.astype(dtype) * self.lora.scale
 
 
-def add_lora(params: Mapping[str, Any], have: LoraConfig, want: LoraConfig, seed: int) -> dict[str, Any]:
+def add_lora(params: Params, have: LoraConfig, want: LoraConfig, seed: int) -> dict[str, PyTree]:
     """Parameters of the network with fresh adapters in the language model, if it has none yet.
 
     Args:
@@ -71,7 +72,7 @@ def add_lora(params: Mapping[str, Any], have: LoraConfig, want: LoraConfig, seed
         )
     key = jax.random.key(seed)
 
-    def add(node: Mapping[str, Any], path: str) -> dict[str, Any]:
+    def add(node: Params, path: str) -> dict[str, PyTree]:
         out = {name: add(x, f"{path}/{name}") if isinstance(x, Mapping) else x for name, x in node.items()}
         if path.rsplit("/", 1)[-1] in ADAPTED:
             *layers, width, features = node["kernel"].shape
@@ -86,7 +87,7 @@ def add_lora(params: Mapping[str, Any], have: LoraConfig, want: LoraConfig, seed
     return {**params, "llm": add(params["llm"], "llm")}
 
 
-def merge_lora(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
+def merge_lora(params: Params, scale: float) -> dict[str, PyTree]:
     """The same nested parameters with every adapter added to its kernel and removed.
 
     Args:
@@ -102,7 +103,7 @@ def merge_lora(params: Mapping[str, Any], scale: float) -> dict[str, Any]:
     return _merge(params, scale, ())
 
 
-def _merge(node: Mapping[str, Any], scale: float, path: tuple[str, ...]) -> dict[str, Any]:
+def _merge(node: Params, scale: float, path: tuple[str, ...]) -> dict[str, PyTree]:
     adapter = {"lora_a", "lora_b"} & set(node)
     if adapter and not {"kernel", "lora_a", "lora_b"} <= set(node):
         raise UserError(

@@ -6,7 +6,6 @@ Source: model/VIRST.py.
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,6 +18,7 @@ from virst_jax.models.qwen2 import Qwen2
 from virst_jax.models.sam2.sam2 import Sam2
 from virst_jax.models.st_fusion import InitialFusion, SecondFusion
 from virst_jax.models.umt import VideoEncoder
+from virst_jax.types import PyTree
 
 
 class Virst(nn.Module):
@@ -117,6 +117,6 @@ class Virst(nn.Module):
 
 
 @functools.lru_cache(maxsize=8)
-def boxed_shapes(cfg: VirstConfig) -> Any:
+def boxed_shapes(cfg: VirstConfig) -> PyTree:
     """Shape, dtype and logical axes of every parameter: jax.ShapeDtypeStructs in boxes of flax. Computes none."""
     return jax.eval_shape(lambda: Virst(cfg).init(jax.random.key(0)))["params"]

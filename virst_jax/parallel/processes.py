@@ -129,7 +129,7 @@ class Stop:
             self.now()  # compiles it; and whoever comes here late is waited for here, not in a step
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         _watch.expect_steps(False)
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -9,7 +9,7 @@ ops.constrain.ACTIVATIONS); the tables here are the only place that gives them m
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +25,7 @@ from virst_jax.models.tree import flatten, unflatten
 from virst_jax.models.virst import boxed_shapes
 from virst_jax.ops.attention import sharded_over
 from virst_jax.ops.constrain import activation_rules
+from virst_jax.types import Params, PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -64,7 +65,7 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
 GATHERED = ("sam2", "second_fusion")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices with axes data, fsdp and tensor, partitioned by the compiler (AxisType.Auto).
 
     Args:
@@ -129,7 +130,7 @@ def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
 
 
 @functools.lru_cache(maxsize=4)
-def logical_axes(cfg: VirstConfig) -> tuple[Any, Any]:
+def logical_axes(cfg: VirstConfig) -> tuple[PyTree, PyTree]:
     """Shapes (ShapeDtypeStruct) and logical axis names (tuple of str) of all parameters of `Virst(cfg)`."""
     boxed = boxed_shapes(cfg)
     is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
@@ -190,7 +191,7 @@ def _parts(axes: Sequence[str], mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def parameter_specs(cfg: VirstConfig, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> Any:
+def parameter_specs(cfg: VirstConfig, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> PyTree:
     """PartitionSpecs in the tree of `Virst(cfg)`'s parameters; see `partition` for what it raises."""
     if missing := AXES ^ set(RULES):
         raise ValueError(f"sharding rules and logical axes disagree on {sorted(missing)}")
@@ -203,7 +204,7 @@ def parameter_specs(cfg: VirstConfig, mesh: Mesh, replicate_below: int = REPLICA
     return unflatten(flat)
 
 
-def parameter_shardings(cfg: VirstConfig, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> Any:
+def parameter_shardings(cfg: VirstConfig, mesh: Mesh, replicate_below: int = REPLICATE_BELOW) -> PyTree:
     """NamedShardings in the tree of `Virst(cfg)`'s parameters; refuses what `check_mesh` and `partition` refuse."""
     check_mesh(cfg, mesh)
     return jax.tree.map(
@@ -233,7 +234,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(state: Any, shardings: Any, shapes: Any, mesh: Mesh) -> Any:
+def state_shardings(state: PyTree, shardings: PyTree, shapes: PyTree, mesh: Mesh) -> PyTree:
     """Shardings of a train state, or of any tree that holds copies of the parameters or of some of them.
 
     A leaf whose path ends with the path of a parameter of the same shape (moments of Adam, accumulated gradients, an
@@ -269,7 +270,7 @@ def _word(key: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def replicate(params: Mapping[str, Any], parts: Sequence[str] = GATHERED) -> dict[str, Any]:
+def replicate(params: Params, parts: Sequence[str] = GATHERED) -> dict[str, PyTree]:
     """The same parameters with those of `parts` whole on every device; to be called within a jitted step.
 
     Cast to the compute dtype first: half of the bytes travel. Does nothing without a mesh.
@@ -324,7 +325,7 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
     return rows[0] // count, ways // count
 
 
-def global_batch(local: Any, mesh: Mesh) -> Any:
+def global_batch(local: PyTree, mesh: Mesh) -> PyTree:
     """A batch over all devices from the rows that this process has read.
 
     Args:
@@ -343,7 +344,7 @@ def global_batch(local: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, local)
 
 
-def put_global(tree: Any, shardings: Any) -> Any:
+def put_global(tree: PyTree, shardings: PyTree) -> PyTree:
     """Host arrays, the same on every process, onto the devices: every device gets its share.
 
     Args:

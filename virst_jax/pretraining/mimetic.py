@@ -4,12 +4,12 @@ Source: Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers" (
 products W_q W_k^T and W_v W_o of a head begin near multiples of the identity, because both factors share their numbers.
 """
 
-from typing import Any
-
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 
 from virst_jax.config import VirstConfig
+from virst_jax.types import PyTree
 
 KEPT = 0.5  # factor of the random output projections
 QUIET = 0.2  # factor of the second fusion's residual branches, so that prompts begin as projected hidden states
@@ -19,7 +19,7 @@ NEARBY = 3.0
 SHARPER = 2.0
 
 
-def mimic_attention(params: Any, cfg: VirstConfig) -> Any:
+def mimic_attention(params: PyTree, cfg: VirstConfig) -> PyTree:
     """Mimetic initialisation of random parameters of a Virst.
 
     In language model, video encoder and mask decoder, a query head takes the kernel of its key head, and an output
@@ -31,7 +31,7 @@ def mimic_attention(params: Any, cfg: VirstConfig) -> Any:
     layers, width = flat[q].shape[:2]
     repeats = llm.num_heads // llm.num_kv_heads
 
-    def by_query_head(kernel: Any) -> Any:
+    def by_query_head(kernel: jax.Array) -> jax.Array:
         return jnp.repeat(kernel.reshape(layers, width, llm.num_kv_heads, llm.head_dim), repeats, axis=2)
 
     flat[q] = by_query_head(flat[k]).reshape(flat[q].shape)

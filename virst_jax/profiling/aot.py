@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
 from virst_jax.errors import UserError
 from virst_jax.profiling.collectives import Traffic, collective_traffic
 from virst_jax.profiling.flops import PEAKS, Device
+from virst_jax.types import PyTree
 
 GIB = 2**30
 # Spellings that libtpu accepts; the shape behind the colon counts chips, such as 4x4 or 2x2x2.
@@ -60,7 +61,7 @@ class Report:
         return sum(self.parts.values())
 
 
-def topology_devices(topology: str) -> list[Any]:
+def topology_devices(topology: str) -> list[jax.Device]:
     """Devices of a described topology, for sharding.make_mesh.
 
     Args:
@@ -96,7 +97,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _described(platform: str, name: str, **options: Any) -> list[Any]:
+def _described(platform: str, name: str, **options: Any) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)
     except Exception as error:  # what the plugins raise has no common type
@@ -118,7 +119,7 @@ def _add_xla_flag(flag: str) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
-def _virtual_cpus(count: int) -> list[Any]:
+def _virtual_cpus(count: int) -> list[jax.Device]:
     with contextlib.suppress(RuntimeError):  # a backend is up: it has what it has
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
@@ -177,13 +178,13 @@ def capacity(topology: str) -> int:
 
 def compile_report(
     step: Callable[..., Any],
-    state: Any,
-    batch: Any,
-    state_shardings: Any,
-    batch_shardings: Any,
+    state: PyTree,
+    batch: PyTree,
+    state_shardings: PyTree,
+    batch_shardings: PyTree,
     topology: str,
     *,
-    parts: Callable[[Any], dict[str, Any]] | None = None,
+    parts: Callable[[PyTree], dict[str, PyTree]] | None = None,
     flops: float = 0.0,
     quick: bool = True,
     hlo_path: str | os.PathLike[str] | None = None,
@@ -248,19 +249,19 @@ def compile_report(
     return report
 
 
-def _with_shardings(tree: Any, shardings: Any) -> Any:
+def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda x: shape(x, shardings), tree)
     return jax.tree.map(shape, tree, shardings)
 
 
-def device_bytes(tree: Any) -> int:
+def device_bytes(tree: PyTree) -> int:
     """Bytes on one device of a tree of ShapeDtypeStructs or arrays with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _cost(compiled: Any) -> float:
+def _cost(compiled: jax.stages.Compiled) -> float:
     try:
         cost = compiled.cost_analysis()
     except (jax.errors.JaxRuntimeError, NotImplementedError):  # not every compiler has one
@@ -289,7 +290,7 @@ def _too_much(needed: float, there: float) -> str:
     return f"the step needs {needed / GIB:.2f} GiB a device and {there / GIB:.2f} GiB are there, {excess:.2f} too much"
 
 
-def _explain(message: str, topology: str, mesh: Any) -> UserError:
+def _explain(message: str, topology: str, mesh: Mesh) -> UserError:
     """One line for what the compiler says."""
     sizes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     if "RESOURCE_EXHAUSTED" in message or "Ran out of memory" in message:

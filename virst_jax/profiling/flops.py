@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -335,7 +334,7 @@ PEAKS = {
 }
 
 
-def device_peak(device: Any | None = None) -> tuple[float, str]:
+def device_peak(device: jax.Device | None = None) -> tuple[float, str]:
     """Operations a second that a device can do, and where the figure is from: its data sheet, or a measurement.
 
     device: a jax.Device; None: the first.

@@ -18,6 +18,7 @@ from virst_jax.errors import UserError
 from virst_jax.io import atomic
 from virst_jax.parallel import processes
 from virst_jax.training.step import TrainState
+from virst_jax.types import PyTree
 
 METRIC = "j_and_f"  # what "best" means
 _METRICS = "metrics"  # Orbax's name of the item, and of the file in it
@@ -75,7 +76,7 @@ class TrainCheckpoints:
         """The step of the latest whole checkpoint; None: there is none."""
         return self.manager.latest_step()
 
-    def restore(self, step: int, abstract: TrainState, frozen: Any) -> TrainState:
+    def restore(self, step: int, abstract: TrainState, frozen: PyTree) -> TrainState:
         """The checkpoint of a step.
 
         Args:
@@ -142,7 +143,7 @@ class TrainCheckpoints:
         except (OSError, ValueError) as error:
             raise _unwritable(self.folder, error) from error
 
-    def _shapes(self, step: int) -> Any:
+    def _shapes(self, step: int) -> PyTree:
         with ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata((self.folder / str(step) / "state").absolute()).item_metadata
         if stored is None:
@@ -158,12 +159,12 @@ class TrainCheckpoints:
         )
 
 
-def _saved(state: TrainState) -> dict[str, Any]:
+def _saved(state: TrainState) -> dict[str, PyTree]:
     kept = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
     return kept if state.ema is None else {**kept, "ema": state.ema}
 
 
-def _difference(stored: Any, wanted: Any) -> str | None:
+def _difference(stored: PyTree, wanted: PyTree) -> str | None:
     """What differs first between the shapes of two trees of arrays."""
     trees = (jax.tree_util.tree_leaves_with_path(tree) for tree in (stored, wanted))
     have, want = ({_path(path): x.shape for path, x in tree} for tree in trees)

@@ -1,8 +1,7 @@
 """The steps of a recipe compiled for hardware that need not be there."""
 
-from typing import Any
-
 import jax
+from ml_collections import ConfigDict
 
 from virst_jax.config import VirstConfig
 from virst_jax.parallel import sharding
@@ -11,11 +10,12 @@ from virst_jax.training import recipe
 from virst_jax.training.start import StateLayout
 from virst_jax.training.step import TrainState, make_train_step
 from virst_jax.training.tasks import get_task, visual_tokens
+from virst_jax.types import PyTree
 
 PREFIX_TOKENS = 16  # of the prompt before the video, where no tokenizer tells
 
 
-def compile_only(config: Any, cfg: VirstConfig, topology: str) -> None:
+def compile_only(config: ConfigDict, cfg: VirstConfig, topology: str) -> None:
     """Compiles the step of every stage and kind of batch, and prints what a device needs.
 
     Args:
@@ -48,6 +48,6 @@ def compile_only(config: Any, cfg: VirstConfig, topology: str) -> None:
             aot.print_report(report)
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
+def _parts(state: TrainState) -> dict[str, PyTree]:
     parts = {"trained parameters": state.params, "frozen parameters": state.frozen, "optimizer": state.opt_state}
     return parts if state.ema is None else {**parts, "averaged parameters": state.ema}

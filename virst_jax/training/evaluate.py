@@ -1,6 +1,6 @@
 """J&F on held-out videos while a network trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from virst_jax.training.tasks import get_task
 OVERLAYS = 4  # held-out videos of which an evaluation keeps an image
 
 
-def held_out_videos(source: dict[str, Any], count: int, data_root: str) -> Source:
+def held_out_videos(source: Mapping[str, Any], count: int, data_root: str) -> Source:
     """The first videos of the source that a recipe's eval names."""
     arguments = dict(source)
     whole = open_source(arguments.pop("kind"), get_task("video"), data_root, **arguments)
@@ -42,7 +42,7 @@ def evaluate(
     """
     shown = 0
 
-    def segment_and_show(video: Video, texts: Any) -> np.ndarray:
+    def segment_and_show(video: Video, texts: Sequence[str]) -> np.ndarray:
         nonlocal shown
         masks = segment(video, texts)
         if log and shown < OVERLAYS:

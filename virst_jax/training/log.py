@@ -5,8 +5,8 @@ import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from virst_jax.io import atomic
@@ -48,7 +48,7 @@ class TrainLog:
             if math.isfinite(value):
                 self.board.add_scalar(name, value, step)
 
-    def image(self, step: int, name: str, image: Any) -> None:
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
         """An image uint8[H, W, 3] for TensorBoard."""
         self.board.add_image(name, image, step, dataformats="HWC")
 

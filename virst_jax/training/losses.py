@@ -6,7 +6,7 @@ encoder's and the tracker's image.
 Source: model/VIRST.py (dice_loss, sigmoid_ce_loss, VirstForCausalLM.forward).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.struct
@@ -19,9 +19,9 @@ from virst_jax.config import FRAME_BY_FRAME, IGNORE, PIXEL_MEAN, PIXEL_STD, Virs
 from virst_jax.models.sam2.sam2 import PYRAMID, Features, Prediction, Sam2
 from virst_jax.models.sam2.tracker import Tracker
 from virst_jax.models.virst import Virst
+from virst_jax.types import Params
 
 CE_BUDGET = 2**26  # logits that the cross-entropy holds at a time: 256 MiB in float32
-Params = Mapping[str, Any]  # of Virst, nested
 Losses = tuple[jax.Array, dict[str, jax.Array]]  # what is minimised, float32[], and its parts
 
 

@@ -4,9 +4,8 @@ A path is the parameter's keys joined by "/", such as llm/layers/attn/q_proj/lor
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import optax.contrib
 
 from virst_jax.errors import UserError
 from virst_jax.models.tree import flatten, unflatten
+from virst_jax.types import Params, PyTree
 
 # one row an iteration: then optax loops over them, which compiles in a fifth of the time
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
@@ -65,7 +65,7 @@ def rate_factors(paths: Sequence[str], groups: Groups) -> dict[str, float]:
     return factors
 
 
-def split(params: Mapping[str, Any], groups: Groups) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(params: Params, groups: Groups) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     """Nested parameters as two nested trees: those that are trained, and the frozen ones."""
     flat = flatten(params)
     factors = rate_factors(list(flat), groups)
@@ -75,7 +75,7 @@ def split(params: Mapping[str, Any], groups: Groups) -> tuple[dict[str, Any], di
     return trained, unflatten({path: leaf for path, leaf in flat.items() if factors[path] == 0})
 
 
-def join(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+def join(trained: Params, frozen: Params) -> dict[str, PyTree]:
     """The inverse of `split`."""
     return unflatten({**flatten(trained), **flatten(frozen)})
 
@@ -108,12 +108,12 @@ def make_optimizer(cfg: OptimConfig, groups: Groups) -> optax.GradientTransforma
       UserError: an unknown optimizer or schedule.
     """
 
-    def scale_by_group(updates: Any, state: Any, params: Any = None) -> Any:
+    def scale_by_group(updates: PyTree, state: PyTree, params: PyTree = None) -> PyTree:
         flat = flatten(updates)
         factors = rate_factors(list(flat), [*((p, f) for p, f in groups if f > 0), (".*", 0.0)])
         return unflatten({path: u if factors[path] == 1 else u * factors[path] for path, u in flat.items()}), state
 
-    def matrices(params: Any) -> Any:
+    def matrices(params: PyTree) -> PyTree:
         return unflatten({path: decays(path, leaf) for path, leaf in flatten(params).items()})
 
     optimizer = optax.chain(
@@ -135,7 +135,7 @@ def _directions(cfg: OptimConfig) -> optax.GradientTransformation:
     if cfg.name != "muon":
         raise UserError(f"unknown optimizer {cfg.name!r}: choose adamw or muon")
 
-    def numbers(params: Any) -> Any:
+    def numbers(params: PyTree) -> PyTree:
         return unflatten({path: matrix_axes(path, leaf) for path, leaf in flatten(params).items()})
 
     return optax.contrib.muon(
@@ -149,7 +149,7 @@ def _directions(cfg: OptimConfig) -> optax.GradientTransformation:
     )
 
 
-def matrix_axes(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+def matrix_axes(path: str, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
     """Which axes of a kernel are a matrix's rows and columns; the others count matrices. None: not a matrix."""
     *modules, name = path.split("/")
     if (
@@ -168,11 +168,11 @@ def matrix_axes(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | No
     return optax.contrib.MuonDimensionNumbers((axes - 2,), (axes - 1,))
 
 
-def decays(path: str, leaf: Any) -> bool:
+def decays(path: str, leaf: jax.Array) -> bool:
     """Whether weight decay applies: to kernels, adapters and embeddings, not to scales, biases or small tables."""
     return path.rsplit("/", 1)[-1] in ("kernel", "lora_a", "lora_b", "embedding") and leaf.ndim >= 2
 
 
-def update_ema(ema: Any, params: Any, decay: jax.Array | float) -> Any:
+def update_ema(ema: PyTree, params: PyTree, decay: jax.Array | float) -> PyTree:
     """Averaged parameters float32: decay * average + (1 - decay) * present ones."""
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema, params)

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -16,8 +15,9 @@ from virst_jax.parallel import sharding
 from virst_jax.training.optim import flatten
 from virst_jax.training.recipe import Stage
 from virst_jax.training.step import TrainState, init_state
+from virst_jax.types import PyTree
 
-Initialize = Callable[[jax.Array], Any]  # a random key -> the parameters of a Virst; to be traced
+Initialize = Callable[[jax.Array], PyTree]  # a random key -> the parameters of a Virst; to be traced
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Start:
         made: TrainState = self._make(lambda state: state)
         return made
 
-    def frozen(self) -> Any:
+    def frozen(self) -> PyTree:
         """The frozen parameters alone: checkpoints hold the rest."""
         return self._make(lambda state: state.frozen)
 
-    def _make(self, part: Callable[[TrainState], Any]) -> Any:
-        def begin(params: Any) -> Any:
+    def _make(self, part: Callable[[TrainState], PyTree]) -> PyTree:
+        def begin(params: PyTree) -> PyTree:
             return part(init_state(self.cfg, self.stage.optim, self.stage.groups, params))
 
         out_shardings = part(self.layout.shardings)

@@ -3,8 +3,7 @@
 Axes: B examples of a batch.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -16,6 +15,7 @@ from virst_jax.parallel.sharding import replicate
 from virst_jax.training.losses import video_losses
 from virst_jax.training.optim import Groups, OptimConfig, join, make_optimizer, split, update_ema
 from virst_jax.training.tasks import Batch, LossFunction
+from virst_jax.types import Params, PyTree
 
 Metrics = dict[str, jax.Array]
 
@@ -25,17 +25,17 @@ class TrainState:
     """What a step changes, and the frozen parameters."""
 
     step: jax.Array  # int32[], batches seen
-    params: Any  # the trained parameters, float32
-    frozen: Any  # the others, in the compute dtype
-    opt_state: Any
-    ema: Any  # averaged trained parameters float32, or None
+    params: PyTree  # the trained parameters, float32
+    frozen: PyTree  # the others, in the compute dtype
+    opt_state: PyTree
+    ema: PyTree  # averaged trained parameters float32, or None
 
-    def all_params(self, averaged: bool = False) -> dict[str, Any]:
+    def all_params(self, averaged: bool = False) -> dict[str, PyTree]:
         """The parameters of `Virst`; the averaged ones if there are any and they are asked for."""
         return join(self.ema if averaged and self.ema is not None else self.params, self.frozen)
 
 
-def init_state(cfg: VirstConfig, optim: OptimConfig, groups: Groups, params: Mapping[str, Any]) -> TrainState:
+def init_state(cfg: VirstConfig, optim: OptimConfig, groups: Groups, params: Params) -> TrainState:
     """The state before the first step. `params` may be traced or abstract: the function works under eval_shape."""
     trained, frozen = split(params, groups)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
@@ -51,7 +51,7 @@ def init_state(cfg: VirstConfig, optim: OptimConfig, groups: Groups, params: Map
 
 def batch_loss(
     cfg: VirstConfig,
-    params: Any,
+    params: PyTree,
     batch: Batch,
     rng: jax.Array | None,
     loss: LossFunction,
@@ -103,7 +103,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
 
-        def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:
+        def loss_of(trained: PyTree) -> tuple[jax.Array, Metrics]:
             return batch_loss(cfg, replicate(join(trained, state.frozen)), batch, rng, loss, mesh_axes)
 
         (value, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)

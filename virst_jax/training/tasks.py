@@ -19,6 +19,7 @@ from virst_jax.errors import UserError
 from virst_jax.profiling import flops
 from virst_jax.profiling.flops import StepFlops, StepShape
 from virst_jax.training.losses import Losses, TextBatch, VideoBatch, text_loss, video_losses
+from virst_jax.types import PyTree
 
 Batch = Any  # one of the tasks' batch classes, a pytree of arrays or ShapeDtypeStructs with a leading axis B
 
@@ -27,7 +28,7 @@ class LossFunction(Protocol):
     """The loss of one example: a batch without its leading axis. No dropout where `dropout_rng` is None."""
 
     def __call__(
-        self, cfg: VirstConfig, params: Any, batch: Any, dropout_rng: jax.Array | None = None, /
+        self, cfg: VirstConfig, params: PyTree, batch: Any, dropout_rng: jax.Array | None = None, /
     ) -> Losses: ...
 
 

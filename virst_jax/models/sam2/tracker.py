@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from virst_jax.config import Sam2Config
 from virst_jax.models.sam2.anchors import select_anchors
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
+from virst_jax.types import PyTree
 
 PROMPT_LOGIT_LIMIT = 32.0  # a mask prompt from an earlier anchor on the same frame is clamped so
 NO_FRAME = -(10**6)  # far from every frame
@@ -74,7 +75,7 @@ class Tracker:
         self.mode = "single" if training else sam.cfg.evaluated_mask
         self.memory_dtype = jnp.dtype(sam.compute.dtype) if training else jnp.dtype(jnp.bfloat16)
 
-    def _apply(self, params: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self, params: PyTree, method: Any, *args: Any, **kwargs: Any) -> Any:
         return self.sam.apply({"params": params}, *args, method=method, **kwargs)
 
     def _choose(self, condition: jax.Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
@@ -83,12 +84,12 @@ class Tracker:
         # the videos of a batch differ, so both are computed anyway; vmap of a branch would copy the parameters for each
         return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes(), no())
 
-    def _encode_memory(self, params: Any, frame: Features, prediction: Prediction) -> Tracked:
+    def _encode_memory(self, params: PyTree, frame: Features, prediction: Prediction) -> Tracked:
         memory = self._apply(params, Sam2.encode_memory, frame, prediction)
         return Tracked(prediction, memory.astype(self.memory_dtype))
 
     def prompt_anchors(
-        self, params: Any, features: Features, frames: jax.Array, valid: jax.Array, prompts: jax.Array
+        self, params: PyTree, features: Features, frames: jax.Array, valid: jax.Array, prompts: jax.Array
     ) -> Anchors:
         """Segments the anchor frames from their prompts, without memory.
 
@@ -139,7 +140,7 @@ class Tracker:
 
     def track(
         self,
-        params: Any,
+        params: PyTree,
         anchors: Anchors,
         bank: MemoryBank,
         features: Features,
@@ -201,7 +202,7 @@ class Tracker:
 
     def condition(
         self,
-        params: Any,
+        params: PyTree,
         anchors: Anchors,
         available: jax.Array,
         bank: MemoryBank,
