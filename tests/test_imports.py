@@ -7,7 +7,7 @@ from helpers.places import ROOT
 
 # From top to bottom. A module belongs to the longest prefix that fits it and may import its own entry and what the
 # entry lists; what is listed by an entry below is not inherited.
-BASE = {"virst_jax.config", "virst_jax.errors"}
+BASE = {"virst_jax.config", "virst_jax.errors", "virst_jax.types"}
 NETWORK = {"virst_jax.models", "virst_jax.ops", *BASE}
 TOP = "virst_jax.__init__"
 SERVICES = {"virst_jax.parallel", "virst_jax.data", "virst_jax.io", "virst_jax.io.model_folder", *NETWORK}
@@ -36,6 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "virst_jax.ops": BASE,
     "virst_jax.config": {"virst_jax.errors"},
     "virst_jax.errors": set(),
+    "virst_jax.types": set(),
 }
 # what runs where JAX may be missing, or must start fast
 WITHOUT_JAX = [TOP, "virst_jax.config", "virst_jax.errors", "virst_jax.data", "virst_jax.evaluation"]
