@@ -2,7 +2,8 @@
 
 python -m benchmarks.training_curves RUN --out PATH [--bin 25]
 
-PATH.png and PATH.csv are written. Stages come in the order in which they ended.
+RUN is the work folder of a training run, or a PATH.csv of earlier, which is drawn again. PATH.png and PATH.csv are
+written. Stages come in the order in which they ended.
 """
 
 import argparse
@@ -17,9 +18,9 @@ from benchmarks import run
 from virst_jax.errors import UserError
 
 PANELS = {
-    "patch_recall": "words of patches, recall",
-    "cell_recall": "words of cells, recall",
-    "ce_loss": "cross-entropy of words",
+    "patch_recall": "caption words of patches, recall",
+    "cell_recall": "caption words of cells, recall",
+    "ce_loss": "cross-entropy of tokens",
     "mean_iou": "IoU",
 }
 
@@ -58,6 +59,15 @@ def read_stages(run: Path, size: int) -> list[dict[str, str | float]]:
     return rows
 
 
+def read_means(file: Path) -> list[dict[str, str | float]]:
+    """Rows as `read_stages` gives them, from the CSV file that they were written to."""
+    with file.open(newline="") as f:
+        return [
+            {name: value if name == "stage" else float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(f)
+        ]
+
+
 def draw(rows: list[dict[str, str | float]], path: Path) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -84,7 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bin", type=int, default=25)
     options = parser.parse_args()
-    rows = read_stages(options.run, options.bin)
+    rows = read_means(options.run) if options.run.suffix == ".csv" else read_stages(options.run, options.bin)
     with options.out.with_suffix(".csv").open("w", newline="") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
