@@ -1,4 +1,4 @@
-"""Whether a video file is whole, by the sizes that its container states; FFmpeg reads a cut file without a word."""
+"""Whether a video file is whole, by the sizes that its container states; FFmpeg reads a cut file without an error."""
 
 import os
 from pathlib import Path

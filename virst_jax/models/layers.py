@@ -1,6 +1,6 @@
 """Building blocks that carry logical axis names, shared by all modules.
 
-Every parameter names its axes with words from AXES; sharding.py maps the words to mesh axes.
+Every parameter names its axes with names from AXES; parallel/sharding.py maps these to mesh axes.
 """
 
 import math

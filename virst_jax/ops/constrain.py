@@ -29,10 +29,10 @@ def activation_rules(rules: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
     """What is traced inside splits the axes of activations over mesh axes; needs a mesh set by jax.set_mesh.
 
     Args:
-      rules: mesh axes of every word of ACTIVATIONS; an empty tuple: not split.
+      rules: the mesh axes of every name in ACTIVATIONS; an empty tuple: not split.
 
     Raises:
-      ValueError: a word is missing or unknown.
+      ValueError: a name is missing or unknown.
     """
     if set(rules) != ACTIVATIONS:
         raise ValueError(f"activation rules for {sorted(set(rules) ^ ACTIVATIONS)} are missing or unknown")
@@ -47,16 +47,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """x, split as the rules in force say; x itself where there are none.
 
     The compiler would otherwise let the weights decide: it splits the residual stream as they are split, and every
-    device computes a slice of every row. Within jax.vmap the mapped axis has no word: give its mesh axes to vmap as
+    device computes a slice of every row. Within jax.vmap the mapped axis has no name: give its mesh axes to vmap as
     `spmd_axis_name`.
 
     Args:
       x: dtype[...].
-      axes: a word of ACTIVATIONS for every axis of x, which is split over that word's mesh axes if they divide it and
+      axes: a name from ACTIVATIONS for every axis of x, which is split over that name's mesh axes if they divide it and
         else stays whole; None: the compiler decides.
 
     Raises:
-      ValueError: an unknown word, or not one for every axis.
+      ValueError: an unknown name, or not one for every axis.
     """
     if len(axes) != x.ndim or not set(axes) <= ACTIVATIONS | {None}:
         raise ValueError(f"axes {axes} do not fit an array of shape {x.shape}; known are {sorted(ACTIVATIONS)}")

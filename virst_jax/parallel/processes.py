@@ -215,7 +215,7 @@ class _Watch:
     """A thread that gives signs of life, and ends the process when another one has ended or no step comes to an end.
 
     Every process counts up a number of its own in the coordinator's store. The main process reads them all; the others
-    only whether somebody is lost. JAX's own heartbeats end a process too, but later and without a plain word.
+    only whether somebody is lost. JAX's own heartbeats end a process too, but later and with a stack trace.
     """
 
     def __init__(self) -> None:

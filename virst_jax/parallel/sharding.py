@@ -253,9 +253,9 @@ def state_shardings(state: PyTree, shardings: PyTree, shapes: PyTree, mesh: Mesh
     known = {p: (found, leaves[p].shape) for p, found in flatten_dict(shardings).items()}
 
     def choose(path: Any, leaf: Any) -> NamedSharding:
-        words = tuple(word for word in (_word(key) for key in path) if word is not None)
-        for start in range(len(words)):
-            if (found := known.get(words[start:])) and found[1] == leaf.shape:
+        names = tuple(name for name in (_name(key) for key in path) if name is not None)
+        for start in range(len(names)):
+            if (found := known.get(names[start:])) and found[1] == leaf.shape:
                 return found[0]
         if math.prod(leaf.shape) > SHARD_ABOVE:
             raise ValueError(f"{jax.tree_util.keystr(path)} {leaf.shape} mirrors no parameter: it would be replicated")
@@ -264,7 +264,7 @@ def state_shardings(state: PyTree, shardings: PyTree, shapes: PyTree, mesh: Mesh
     return jax.tree_util.tree_map_with_path(choose, state)
 
 
-def _word(key: Any) -> str | None:
+def _name(key: Any) -> str | None:
     """The name within a tree's path; positions in tuples and lists have none."""
     value = getattr(key, "key", getattr(key, "name", None))
     return value if isinstance(value, str) else None
