@@ -150,12 +150,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
 
     processes.start()
     with processes.together():
-        try:
-            status = _run(config, workdir)
-            processes.barrier("evaluated", seconds=DAYS)
-        except KeyboardInterrupt:
-            processes.leave(130, "interrupted; what is finished is kept, the same command goes on")
-            raise
+        status = _run(config, workdir)
+        processes.barrier("evaluated", seconds=DAYS)
         return status
 
 

@@ -67,6 +67,14 @@ def test_an_error_in_one_process_ends_the_others(tmp_path):
         assert len(ends(group, 0)) == 1
 
 
+def test_a_process_that_is_interrupted_alone_ends_the_others(tmp_path):
+    """Where no steps are taken that could agree on it, as while a model is loaded."""
+    with Group(tmp_path, 2, [PROGRAMS / "steps.py", 0.1, 0.1], FAULT="1", KIND="interrupt") as group:
+        assert group.wait(120) == [4, 130], group.outputs()
+        assert ends(group, 1) == ["process 1 ends: interrupted; what is finished is kept, the same command goes on"]
+        assert len(ends(group, 0)) == 1
+
+
 def test_the_main_process_is_killed(tmp_path):
     with Group(tmp_path, 2, [PROGRAMS / "steps.py", 0.1, 0.1]) as group:
         group.until("step 5", 1)

@@ -25,7 +25,7 @@ with processes.together(), processes.Stop() as stop:
     for step in range(10_000):
         time.sleep(seconds)
         if (os.environ.get("FAULT"), step) == (str(jax.process_index()), 5):
-            raise UserError("a fault of this process")
+            raise KeyboardInterrupt if os.environ.get("KIND") == "interrupt" else UserError("a fault of this process")
         total = add(jax.make_array_from_process_local_data(split, np.ones(jax.local_device_count(), np.float32)), total)
         print("step", step, flush=True)
         if stop.at_step():

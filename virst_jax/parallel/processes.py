@@ -191,6 +191,11 @@ def together() -> Iterator[None]:
     """
     try:
         yield
+    except Stopped:
+        raise
+    except KeyboardInterrupt:  # before the first step, or after the last: the others do not know of it
+        leave(130, "interrupted; what is finished is kept, the same command goes on")
+        raise
     except UserError as error:
         leave(2, str(error))
         raise
