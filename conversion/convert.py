@@ -22,7 +22,7 @@ from tqdm import tqdm
 from virst_jax import cli
 from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset
 from virst_jax.errors import UserError
-from virst_jax.io import atomic, model_folder
+from virst_jax.io import atomic, model_folder, regular
 from virst_jax.models.tree import flatten
 from virst_jax.models.virst import Virst
 
@@ -46,10 +46,7 @@ def read_config(given: str) -> VirstConfig:
     """
     if given in PRESETS or not given.endswith(".json"):
         return get_preset(given)
-    try:
-        return from_json(Path(given).read_text(), given)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{given}: cannot be read ({error}); give a preset or a config.json") from error
+    return from_json(regular.read_text(given, "give a preset or a config.json"), given)
 
 
 def convert(
@@ -82,8 +79,7 @@ def convert(
     Raises:
       UserError: a source is missing or damaged, names or shapes do not fit the config, or `out` exists.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another folder or remove it first")
+    atomic.check_new(out)
     checkpoint = Checkpoint(
         videochat, sam2, virst, vocab_size=cfg.llm.vocab_size, lora=lora, lora_alpha=lora_alpha, root=root
     )
@@ -133,8 +129,7 @@ def to_torch(model: Path, out: Path, *, peft: bool = False, progress: bool = Tru
     Raises:
       UserError: no model folder, or `out` exists or cannot be written.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another file or remove it first")
+    atomic.check_new(out, parents=False)
     cfg, _ = model_folder.stored_shapes(model)
     table = rule_table(cfg)
     with tqdm(total=len(table), unit="tensor", desc="writing", disable=not progress) as bar:

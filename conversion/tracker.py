@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from virst_jax.config import SAM2_SIZES, HieraConfig, Sam2Config, sam2_preset, to_json
+from virst_jax.config import SAM2_SIZES, HieraConfig, Sam2Config, sam2_preset
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, tracker_folder
 from virst_jax.models.tree import flatten
@@ -61,8 +61,7 @@ def convert_tracker(
     Raises:
       UserError: the file is missing or damaged, not one of the four sizes or of SAM 2.0, or `out` exists.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another folder or remove it first")
+    atomic.check_new(out)
     source = open_source(sam2, SAM2_ROOTS if root is None else (root,))
     try:
         entries = plain_entries(source)
@@ -89,9 +88,9 @@ def convert_tracker(
                 where=f"{sam2} ({size})",
                 shapes=shapes,
                 store=stored_dtype(dtype, tracker_folder.FLOAT32),
+                describe=lambda params: tracker_folder.write_description(part, cfg, params),
                 progress=progress,
             )
-            atomic.write_text(part / tracker_folder.CONFIG, to_json(cfg))
             checked, digest = samples.check(str(out), tracker_folder.read_parameters(part))
         return Converted(f"SAM 2.1 {size}, a tracker without language model", checked, digest)
     finally:

@@ -7,6 +7,7 @@ import virst_jax
 from virst_jax.api import EMBEDDED
 from virst_jax.commands import demo
 from virst_jax.data.synthetic.videos import SyntheticVideos
+from virst_jax.errors import UserError
 from virst_jax.evaluation.held_out import score_videos, summarize
 from virst_jax.io.video import open_video
 
@@ -23,6 +24,11 @@ def iou(mask, truth):
 def test_it_is_small():
     sizes = [path.stat().st_size for path in EMBEDDED["tiny"].rglob("*") if path.is_file()]
     assert 1e6 < sum(sizes) < 8e6
+
+
+def test_it_does_not_pretend_to_answer(model):
+    with pytest.raises(UserError, match=r"it cannot answer questions: .*knows nothing of the real world"):
+        model.chat(np.zeros((4, 8, 8, 3), np.uint8), "what happens?")
 
 
 def test_it_segments_what_the_sentence_says(model):

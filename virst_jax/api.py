@@ -30,8 +30,9 @@ from virst_jax.inference.resume import State
 from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import FrameMasks, Progress, SegmentationStream
 from virst_jax.inference.texts import TEXT_BUCKET, check_expressions, round_up
-from virst_jax.io import arrays, model_folder, remote
+from virst_jax.io import arrays, model_folder, remote, tracker_folder
 from virst_jax.io.address import is_address
+from virst_jax.io.small_model import EMBEDDED, NO_ANSWERS, is_small
 from virst_jax.io.video import Reader, open_video
 from virst_jax.models.generate import generate
 from virst_jax.models.qwen2 import Qwen2
@@ -40,7 +41,6 @@ from virst_jax.types import PyTree
 
 __all__ = ["FrameMasks", "ImageLike", "Model", "Plan", "Segmentation", "SegmentationStream", "VideoLike", "load"]
 
-EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 DTYPES = ("float32", "bfloat16")
 CACHE_SECONDS = 0.2  # programs that compile faster are not kept
 
@@ -87,6 +87,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     device: str | jax.Device | None = None,
     compilation_cache: bool | str | os.PathLike[str] = True,
+    check: bool = True,
 ) -> "Model":
     """Loads a model.
 
@@ -99,6 +100,7 @@ def load(
       compilation_cache: compiled programs are kept on disk, so that they need not be compiled again by the next
         process: True: where JAX is told to (JAX_COMPILATION_CACHE_DIR), or else in virst_jax under XDG_CACHE_HOME or
         ~/.cache; a path: there; False: JAX's settings are left alone.
+      check: compare the parameters with the digests in the folder. A damaged model would go unseen without it.
 
     Raises:
       UserError: no such model or device, a broken model, one without tokenizer, or one of another config.
@@ -113,8 +115,8 @@ def load(
     tokenizer = load_tokenizer(folder / model_folder.TOKENIZER, cfg.seg_token_id)
     shardings, context = _placement(cfg, mesh, device)
     keep_compiled(compilation_cache)
-    cfg, params = model_folder.load_model(folder, dtype, shardings)
-    return Model(cfg, params, tokenizer, name=str(path), dtype=dtype, context=context)
+    cfg, params = model_folder.load_model(folder, dtype, shardings, check=check)
+    return Model(cfg, params, tokenizer, name=str(path), dtype=dtype, context=context, answers=not is_small(folder))
 
 
 def _placement(
@@ -182,15 +184,32 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     Raises:
       UserError: there is none.
     """
-    given = os.fspath(path)
-    folder = remote.fetch(given) if is_address(given) else Path(given)
-    if not folder.exists() and given in EMBEDDED:
-        folder = EMBEDDED[given]
+    folder = find_folder(path)
+    if tracker_folder.is_tracker(folder):
+        raise UserError(
+            f"{path}: holds SAM 2.1 alone, without the language model that reads sentences; convert it together with "
+            "VideoChat-Flash: virst convert --videochat DIR --sam2 FILE.pt --virst FILE.pt"
+        )
     if not (folder / model_folder.CONFIG).is_file():
         raise UserError(
-            f"{path}: no model there; give a folder that `python -m conversion.convert` wrote, or one of "
-            f"{', '.join(EMBEDDED)}"
+            f"{str(path)!r}: no model there; give a folder that `virst convert` or `virst train` wrote, or "
+            f"{', '.join(map(repr, EMBEDDED))}, the small one of this package"
         )
+    return folder
+
+
+def find_folder(path: str | os.PathLike[str]) -> Path:
+    """As `find_model`, whatever there is in the folder.
+
+    Raises:
+      UserError: an address that cannot be read, or no name at all.
+    """
+    given = os.fspath(path)
+    if not given:
+        raise UserError("the model's name is empty; give a folder")
+    folder = remote.fetch(given) if is_address(given) else Path(given)
+    if given in EMBEDDED and not os.path.lexists(folder):
+        return EMBEDDED[given]
     return folder
 
 
@@ -203,6 +222,7 @@ class Model:
       name: for reports.
       dtype: of the activations; None: on accelerators bfloat16 if the model was made for it, on CPUs float32.
       context: entered around every step of the network, such as a mesh.
+      answers: whether it was taught to answer in text; `chat` refuses otherwise.
       batch: frames that are encoded at a time; None: 1 on CPUs, else 4.
       chunk: frames that are tracked in one call.
       group_size: expressions that are read and tracked in one call, a power of two; more take several calls a chunk,
@@ -220,6 +240,7 @@ class Model:
         name: str = "model",
         dtype: str | None = None,
         context: Context | None = None,
+        answers: bool = True,
         batch: int | None = None,
         chunk: int = 4,
         group_size: int = 8,
@@ -231,7 +252,7 @@ class Model:
             low = "bfloat16" in (cfg.compute.dtype, str(embedding.dtype))
             dtype = "bfloat16" if low and not on_cpu else "float32"
         self.cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, dtype=dtype))
-        self.name, self.tokenizer = name, tokenizer
+        self.name, self.tokenizer, self.answers = name, tokenizer, answers
         self.network = Network(self.cfg, params, context or contextlib.nullcontext)
         # one at a time on CPUs: more are not faster there, and a frame's features do not depend on its neighbours
         self.batch = batch or (1 if on_cpu else 4)
@@ -367,8 +388,11 @@ class Model:
           temperature: 0: the most probable token each time; above: drawn, by `seed`.
 
         Raises:
-          UserError: a video that cannot be read, an empty question, or a number out of range.
+          UserError: a model that was not taught to answer, a video that cannot be read, an empty question, or a
+            number out of range.
         """
+        if not self.answers:
+            raise UserError(NO_ANSWERS)
         cfg, clip = self.cfg, self.cfg.vision.clip_frames
         _check_integers(max_new_tokens=max_new_tokens, max_frames=max_frames, seed=seed)
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):

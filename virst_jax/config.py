@@ -297,8 +297,10 @@ def kind_from_json(kind: type[Config], text: str, where: str) -> Config:
     """
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); write it again or copy it from a preset") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+        raise UserError(
+            f"{where}: not valid JSON ({str(error)[:200]}); write it again or copy it from a preset"
+        ) from error
     if isinstance(data, dict):
         data = {key: value for key, value in data.items() if key not in RETIRED}
     return _build(kind, data, where, "")
@@ -327,6 +329,8 @@ def _build(cls: type, data: Any, where: str, path: str, default: Any = None) -> 
         if dataclasses.is_dataclass(old):
             values[name] = _build(type(old), value, where, f"{path}{name}.", old)
         elif isinstance(old, tuple) and isinstance(value, list):
+            if not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
+                raise UserError(f"{where}: {path + name!r} must be integers, not {str(value)[:80]}")
             values[name] = tuple(value)
         elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
             values[name] = float(value)

@@ -11,6 +11,12 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def kind_of(value: object) -> str:
+    """What a value is, in words, never the value itself: that may be long, or deep."""
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "nothing" if value is None else kinds.get(type(value), type(value).__name__)
+
+
 class UserError(Exception):
     """Bad input. Its message is one line that says what is wrong, where, and how to fix it.
 

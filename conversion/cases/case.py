@@ -5,9 +5,7 @@ A case is NAME.json (config, manifest of parameter names and shapes, fields that
 or, in recorded cases, come from a converted checkpoint and from the case's arrays.
 """
 
-import json
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,8 @@ import jax
 import numpy as np
 
 from virst_jax.errors import UserError
+from virst_jax.io.json_files import read_json
+from virst_jax.io.npz import read_npz
 from virst_jax.models.tree import flatten, unflatten
 
 from ..assemble import assemble
@@ -147,16 +147,9 @@ def load_case(folder: Path, name: str, **given: Any) -> Case:
     meta_file, output_file = folder / f"{name}.json", folder / f"{name}.npz"
     if not meta_file.exists() and not output_file.exists():
         raise UserError(f"{folder}: no case {name!r}; there are {', '.join(case_names(folder)) or 'none'}")
-    meta: Any = {}
-    outputs: dict[str, np.ndarray] = {}
-    try:
-        if meta_file.exists():
-            meta = json.loads(meta_file.read_text())
-        if output_file.exists():
-            with np.load(output_file, allow_pickle=False) as arrays:
-                outputs = {key: arrays[key] for key in arrays.files}
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{folder / name}: damaged ({error}); copy the case again") from error
+    advice = "copy the case again"
+    meta: Any = read_json(meta_file, advice=advice).value if meta_file.exists() else {}
+    outputs = read_npz(output_file, advice) if output_file.exists() else {}
     meta = meta if isinstance(meta, dict) else {"rows": meta}
     return Case(name, meta, outputs, **given)
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from virst_jax.errors import UserError
+from virst_jax.io.json_files import read_json
+from virst_jax.io.npz import read_npz
 
 from ..weights_rule import make_input, make_video
 from .checkout import IMAGE_TOKEN, Release
@@ -59,12 +61,7 @@ def read_like(path: Path) -> Like:
     Raises:
       UserError: no such file, not JSON, or not an end-to-end case.
     """
-    try:
-        facts = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the JSON of a case as --like") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    facts = read_json(path, advice="give the JSON of a case as --like").value
     keys = ("case", "config", "n_frames", "hw", "sam_idx", "t_vlm", "input_ids", "labels")
     missing = [k for k in keys if not isinstance(facts, dict) or k not in facts]
     if missing:
@@ -246,11 +243,10 @@ def from_like(release: Release, processor: Any, like: Like, root: Path) -> Input
 def _like_frames(like: Like) -> tuple[dict[str, Any], np.ndarray]:
     facts = like.facts
     if (facts.get("video") or {}).get("from") == "npz":
-        try:
-            with np.load(like.arrays) as arrays:
-                return {"from": "npz"}, arrays["frames"]
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"{like.arrays}: its frames cannot be read ({error}); it belongs to {like.path}") from error
+        arrays = read_npz(like.arrays, f"it belongs to {like.path}")
+        if "frames" not in arrays:
+            raise UserError(f"{like.arrays}: holds no frames; it belongs to {like.path}")
+        return {"from": "npz"}, arrays["frames"]
     height, width = facts["hw"]
     salt = int(facts.get("video_salt", facts.get("salt") or 0))
     return {"from": "make_video", "salt": salt}, make_video(facts["n_frames"], height, width, salt)

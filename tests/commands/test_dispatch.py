@@ -63,6 +63,39 @@ def test_mistyped(capsys, arguments, message):
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "--sam2", "https://example.org/sam2.pt", "--out", "x"],
+        ["convert", "--sam2", "x.pt", "--out", "https://example.org/x"],
+        ["data", "check", "https://example.org/set"],
+        ["metrics", "https://example.org/masks", "--dataset", "mevis", "--data-root", "x"],
+        ["submit", "--check", "https://example.org/a.zip", "--dataset", "mevis", "--data-root", "x"],
+        ["train", "--config=synthetic", "--workdir=https://example.org/runs"],
+        ["segment", "a.mp4", "the dog", "--out", "https://example.org/masks"],
+        ["parity", "https://example.org/cases"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_an_address_in_place_of_a_path_keeps_its_form(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert status_of(*arguments) == 2
+    error = capsys.readouterr().err
+    assert "https://example.org/" in error
+    assert "is an address, where a path is needed" in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_path_is_not_the_folder_where_one_is(capsys):
+    assert status_of("data", "check", "") == 2
+    assert "is empty, where a path is needed" in capsys.readouterr().err
+    assert status_of("segment", "a.mp4", "the dog", "--out", "") == 2
+    assert "argument --out: is empty" in capsys.readouterr().err
+    assert status_of("segment", "", "the dog", "--out", "o") == 2
+    assert "the video's name is empty" in capsys.readouterr().err
+
+
 def test_options_are_spelled_with_hyphens_and_taken_with_underscores(capsys):
     def options(parser: argparse.ArgumentParser) -> list[str]:
         nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]

@@ -118,6 +118,20 @@ def test_bad_chat_is_refused(tokenizer):
         prompts.build_chat(tokenizer, "and then?", history=[("what?", "an <image>")])
 
 
+def test_half_a_character_is_refused_before_the_tokenizer(tokenizer):
+    """As a shell gives bytes that are not UTF-8."""
+    half = "the \udcff dog"
+    for use in (
+        lambda: prompts.normalize_expression(half),
+        lambda: prompts.build_prompt(tokenizer, half),
+        lambda: prompts.build_chat(tokenizer, half),
+        lambda: prompts.build_chat(tokenizer, "and then?", history=[("what?", half)]),
+    ):
+        with pytest.raises(UserError, match="holds half of a character") as info:
+            use()
+        str(info.value).encode()
+
+
 def test_tokenizer_ids(tokenizer):
     ids = (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id, tokenizer.seg_id, tokenizer.newline_id)
     assert ids == (151643, 151644, 151645, 151646, 198)

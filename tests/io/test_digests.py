@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from virst_jax.api import EMBEDDED
+from virst_jax.config import HieraConfig, Sam2Config
 from virst_jax.errors import UserError
-from virst_jax.io import digests, model_folder
+from virst_jax.io import digests, model_folder, tracker_folder
 
 TINY = EMBEDDED["tiny"]
 
@@ -143,3 +145,81 @@ def test_digests_do_not_lead_out_of_the_folder(folder, tmp_path):
     (folder / digests.FILE).write_text(json.dumps({"tensors": {}, "files": {"../x": "0"}}))
     with pytest.raises(UserError, match="not in the folder"):
         model_folder.load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory) -> Path:
+    """SAM 2.1 alone, with random parameters."""
+    folder = tmp_path_factory.mktemp("tracker")
+    cfg = Sam2Config(
+        hiera=HieraConfig(
+            embed_dim=4, stages=(1, 1, 1, 1), global_att_blocks=(), window_pos_embed_bkg_spatial_size=(2, 2)
+        )
+    )
+    rng = np.random.default_rng(0)
+    shapes = tracker_folder.parameter_shapes(cfg)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(leaf.dtype), shapes)
+    model_folder.write_parameters(folder / model_folder.PARAMS, params)
+    tracker_folder.write_description(folder, cfg, params)
+    return folder
+
+
+def test_a_tracker_is_checked_as_a_model_is(tracker, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(tracker, tmp_path / "tracker"))
+    stated = digests.read(folder)
+    assert stated is not None
+    assert tracker_folder.check_tracker(folder) == (len(stated.tensors), len(stated.files))
+    cfg, params = tracker_folder.load_tracker(folder)
+    assert {digests.of_tensor(leaf) for leaf in jax.tree.leaves(params)} == set(stated.tensors.values())
+    without_files(folder)
+    largest = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    flip(largest, largest.stat().st_size // 2)
+    for read in (tracker_folder.load_tracker, tracker_folder.check_tracker):
+        with pytest.raises(UserError, match="not as saved, first"):
+            read(folder)
+    tracker_folder.load_tracker(folder, check=False)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(model_folder.SKIP_CHECK, "1")
+    tracker_folder.load_tracker(folder)
+    assert "are not compared with their digests" in capsys.readouterr().err
+
+
+def test_what_an_old_tracker_lacks(tracker, tmp_path):
+    folder = Path(shutil.copytree(tracker, tmp_path / "tracker"))
+    (folder / digests.FILE).unlink()
+    assert tracker_folder.check_tracker(folder) is None
+    tracker_folder.load_tracker(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "digests.json", "tokenizer/tokenizer.json", "params/_METADATA"])
+def test_a_pipe_in_a_model_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=r"is a pipe, a socket or a device|config\.json is missing"):
+        model_folder.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("llm", {"num_heads": 0}, "no network can be built by it"),
+        ("sam2", {"hiera": {"stages": [1, "2", 3, 1]}}, "must be integers"),
+        ("sam2", {"hiera": {"stages": [[1], 2]}}, "must be integers"),
+        ("llm", {"num_layers": 10**5000}, "not valid JSON"),
+    ],
+)
+def test_a_config_that_makes_no_network(folder, key, value, message):
+    config = json.loads((folder / "config.json").read_text())
+    text = json.dumps(config | {key: {**config[key], "mark": 0}}).replace('"mark": 0', _inner(value))
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message) as info:
+        model_folder.load_model(folder)
+    assert "config.json" in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def _inner(value: dict) -> str:
+    """The members of an object as JSON, numbers of any length."""
+    (name, number), *_ = value.items()
+    text = "1" + "0" * 5000 if isinstance(number, int) and number > 10**100 else json.dumps(number)
+    return f'"{name}": {text}'

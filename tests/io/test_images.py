@@ -115,13 +115,13 @@ def test_what_is_no_file_is_refused_by_name(tmp_path):
     content = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
     for name, match in {
-        "pipe.png": "no regular file",
+        "pipe.png": "is a pipe, a socket or a device",
         "folder.png": "is a folder",
         "text.png": "cannot be read as an image",
         "empty.png": "cannot be read as an image",
         "cut.jpg": "truncated",
         "gone.png": "no such file",
-        "nul\0.png": "cannot be read",
+        "nul\0.png": "not readable",
     }.items():
         with pytest.raises(UserError, match=match) as info:
             images.read_image(tmp_path / name)

@@ -5,6 +5,7 @@ import pytest
 
 from virst_jax.errors import UserError
 from virst_jax.io.names import check_name, find_entry, name_fault, natural_key, repeated
+from virst_jax.io.regular import require_file
 
 GOOD = ["00000", "a b", "-CiPki3XuVI", "été", "狗", "a.b", "...", "x" * 240, "cam2_frame_1", "console", "12:30"]
 BAD = ["", ".", "..", "a/b", "/etc", "a\\b", "..\\x", "a\x00b", "a\nb", "\x1b[2J", "\ud800", "x" * 241, "é" * 121]
@@ -60,3 +61,24 @@ def test_accents_are_the_same_in_both_forms(tmp_path):
     assert find_entry(tmp_path, "ü") == str(tmp_path / "ü")
     assert repeated(["a", composed, "b", apart]) == apart
     assert repeated(["a", "b"]) is None
+
+
+@pytest.mark.parametrize(
+    ("there", "asked"),
+    [
+        ("caf\u00e9.json", "cafe\u0301.json"),
+        ("cafe\u0301.json", "caf\u00e9.json"),
+        ("Meta.JSON", "meta.json"),
+        ("a.json ", "a.json"),
+    ],
+)
+def test_a_file_of_another_spelling_is_named(tmp_path, there, asked):
+    (tmp_path / there).write_text("{}")
+    if (tmp_path / asked).exists():
+        pytest.skip("this file system takes both for one name")
+    with pytest.raises(UserError, match="no such file, but its folder has") as info:
+        require_file(tmp_path / asked, "copy it again")
+    assert ascii(there)[1:-1] in str(info.value)
+    assert "copy it again" not in str(info.value)
+    with pytest.raises(UserError, match="no such file; copy it again"):
+        require_file(tmp_path / "b.json", "copy it again")

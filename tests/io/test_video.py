@@ -290,7 +290,7 @@ def test_users_images_are_upright_and_scaled(tmp_path):
     assert len(np.unique(deep)) > 2  # it was black and white
     assert deep.max() == 220
     os.mkfifo(tmp_path / "pipe.mp4")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="is a pipe, a socket or a device"):
         open_video(tmp_path / "pipe.mp4")
 
 

@@ -2,20 +2,15 @@
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from virst_jax.io import small_model
 
 if TYPE_CHECKING:
     from virst_jax.api import Model
 
-SMALL = "tiny"
-SMALL_NOTE = (
-    'the model "tiny" of this package is a demonstration: it was trained on moving coloured shapes and knows nothing '
-    "of the real world; give another one with --model (see the README on converting the released checkpoints)"
-)
 VIDEO_HELP = "a video file, a folder of frames, or an image"
 
 
@@ -23,7 +18,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, --dtype, --device and --no-check, which all commands that load a model share."""
     parser.add_argument(
         "--model",
-        default=SMALL,
+        default=small_model.SMALL,
         help='model folder; the default, "tiny", is in the package and knows moving coloured shapes only',
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of parameters and activations")
@@ -53,16 +48,10 @@ def load_model(args: argparse.Namespace) -> "Model":
       UserError: no such device, no such model, or a damaged one.
     """
     from virst_jax import load
-    from virst_jax.io.model_folder import SKIP_CHECK
 
     if args.no_check:
-        os.environ[SKIP_CHECK] = "1"
-    return load(args.model, dtype=args.dtype, device=args.device)
-
-
-def is_small(model: str) -> bool:
-    """Whether a model's name means the one of this package."""
-    return model == SMALL and not Path(model).exists()
+        tell("note: the model's parameters are not compared with their digests (--no-check)")
+    return load(args.model, dtype=args.dtype, device=args.device, check=not args.no_check)
 
 
 def versions(device: str | None = None) -> dict[str, str]:

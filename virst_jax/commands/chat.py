@@ -5,6 +5,7 @@ import json
 
 from virst_jax.commands import _common
 from virst_jax.errors import UserError
+from virst_jax.io import small_model
 
 HELP = """Ask a question about a video; the answer is printed.
 
@@ -29,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from virst_jax.io.video import open_video
 
-    if _common.is_small(args.model):
-        raise UserError(f"it cannot answer questions: {_common.SMALL_NOTE}")
+    if small_model.is_small(args.model):  # before anything is loaded
+        raise UserError(small_model.NO_ANSWERS)
     # before the model, which takes longer
     video = open_video(args.video, fps=args.fps, allow_damaged=args.allow_damaged)
     model = _common.load_model(args)

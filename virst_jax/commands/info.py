@@ -3,11 +3,16 @@
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from virst_jax.commands import _common
 from virst_jax.errors import UserError
+from virst_jax.io import small_model
+
+if TYPE_CHECKING:
+    from virst_jax.config import Sam2Config, VirstConfig
 
 HELP = """Show devices and versions, and with --model what a model is: sizes, parameters, files.
 
@@ -19,7 +24,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help='model folder, or "tiny"')
+    parser.add_argument("--model", help='model folder, tracker folder, or "tiny"')
     parser.add_argument("--check", action="store_true", help="compare the model with its digests")
     _common.add_device_argument(parser)
     parser.add_argument("--json", action="store_true", help="print it as JSON")
@@ -30,15 +35,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    if args.check and not args.model:
+    if args.check and args.model is None:
         raise UserError("--check needs a model: add --model")
     rows = list(_common.versions(args.device).items())
     for device in jax.devices():
         memory = (device.memory_stats() or {}).get("bytes_limit")
         rows.append((str(device), device.device_kind + (f", {memory / 2**30:.1f} GiB" if memory else "")))
-    if args.model:
-        rows += _describe(args.model)
-        rows.append(("digests", _digests(args.model, args.check)))
+    if args.model is not None:
+        rows += _describe(args.model, args.check)
     if args.json:
         print(json.dumps(dict(rows), indent=1))
         return 0
@@ -51,50 +55,72 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _digests(given: str, check: bool) -> str:
-    from virst_jax.api import find_model
-    from virst_jax.io import digests, model_folder
+def _digests(folder: Path, check: Callable[[Path], tuple[int, int] | None] | None) -> str:
+    """Args: check: compares everything with the digests; None: only say what there are."""
+    from virst_jax.io import digests
 
-    folder = find_model(given)
     stated = digests.read(folder)
     if stated is None:
         return "no digests: the folder was written before there were any, and damage would not be seen"
-    if not check:
+    if check is None:
         return f"of {len(stated.tensors)} parameters and {len(stated.files)} files (--check compares them)"
-    counts = model_folder.check_model(folder)
+    counts = check(folder)
     assert counts is not None
     return f"{counts[0]} parameters and {counts[1]} files are as they were saved"
 
 
-def _describe(given: str) -> list[tuple[str, str]]:
+def _describe(given: str, check: bool) -> list[tuple[str, str]]:
+    from virst_jax.api import find_folder, find_model
+    from virst_jax.io import model_folder, tracker_folder
+
+    folder = find_folder(given)
+    compare: Callable[[Path], tuple[int, int] | None]
+    if tracker_folder.is_tracker(folder):
+        compare = tracker_folder.check_tracker
+        tracker, stored = tracker_folder.stored_shapes(folder)
+        more = [("holds", "SAM 2.1 alone, no language model"), *_tracker_rows(tracker)]
+    else:
+        compare = model_folder.check_model
+        cfg, stored = model_folder.stored_shapes(find_model(given))
+        more = _model_rows(folder, cfg)
+    rows = [("model", folder if Path(given) == folder else f"{given} ({folder})"), *_sizes(folder, stored), *more]
+    rows.append(("digests", _digests(folder, compare if check else None)))
+    return [(name, str(value)) for name, value in rows]
+
+
+def _sizes(folder: Path, stored: Any) -> list[tuple[str, Any]]:
     import jax
 
-    from virst_jax.api import find_model
+    counts: dict[str, int] = {}
+    for leaf in jax.tree.leaves(stored):
+        counts[str(leaf.dtype)] = counts.get(str(leaf.dtype), 0) + math.prod(leaf.shape)
+    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return [
+        ("parameters", ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(counts.items()))),
+        ("on disk", f"{total / 2**20:,.1f} MiB"),
+    ]
+
+
+def _tracker_rows(sam: "Sam2Config") -> list[tuple[str, Any]]:
+    return [("tracker", f"Hiera {'-'.join(map(str, sam.hiera.stages))} of {sam.hiera.embed_dim}, {sam.image_size} px")]
+
+
+def _model_rows(folder: Path, cfg: "VirstConfig") -> list[tuple[str, Any]]:
     from virst_jax.data.prompts import load_tokenizer
     from virst_jax.io import model_folder
 
-    folder = find_model(given)
-    cfg, stored = model_folder.stored_shapes(folder)
-    leaves = jax.tree.leaves(stored)
-    counts: dict[str, int] = {}
-    for leaf in leaves:
-        counts[str(leaf.dtype)] = counts.get(str(leaf.dtype), 0) + math.prod(leaf.shape)
-    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    llm, vision, sam = cfg.llm, cfg.vision, cfg.sam2
+    llm, vision = cfg.llm, cfg.vision
     rows: list[tuple[str, Any]] = [
-        ("model", folder if Path(given) == folder else f"{given} ({folder})"),
         ("config", cfg.name),
-        ("parameters", ", ".join(f"{count:,} {dtype}" for dtype, count in sorted(counts.items()))),
-        ("on disk", f"{total / 2**20:,.1f} MiB"),
         ("language model", f"{llm.num_layers} layers of {llm.hidden_size}, {llm.vocab_size} tokens"),
         ("adapters", f"rank {llm.lora.rank}" if llm.lora.rank else "none (merged)"),
         ("video encoder", f"{vision.num_layers} layers of {vision.hidden_size}, {vision.image_size} px"),
-        ("tracker", f"Hiera {'-'.join(map(str, sam.hiera.stages))} of {sam.hiera.embed_dim}, {sam.image_size} px"),
+        *_tracker_rows(cfg.sam2),
         ("frames", f"{cfg.max_video_frames} read, {cfg.max_seg_frames} fused, up to {cfg.max_anchors} anchors"),
         ("[SEG] tokens", f"{cfg.num_seg_tokens}, id {cfg.seg_token_id}"),
         ("initial fusion", "on" if cfg.fusion.initial else "off"),
         ("tokenizer", f"{load_tokenizer(folder / model_folder.TOKENIZER, cfg.seg_token_id).num_rows} tokens"),
     ]
-    if _common.is_small(given):
+    if small_model.is_small(folder):
         rows.append(("it knows", "moving coloured shapes, and nothing of the real world"))
-    return [(name, str(value)) for name, value in rows]
+    return rows

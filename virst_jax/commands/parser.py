@@ -4,7 +4,11 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
+
+from virst_jax.errors import UserError
+from virst_jax.io.address import local
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,6 +23,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         self._given: list[str] = []
         super().__init__(**kwargs)
+        self.register("type", Path, _path)  # every option and argument of the type Path
 
     def error(self, message: str) -> NoReturn:
         mistyped = [arg.partition("=")[0] for arg in self._given if self._is_unknown(arg)]
@@ -81,6 +86,16 @@ class Parser(argparse.ArgumentParser):
                 chosen = action.choices.get(getattr(found, action.dest, "") or "")
                 names += chosen._all_options(found) if isinstance(chosen, Parser) else []
         return names
+
+
+def _path(text: str) -> Path:
+    """A path of this machine; addresses keep their form in what is said of them."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, where a path is needed")
+    try:
+        return local(text, "")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from error
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from virst_jax.commands import _common
 from virst_jax.commands.progress import Progress
 from virst_jax.commands.segment_run import SegmentRun, claimed
 from virst_jax.errors import UserError
-from virst_jax.io import atomic
+from virst_jax.io import atomic, small_model
 
 HELP = """Segment what sentences describe in a video, and write the masks.
 
@@ -84,7 +84,7 @@ def run_segment(args: argparse.Namespace, video: str, expressions: Sequence[str]
     for text in expressions:
         normalize_expression(text)
     atomic.check_writable(args.out)
-    notes = [_common.SMALL_NOTE] if _common.is_small(args.model) and not getattr(args, "at_home", False) else []
+    notes = [small_model.NOTE] if small_model.is_small(args.model) and not getattr(args, "at_home", False) else []
     with claimed(args.out, resume=args.resume, overwrite=args.overwrite), Progress(quiet=args.quiet) as progress:
         for note in notes:
             if not args.quiet:
@@ -125,6 +125,10 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
         told = {"out": str(args.out), "notes": result.get("notes", []), **damaged, "objects": found}
         print(json.dumps(told, indent=1, ensure_ascii=False))
         return
+    if not args.quiet:
+        for note in result.get("notes", []):
+            if note != small_model.NOTE:  # that one was told at the start
+                _common.tell(f"note: {note}")
     for row in found:
         where = f"found in {row['frames_found']} of {row['frames']} frames" if row["frames_found"] else "not found"
         print(f"{row['expression']!r}: {where}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from virst_jax.commands.metrics import add_dataset_arguments
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 HELP = "write and check the zip for a benchmark's server"
 EXAMPLES = """\
@@ -43,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.out is None:
         raise UserError("--out ZIP is missing: where shall the zip go?")
-    if args.out.exists():
-        raise UserError(f"{args.out}: exists already; choose another name or remove it")
+    atomic.check_new(args.out, parents=False)
     read_pred = open_predictions(source, args.pred_dir).read_pred
     assert read_pred is not None  # only Ref-DAVIS17 has palette images, and it has no server
     count = write_submission(source, read_pred, args.out, progress=not args.quiet)

@@ -19,6 +19,8 @@ import numpy as np
 
 from virst_jax.config import IGNORE, IMAGE_TOKEN
 from virst_jax.errors import UserError
+from virst_jax.io import regular
+from virst_jax.io.json_files import is_whole
 
 IMAGE, SEG = "<image>", "[SEG]"
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -115,6 +117,7 @@ def load_tokenizer(path: str | Path, seg_token_id: int | None = None) -> Tokeniz
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"no tokenizer folder at {folder}: give a folder with vocab.json and merges.txt")
+    regular.require_plain(folder, "copy the tokenizer's files again")
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
@@ -306,6 +309,8 @@ def _check_text(text: str, what: str) -> None:
 
 
 def _check_control(text: str, what: str) -> None:
+    if not is_whole(text):
+        raise UserError(f"the {what} {text!r} holds half of a character: write it in UTF-8")
     found = _CONTROL.search(text)
     if found:
         raise UserError(f"the {what} contains the control token {found[0]}: remove it from {text[:80]!r}")

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from virst_jax.data.samples import Video
-from virst_jax.errors import UserError, printable
+from virst_jax.errors import UserError, kind_of, printable
 from virst_jax.evaluation.benchmarks import Opened, Summary, VideoScores, score_video, summarize
 from virst_jax.evaluation.predictions import (
     StoredMasks,
@@ -37,7 +37,7 @@ from virst_jax.evaluation.predictions import (
 )
 from virst_jax.evaluation.workers import Workers, reason
 from virst_jax.io import atomic
-from virst_jax.io.json_files import kind_of, read_json
+from virst_jax.io.json_files import read_json
 from virst_jax.io.masks import encode_mask
 
 Frame = tuple[int, np.ndarray, np.ndarray]  # number, masks bool[N, H, W], scores float[N]

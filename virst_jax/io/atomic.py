@@ -77,8 +77,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
       UserError: `path` exists, or (WriteError) the system refuses to write.
     """
     path = local(path, "output")
-    if path.exists():
-        raise UserError(f"{path}: exists already; choose another folder or remove it first")
+    check_new(path)
     with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _part_folder(path) as part:
@@ -153,6 +152,23 @@ def is_part(path: Path) -> bool:
     """Whether a path is named as an unfinished file or folder."""
     start, found, end = path.name.rpartition(PART)
     return bool(found) and start.startswith(".") and len(start) > 1 and (not end or end.lstrip(".").isdigit())
+
+
+def check_new(path: str | Path, *, parents: bool = True) -> None:
+    """Finds out, before long work, whether a file or folder can be made that is not there yet.
+
+    Args:
+      parents: folders above it will be made, too.
+
+    Raises:
+      UserError: it is there, or it cannot be made.
+    """
+    path = local(path, "output")
+    if os.path.lexists(path):
+        raise UserError(f"{path}: exists already; choose another name or remove it first")
+    if not parents and not path.parent.is_dir():
+        raise UserError(f"{path}: cannot be written, {path.parent} is no folder; make it first")
+    check_writable(path.parent)
 
 
 def check_writable(folder: str | Path) -> None:

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from virst_jax.errors import UserError
-from virst_jax.io import atomic
+from virst_jax.io import atomic, regular
 
 if TYPE_CHECKING:
     import jax
 
 FILE = "digests.json"
+AGAIN = "convert or copy the model again"
 SMALL = 4 << 20  # larger files hold parameters, whose values are checked
 THREADS = min(4, os.cpu_count() or 1)  # hashlib lets others run meanwhile; each holds a parameter
 _SIZE = 16
@@ -51,6 +52,7 @@ def of_tensor(value: np.ndarray | jax.Array) -> str:
 def of_file(path: Path) -> str:
     """The digest of a file's bytes."""
     digest = hashlib.blake2b(digest_size=_SIZE)
+    regular.require_file(path, AGAIN)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -91,15 +93,15 @@ def read(folder: str | Path) -> Digests | None:
     """
     path = Path(folder) / FILE
     try:
-        content = json.loads(path.read_text())
+        if not os.path.lexists(path):
+            return None
+        content = json.loads(regular.read_text(path, AGAIN))
         tensors, files = content["tensors"], content["files"]
         if not all(isinstance(x, str) for part in (tensors, files) for pair in part.items() for x in pair):
             raise ValueError("not digests")
         return Digests(tensors, files)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({atomic.reason(error)}); convert or copy the model again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({atomic.reason(error)}); {AGAIN}") from error
 
 
 def check_files(folder: str | Path, stated: Digests, limit: int | None = SMALL) -> int:
@@ -114,7 +116,7 @@ def check_files(folder: str | Path, stated: Digests, limit: int | None = SMALL) 
         if ".." in path.parts or Path(name).is_absolute():
             raise UserError(f"{Path(folder) / FILE}: names {name!r}, which is not in the folder; copy the model again")
         try:
-            if limit is not None and path.stat().st_size > limit:
+            if limit is not None and regular.require_file(path, AGAIN) > limit:
                 continue
             found = of_file(path)
         except OSError as error:

@@ -8,7 +8,6 @@ Axes: H height, W width, 3 RGB.
 
 import contextlib
 import io
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from virst_jax.errors import UserError
 from virst_jax.io.atomic import reason
+from virst_jax.io.regular import require_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 89_478_485  # from here on Pillow warns; 9,459 x 9,459
@@ -114,7 +114,7 @@ def opened(source: Source, *, name: str = "", remedy: str = "copy it again") -> 
     called = _called(source, name)
     content: Any = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
     if isinstance(content, Path):
-        check_regular(content, remedy)
+        require_file(content, f"check the path, or {remedy}")
     try:
         image = Image.open(content)
     except Image.DecompressionBombError as error:
@@ -188,24 +188,6 @@ def scaled_floats(values: np.ndarray, name: str) -> np.ndarray:
     if not (low >= 0.0 and high <= 1.0):  # NaN is neither
         raise UserError(f"{name}: floats of {low:g} to {high:g}; give floats of 0 to 1, or integers of 8 bits")
     return np.round(values * 255).astype(np.uint8)
-
-
-def check_regular(path: Path, remedy: str = "copy it again") -> None:
-    """Refuses what is no file to read: opening a pipe would wait for ever.
-
-    Raises:
-      UserError: missing, a folder, a pipe or a device.
-    """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path, or {remedy}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}); check the path and its permissions") from error
-    if stat.S_ISDIR(mode):
-        raise UserError(f"{path}: is a folder where a file is expected")
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: is no regular file (a pipe, socket or device); give a file")
 
 
 def frames(path: Path, *, remedy: str = "copy it again") -> Iterator[tuple[np.ndarray, float]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from virst_jax.errors import UserError, printable
+from virst_jax.errors import UserError, kind_of, printable
 from virst_jax.io.regular import ADVICE, read_file
 
 MAX_BYTES = 1 << 29
@@ -139,14 +139,19 @@ class Json:
         return (self.identifier(),)
 
 
-def read_json(path: str | Path, encoding: str = "utf-8", limit: int = MAX_BYTES) -> Json:
+def read_json(
+    path: str | Path, encoding: str = "utf-8", limit: int = MAX_BYTES, *, advice: str = "check the data set's folder"
+) -> Json:
     """The contents of a JSON file. A byte order mark before it is passed over.
+
+    Args:
+      advice: what to do if there is no file.
 
     Raises:
       UserError: it is missing, larger than `limit` bytes, unreadable or no JSON. Its cause is a UnicodeDecodeError
         where the file is not in this encoding.
     """
-    return parse_json(read_file(path, limit), str(path), encoding)
+    return parse_json(read_file(path, limit, advice), str(path), encoding)
 
 
 def parse_json(content: bytes, where: str, encoding: str = "utf-8") -> Json:
@@ -170,12 +175,6 @@ def parse_json(content: bytes, where: str, encoding: str = "utf-8") -> Json:
 def is_whole(text: str) -> bool:
     """Whether no half of a character (a lone surrogate) is in a text, so that it can be written in UTF-8."""
     return text.isascii() or not any(_SURROGATES[0] <= c <= _SURROGATES[1] for c in text)
-
-
-def kind_of(value: object) -> str:
-    """What a value is, in words, never the value itself: that may be long, or deep."""
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    return "nothing" if value is None else kinds.get(type(value), type(value).__name__)
 
 
 def _short(key: str) -> str:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from virst_jax.errors import UserError
-from virst_jax.io.json_files import kind_of
+from virst_jax.errors import UserError, kind_of
 
 Size = tuple[int, int]  # height, width
 

@@ -14,9 +14,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import flax.traverse_util
@@ -27,7 +27,7 @@ from orbax.checkpoint import type_handlers
 
 from virst_jax.config import VirstConfig, from_json, to_json
 from virst_jax.errors import UserError
-from virst_jax.io import atomic, digests
+from virst_jax.io import atomic, digests, regular
 from virst_jax.models.virst import boxed_shapes
 from virst_jax.parallel import processes
 from virst_jax.types import Params, PyTree
@@ -43,6 +43,7 @@ TOKENIZER_FILES = (
 )
 SKIP_CHECK = "VIRST_SKIP_CHECK"  # environment variable
 FLOAT32 = "sam2/prompt_encoder/"  # stays float32, as in the release, whatever the rest computes in: it places points
+Config = TypeVar("Config")
 CHUNK_BYTES = 1 << 28  # of the stored arrays: hosts of a pod read their shards, not whole arrays
 
 
@@ -130,16 +131,20 @@ def write_description(folder: Path, cfg: VirstConfig, params: Params | None) -> 
       params: what was written; None: it is read from the folder.
     """
     atomic.write_text(folder / CONFIG, to_json(cfg))
-    tensors = read_parameters(folder) if params is None else _named(params)
+    tensors = read_parameters(folder) if params is None else named(params)
     digests.write(folder, tensors, (CONFIG, TOKENIZER, PARAMS))
 
 
-def _named(params: Params) -> Iterator[tuple[str, Any]]:
+def named(params: Params) -> Iterator[tuple[str, Any]]:
+    """Parameters with their names, the keys that lead to them joined by "/"."""
     return (("/".join(key), value) for key, value in flax.traverse_util.flatten_dict(params).items())
 
 
-def check_model(path: str | Path) -> tuple[int, int] | None:
-    """Compares every parameter and every file of a model folder with its digest.
+def check_folder(path: str | Path, tensors: Iterator[tuple[str, np.ndarray]]) -> tuple[int, int] | None:
+    """Compares every parameter and every file of a folder with its digest.
+
+    Args:
+      tensors: names and values of the parameters as stored; nothing is read where there are no digests.
 
     Returns:
       How many parameters and files were compared; None: the folder has no digests.
@@ -151,7 +156,12 @@ def check_model(path: str | Path) -> tuple[int, int] | None:
     if stated is None:
         return None
     files = digests.check_files(path, stated, limit=None)
-    return digests.check_tensors(path, stated, read_parameters(path)), files
+    return digests.check_tensors(path, stated, tensors), files
+
+
+def check_model(path: str | Path) -> tuple[int, int] | None:
+    """As `check_folder`, of a model folder."""
+    return check_folder(path, read_parameters(path))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -175,10 +185,9 @@ def read_config(path: str | Path) -> VirstConfig:
       UserError: no model folder, or a broken config.
     """
     file = Path(path) / CONFIG
-    try:
-        return from_json(file.read_text(), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: no model (cannot read {CONFIG}); give a folder that the converter wrote") from error
+    if not file.is_file():
+        raise UserError(f"{path}: no model ({CONFIG} is missing); give a folder that the converter wrote")
+    return from_json(regular.read_text(file, digests.AGAIN), str(file))
 
 
 def read_parameters(
@@ -203,7 +212,7 @@ def read_parameters(
 def read_arrays(
     folder: Path, stored: PyTree, budget: int = 1 << 30, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """As `read_parameters`, of a folder that Orbax wrote and what `stored_arrays` tells of it."""
+    """As `read_parameters`, of a folder that Orbax wrote and what `stored_of` tells of it."""
     flat = flax.traverse_util.flatten_dict(stored)
     batches: list[list[tuple[str, ...]]] = []
     room = 0
@@ -254,19 +263,39 @@ def stored_shapes(path: str | Path) -> tuple[VirstConfig, PyTree]:
     Raises:
       UserError: no model folder, a broken one, or parameters that do not fit its config.
     """
-    cfg = read_config(path)
-    return cfg, stored_arrays((Path(path) / PARAMS).absolute(), parameter_shapes(cfg))
+    return stored_of(path, read_config(path), parameter_shapes, CONFIG)
 
 
-def stored_arrays(folder: Path, wanted: PyTree) -> PyTree:
+def stored_of(path: str | Path, cfg: Config, shapes_of: Callable[[Config], PyTree], file: str) -> tuple[Config, PyTree]:
+    """The config of a folder, and shape and dtype of what it stores.
+
+    Args:
+      shapes_of: the parameters that a config asks for.
+      file: the name of the config's file, for messages.
+
+    Raises:
+      UserError: broken parameters, or parameters that do not fit the config.
+    """
+    try:
+        wanted = shapes_of(cfg)
+    except Exception as error:  # sizes that do not fit each other end in errors of any module
+        raise UserError(
+            f"{Path(path) / file}: no network can be built by it ({atomic.reason(error)}); {digests.AGAIN}"
+        ) from error
+    return cfg, _stored_arrays((Path(path) / PARAMS).absolute(), wanted, file)
+
+
+def _stored_arrays(folder: Path, wanted: PyTree, config: str) -> PyTree:
     """Shape and dtype of the arrays in a folder that Orbax wrote: a tree of its metadata.
 
     Args:
       wanted: a tree of arrays or shapes that should be there.
+      config: the file that asks for them.
 
     Raises:
       UserError: broken, or other arrays than those wanted.
     """
+    regular.require_plain(folder, digests.AGAIN)
     with _reader() as checkpointer:
         try:
             with _quiet():
@@ -276,7 +305,7 @@ def stored_arrays(folder: Path, wanted: PyTree) -> PyTree:
             raise _broken(folder, error) from error
     if not stored:
         raise _broken(folder, ValueError("their list cannot be read" if folder.is_dir() else "there are none"))
-    _compare_shapes(str(folder), stored, wanted)
+    _compare_shapes(str(folder), stored, wanted, config)
     return stored
 
 
@@ -313,7 +342,24 @@ def load_model(
       UserError: no model folder, a broken one, or parameters that do not fit its config.
     """
     cfg, stored = stored_shapes(path)
-    target = array_target(stored, dtype, shardings, FLOAT32)
+    return cfg, load_parameters(path, stored, dtype, shardings, FLOAT32, check=check)
+
+
+def load_parameters(
+    path: str | Path, stored: PyTree, dtype: str | None, shardings: PyTree, fixed: str, *, check: bool = True
+) -> PyTree:
+    """The parameters of a folder, compared with their digests.
+
+    Args:
+      stored: of the folder's parameters, from `stored_of`.
+      dtype, shardings, check: as in `load_model`.
+      fixed: beginning of the paths that keep their dtype.
+
+    Raises:
+      UserError: broken.
+    """
+    folder = (Path(path) / PARAMS).absolute()
+    target = _array_target(stored, dtype, shardings, fixed)
     stated = _digests_to_check(path) if check else None
     # values of another dtype, or on other hosts, are not what was saved: then the stored ones are read once more
     same = jax.tree.map(lambda have, want: have.dtype == want.dtype, stored, target)
@@ -322,21 +368,15 @@ def load_model(
         digests.check_files(path, stated)
         if not at_once:
             share = (jax.process_index(), jax.process_count())
-            digests.check_tensors(path, stated, read_parameters(path, share=share))
-    params = load_arrays((Path(path) / PARAMS).absolute(), target)
+            digests.check_tensors(path, stated, read_arrays(folder, stored, share=share))
+    params = _load_arrays(folder, target)
     if stated is not None and at_once:
-        digests.check_tensors(path, stated, _named(params))
-    return cfg, params
+        digests.check_tensors(path, stated, named(params))
+    return params
 
 
-def array_target(stored: PyTree, dtype: str | None, shardings: PyTree, fixed: str) -> PyTree:
-    """What `load_arrays` shall read: shapes with dtypes and shardings.
-
-    Args:
-      stored: from `stored_arrays`.
-      dtype, shardings: as in `load_model`.
-      fixed: beginning of the paths that keep their dtype.
-    """
+def _array_target(stored: PyTree, dtype: str | None, shardings: PyTree, fixed: str) -> PyTree:
+    """What `_load_arrays` shall read: shapes with dtypes and shardings."""
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), stored)
 
@@ -347,7 +387,7 @@ def array_target(stored: PyTree, dtype: str | None, shardings: PyTree, fixed: st
     return jax.tree_util.tree_map_with_path(wanted, stored, shardings)
 
 
-def load_arrays(folder: Path, target: PyTree) -> PyTree:
+def _load_arrays(folder: Path, target: PyTree) -> PyTree:
     """The arrays of a folder that Orbax wrote, on devices. Raises UserError: broken."""
     with _reader() as checkpointer:
         try:
@@ -365,14 +405,14 @@ def _digests_to_check(path: str | Path) -> digests.Digests | None:
     return stated
 
 
-def _compare_shapes(where: str, stored: PyTree, wanted: PyTree) -> None:
+def _compare_shapes(where: str, stored: PyTree, wanted: PyTree, config: str) -> None:
     have = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in jax.tree_util.tree_leaves_with_path(stored)}
     want = {jax.tree_util.keystr(k): tuple(v.shape) for k, v in jax.tree_util.tree_leaves_with_path(wanted)}
     wrong = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
     if wrong:
         name = wrong[0]
         raise UserError(
-            f"{where}: {len(wrong)} parameters do not fit config.json, first {name}: stored "
+            f"{where}: {len(wrong)} parameters do not fit {config}, first {name}: stored "
             f"{have.get(name, 'not at all')}, config {want.get(name, 'none')}; the folder's parts belong to "
             "different models"
         )

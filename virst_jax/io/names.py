@@ -10,8 +10,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from virst_jax.errors import UserError, printable
-from virst_jax.io.json_files import kind_of
+from virst_jax.errors import UserError, kind_of, printable
 
 MAX_BYTES = 240  # of a part between slashes, in UTF-8; file systems hold 255, a suffix needs some
 MAX_PATH_BYTES = 1000
@@ -98,6 +97,15 @@ def find_entry(folder: str | Path, name: str) -> str:
             part = next((e for e in listed(at) if same_name(e) == same_name(part)), part)
         at = os.path.join(at, part)
     return at if os.path.lexists(at) else plain
+
+
+def other_spelling(path: str | Path) -> str:
+    """A name in the folder of a path that is not there, which people would take for its name; empty: none."""
+    path = Path(path)
+    plain = same_name(path.name).casefold()
+    return next(
+        (entry for entry in sorted(listed(path.parent)) if same_name(entry).strip().casefold() == plain.strip()), ""
+    )
 
 
 def listed(folder: str | Path) -> list[str]:

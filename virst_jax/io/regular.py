@@ -5,8 +5,10 @@ import stat
 from pathlib import Path
 
 from virst_jax.errors import UserError
+from virst_jax.io.names import other_spelling
 
 ADVICE = "get the file again"
+MAX_TEXT = 1 << 26  # bytes of a config or a table of settings
 
 
 def require_file(path: str | Path, advice: str = "check the data set's folder") -> int:
@@ -16,17 +18,23 @@ def require_file(path: str | Path, advice: str = "check the data set's folder") 
       advice: what to do if there is none.
 
     Raises:
-      UserError: there is none, or it is a folder, a pipe or a device.
+      UserError: there is none, or it is a folder, a pipe, a socket or a device.
     """
     try:
         found = os.stat(path)
     except FileNotFoundError:
+        other = other_spelling(path)
+        if other:
+            # as text both may look alike: accents are stored in two ways
+            shown = f"{other!r} ({other!a})" if not other.isascii() else repr(other)
+            raise UserError(f"{path}: no such file, but its folder has {shown}; spell it so, or rename it") from None
         raise UserError(f"{path}: no such file; {advice}") from None
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         raise UserError(f"{path}: not readable ({getattr(error, 'strerror', None) or error}); {advice}") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise UserError(f"{path}: is a folder, not a file; {advice}")
     if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
-        raise UserError(f"{path}: {kind}, not a file; {advice}")
+        raise UserError(f"{path}: is a pipe, a socket or a device, not a file; {advice}")
     return found.st_size
 
 
@@ -44,3 +52,26 @@ def read_file(path: str | Path, limit: int, advice: str = "check the data set's 
             return file.read(limit + 1)
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror or error}); {ADVICE}") from error
+
+
+def read_text(path: str | Path, advice: str = ADVICE, limit: int = MAX_TEXT) -> str:
+    """The text of a file of at most `limit` bytes in UTF-8; a byte order mark is passed over.
+
+    Raises:
+      UserError: as `read_file`, or it is no text.
+    """
+    try:
+        return read_file(path, limit, advice).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text in UTF-8 ({error.reason} at byte {error.start}); {advice}") from error
+
+
+def require_plain(folder: str | Path, advice: str = ADVICE) -> None:
+    """Refuses a folder in which a library that is to read it would meet a pipe, a socket or a device.
+
+    Raises:
+      UserError: there is one, or something in the folder cannot be looked at.
+    """
+    for entry in sorted(Path(folder).rglob("*")):
+        if not entry.is_dir():
+            require_file(entry, advice)

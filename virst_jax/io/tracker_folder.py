@@ -2,6 +2,7 @@
 
 TRACKER/params/       Orbax, one array a parameter of `Sam2`
 TRACKER/tracker.json  the Sam2Config
+TRACKER/digests.json  of parameters and files, compared when they are loaded; older folders have none
 """
 
 import functools
@@ -13,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from virst_jax.config import Compute, Sam2Config, kind_from_json
+from virst_jax.config import Compute, Sam2Config, kind_from_json, to_json
 from virst_jax.errors import UserError
-from virst_jax.io import model_folder
+from virst_jax.io import atomic, digests, model_folder, regular
 from virst_jax.models.sam2.sam2 import Sam2
-from virst_jax.types import PyTree
+from virst_jax.types import Params, PyTree
 
 CONFIG = "tracker.json"
 FLOAT32 = "prompt_encoder/"  # as model_folder.FLOAT32
@@ -31,6 +32,11 @@ def parameter_shapes(cfg: Sam2Config) -> PyTree:
     return nn.meta.unbox(boxed)
 
 
+def is_tracker(path: str | Path) -> bool:
+    """Whether a folder holds SAM 2.1 alone."""
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / model_folder.CONFIG).is_file()
+
+
 def read_config(path: str | Path) -> Sam2Config:
     """The config of a tracker's folder.
 
@@ -38,34 +44,48 @@ def read_config(path: str | Path) -> Sam2Config:
       UserError: no such folder, or a broken config.
     """
     file = Path(path) / CONFIG
-    try:
-        return kind_from_json(Sam2Config, file.read_text(), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: no tracker (cannot read {CONFIG}); give a folder that `virst convert --sam2` wrote"
-        ) from error
+    if not file.is_file():
+        raise UserError(f"{path}: no tracker ({CONFIG} is missing); give a folder that `virst convert --sam2` wrote")
+    return kind_from_json(Sam2Config, regular.read_text(file, digests.AGAIN), str(file))
+
+
+def write_description(folder: Path, cfg: Sam2Config, params: Params) -> None:
+    """Writes what a folder needs beside the parameters: tracker.json and, last, digests.json."""
+    atomic.write_text(folder / CONFIG, to_json(cfg))
+    digests.write(folder, model_folder.named(params), (CONFIG, model_folder.PARAMS))
+
+
+def stored_shapes(path: str | Path) -> tuple[Sam2Config, PyTree]:
+    """As `model_folder.stored_shapes`."""
+    return model_folder.stored_of(path, read_config(path), parameter_shapes, CONFIG)
 
 
 def read_parameters(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     """All parameters as stored, one after another, by path. Raises UserError: broken."""
-    folder = (Path(path) / model_folder.PARAMS).absolute()
-    yield from model_folder.read_arrays(folder, model_folder.stored_arrays(folder, parameter_shapes(read_config(path))))
+    _, stored = stored_shapes(path)
+    yield from model_folder.read_arrays((Path(path) / model_folder.PARAMS).absolute(), stored)
 
 
-def load_tracker(path: str | Path, dtype: str | None = None, shardings: PyTree = None) -> tuple[Sam2Config, PyTree]:
+def check_tracker(path: str | Path) -> tuple[int, int] | None:
+    """As `model_folder.check_folder`, of a tracker's folder."""
+    return model_folder.check_folder(path, read_parameters(path))
+
+
+def load_tracker(
+    path: str | Path, dtype: str | None = None, shardings: PyTree = None, *, check: bool = True
+) -> tuple[Sam2Config, PyTree]:
     """Reads a tracker's folder.
 
     Args:
       dtype: of the parameters, but of those under FLOAT32, which keep theirs; None: as stored.
       shardings: a tree of jax.sharding.Sharding like the parameters; None: the first device of this process.
+      check: as of `model_folder.load_model`.
 
     Returns:
       The config and the parameters of `Sam2`.
 
     Raises:
-      UserError: no such folder, a broken one, or parameters that do not fit its config.
+      UserError: no such folder, a broken or damaged one, or parameters that do not fit its config.
     """
-    cfg = read_config(path)
-    folder = (Path(path) / model_folder.PARAMS).absolute()
-    stored = model_folder.stored_arrays(folder, parameter_shapes(cfg))
-    return cfg, model_folder.load_arrays(folder, model_folder.array_target(stored, dtype, shardings, FLOAT32))
+    cfg, stored = stored_shapes(path)
+    return cfg, model_folder.load_parameters(path, stored, dtype, shardings, FLOAT32, check=check)

@@ -17,6 +17,7 @@ from virst_jax.errors import UserError
 from virst_jax.io import arrays, images
 from virst_jax.io.names import find_entry, natural_key, same_name
 from virst_jax.io.reader import Reader, check_indices
+from virst_jax.io.regular import require_file
 from virst_jax.io.video_file import FileReader
 from virst_jax.io.video_writer import VideoWriter
 
@@ -78,14 +79,14 @@ def _opened(video: Any, allow_damaged: bool) -> Reader:
 def _open_path(given: str | bytes, allow_damaged: bool) -> Reader:
     if isinstance(given, bytes):
         given = os.fsdecode(given)
-    if "://" in given and not os.path.exists(given):
+    if not given:
+        raise UserError("the video's name is empty; give a file or a folder of frames")
+    if "://" in given and not os.path.lexists(given):
         raise UserError(f"{given}: addresses are not read; download the video and give the file")
     path = Path(_found(given))
-    if path.is_dir():
+    if os.path.isdir(path):
         return FolderReader(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such video; give a file or a folder of frames")
-    images.check_regular(path)
+    require_file(path, "give a video file, an image, or a folder of frames")
     if path.suffix.lower() in FRAME_SUFFIXES:
         return AnimationReader(path) if images.num_frames(path) > 1 else FolderReader.of_files([path], still=True)
     return FileReader(path, allow_damaged)
