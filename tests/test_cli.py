@@ -24,6 +24,8 @@ from virst_jax.api import EMBEDDED
 from virst_jax.commands import _common, demo, progress, segment_run
 from virst_jax.commands.progress import Progress
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
+from virst_jax.io.npz import read_npz
 from virst_jax.io.video import VideoWriter, open_video
 
 FRAMES = 7
@@ -309,12 +311,50 @@ def test_an_empty_or_cut_result_is_no_result(finished, model, frames, tmp_path, 
     assert (out / "02-what-a-cat" / "img003.png").is_file()
 
 
+def test_masks_that_are_gone_are_computed_again(finished, model, frames, tmp_path):
+    out = tmp_path / "masks"
+    shutil.copytree(finished, out)
+    (out / "02-what-a-cat" / "img003.png").unlink()
+    arguments = ["segment", str(frames), "the dog", "what? a cat!", "--model", str(model), "--out", str(out)]
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert (out / "02-what-a-cat" / "img003.png").read_bytes() == (
+        finished / "02-what-a-cat" / "img003.png"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "scores", "fit"])
+def test_a_damaged_state_is_told_and_tracking_begins_again(
+    finished, model, frames, tmp_path, monkeypatch, capsys, damage
+):
+    out = tmp_path / "masks"
+    arguments = ["segment", str(frames), "the dog", "what? a cat!", "--model", str(model), "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(segment_run.segment_results, "write_images", _interrupted)
+        assert cli.main(arguments) == 130
+    file = out / ".virst" / "tracker.npz"
+    state = read_npz(file, "")
+    assert set(state) > {"next", "scores"}
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-900])
+    else:
+        key, value = ("scores", state["scores"][:, :-1]) if damage == "scores" else ("0.count", np.array(77))
+        atomic.write_npz(file, {**state, key: value})
+    capsys.readouterr()
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert "tracking begins again" in capsys.readouterr().err
+    assert without_times(out) == without_times(finished)
+
+
+def _interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def test_a_second_run_into_a_folder_says_so(model, frames, tmp_path, capsys):
     out = tmp_path / "masks"
     with segment_run.claimed(out):
         for more in ([], ["--resume"], ["--overwrite"]):
             assert segmented(frames, model, out, *more) == 2
-            assert "another run is at work here" in capsys.readouterr().err
+            assert f"{out}: another run is at work here" in capsys.readouterr().err
     assert not out.exists()  # nothing was written
     assert segmented(frames, model, out) == 0
 
@@ -360,6 +400,8 @@ def test_the_small_model_says_what_it_is(model, frames, tmp_path, monkeypatch, c
     assert segmented(frames, model, tmp_path / "b") == 0
     assert "real world" not in capsys.readouterr().err
     assert cli.main(["chat", str(frames), "what is it?"]) == 2
+    copied = shutil.copytree(EMBEDDED["tiny"], tmp_path / "copied")
+    assert cli.main(["chat", str(frames), "what is it?", "--model", str(copied)]) == 2
     assert "it cannot answer questions" in capsys.readouterr().err
 
 

@@ -162,6 +162,18 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     assert names(tmp_path) == [n for n in ("closed", "file") if (tmp_path / n).exists()]
 
 
+def test_what_must_be_new_is_looked_at_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path, match in {"file": "exists already", "dangling": "exists already", "file/x": "file is no folder"}.items():
+        with pytest.raises(UserError, match=match):
+            atomic.check_new(tmp_path / path)
+    atomic.check_new(tmp_path / "a" / "b")
+    with pytest.raises(UserError, match="a is no folder; make it first"):
+        atomic.check_new(tmp_path / "a" / "b", parents=False)
+    assert names(tmp_path) == ["dangling", "file"]
+
+
 def test_one_run_at_a_time(tmp_path):
     folder = tmp_path / "run"
     with lock.exclusive(folder):
@@ -174,6 +186,12 @@ def test_one_run_at_a_time(tmp_path):
     with pytest.raises(ZeroDivisionError), lock.exclusive(folder):
         raise ZeroDivisionError
     with lock.exclusive(folder):
+        pass
+    with (
+        lock.exclusive(folder),
+        pytest.raises(UserError, match=r"^masks: another run"),
+        lock.exclusive(folder, shown="masks"),
+    ):
         pass
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), lock.exclusive(tmp_path / "file" / "x"):

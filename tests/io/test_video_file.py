@@ -283,6 +283,52 @@ def test_an_overlay_keeps_what_the_file_states(tmp_path, sound):
     assert sum(frame.samples for frame in heard) >= 0.5 * 16000
 
 
+def overlay_of(source: Path, out: Path) -> VideoWriter:
+    video = open_video(source)
+    with VideoWriter(out, video.size, video.fps, video.format) as writer:
+        for frame in video:
+            writer.write(frame)
+    return writer
+
+
+def test_sound_without_headers_is_coded_again(tmp_path):
+    """MPEG-TS repeats in the stream what MP4 wants to have in its header."""
+    source = write(tmp_path / "a.ts", texture(6), sound="aac")
+    assert overlay_of(source, tmp_path / "b.mp4").sound_fault == ""
+    with av.open(str(tmp_path / "b.mp4")) as container:
+        assert sum(frame.samples for frame in container.decode(audio=0)) >= 0.5 * 16000
+
+
+@pytest.mark.parametrize("method", ["add_stream_from_template", "mux"])
+def test_sound_that_cannot_be_kept_is_told(tmp_path, monkeypatch, method):
+    source = write(tmp_path / "a.mp4", texture(6), sound="aac")
+    real = getattr(av.container.OutputContainer, method)
+
+    class Refusing:
+        """An output that takes frames alone."""
+
+        def __init__(self, container):
+            self._container = container
+
+        def __getattr__(self, name):
+            return self._refuse if name == method else getattr(self._container, name)
+
+        def _refuse(self, given, *rest):
+            packets = given if isinstance(given, list) else [given]
+            if method == "mux" and all(packet.stream.type == "video" for packet in packets):
+                return real(self._container, given, *rest)
+            raise av.error.InvalidDataError(1, "no such sound")
+
+    opened = av.open
+    monkeypatch.setattr(av, "open", lambda *a, **k: Refusing(opened(*a, **k)) if "w" in a else opened(*a, **k))
+    writer = overlay_of(source, tmp_path / "b.mp4")
+    assert "a.mp4" in writer.sound_fault
+    assert "b.mp4" in writer.sound_fault
+    assert "no such sound" in writer.sound_fault
+    monkeypatch.undo()
+    assert open_video(tmp_path / "b.mp4").num_frames == 6
+
+
 def test_colours_survive_the_way_through_an_overlay(tmp_path):
     flat = np.full((2, 32, 32, 3), (200, 60, 20), np.uint8)
     for number, colours in enumerate([None, (1, 1, 1, 1), (5, 5, 6, 1), (1, 1, 1, 2)]):

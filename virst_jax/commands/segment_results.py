@@ -12,6 +12,7 @@ from PIL import Image
 from virst_jax.commands.progress import Progress
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
+from virst_jax.io.json_files import read_json
 from virst_jax.io.masks import encode_mask
 
 if TYPE_CHECKING:
@@ -24,15 +25,21 @@ _WHOLE = ("expressions", "frames", "frame_names", "objects")
 def read(path: Path) -> dict[str, Any] | None:
     """The result of a run that is through; None if there is none, or the file is empty, cut or damaged."""
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path).value
         count = len(result["frames"])
         whole = all(isinstance(result[key], list) for key in _WHOLE) and len(result["frame_names"]) == count
         objects = result["objects"]
         whole &= len(objects) == len(result["expressions"])
         whole &= all(len(record[key]) == count for record in objects for key in ("areas", "boxes", "rle", "scores"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, KeyError, TypeError):
         return None
     return result if whole else None
+
+
+def is_there(out: Path, result: Mapping[str, Any]) -> bool:
+    """Whether all files that a result speaks of are in its folder."""
+    masks = (f"{record.get('folder')}/{name}.png" for record in result["objects"] for name in result["frame_names"])
+    return all((out / name).is_file() for name in ("overlay.mp4", "preview.png", *masks))
 
 
 def write(path: Path, data: Any) -> None:
@@ -59,11 +66,11 @@ def write_images(
     *,
     legend: bool,
     progress: Progress,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], str]:
     """overlay.mp4 and preview.png from the masks on disk.
 
     Returns:
-      Areas, boxes and run-length codes of every expression.
+      Areas, boxes and run-length codes of every expression; what the overlay lacks, if anything.
     """
     from virst_jax.io import visualize
     from virst_jax.io.video import VideoWriter, prefetch
@@ -94,7 +101,7 @@ def write_images(
     labels = [_label(names[i], None if times is None else times[i]) for i in sorted(shown)]
     with atomic.new_file(out / "preview.png") as file:
         Image.fromarray(visualize.contact_sheet(sheet, labels, expressions)).save(file, format="PNG")
-    return objects
+    return objects, video.sound_fault
 
 
 def _label(name: str, time: float | None) -> str:

@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 import unicodedata
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,8 @@ from virst_jax.commands import _common, interrupt, segment_results
 from virst_jax.commands.progress import Progress
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, lock
+from virst_jax.io.json_files import read_json
+from virst_jax.io.npz import read_npz
 
 if TYPE_CHECKING:
     from virst_jax.api import Model
@@ -39,7 +40,7 @@ def claimed(out: Path, *, resume: bool = False, overwrite: bool = False) -> Iter
     """
     made = not out.exists()
     try:
-        with lock.exclusive(out / STATE):
+        with lock.exclusive(out / STATE, shown=out):
             others = [entry.name for entry in out.iterdir() if entry.name != STATE]
             kept = [entry.name for entry in (out / STATE).iterdir() if entry.name != lock.LOCK]
             if overwrite and others and not (kept or RESULT in others):
@@ -128,7 +129,7 @@ class SegmentRun:
         """Does what is left to do, and gives the content of result.json."""
         state = self._begin()
         finished = segment_results.read(self.out / RESULT)
-        if finished is not None:
+        if finished is not None and segment_results.is_there(self.out, finished):
             return finished
         start = time.perf_counter()
         names = list(self.reader.frame_names)
@@ -144,9 +145,10 @@ class SegmentRun:
             scores = _MaskFiles(stream, self.folders, names, self.state_file).write(state)
         timings = dict(stream.timings)
         before = time.perf_counter()
-        objects = segment_results.write_images(
+        objects, lack = segment_results.write_images(
             self.reader, self.expressions, self.folders, self.out, legend=self.legend, progress=self.progress
         )
+        self.notes += [lack] if lack else []
         timings["overlay"] = time.perf_counter() - before
         timings["total"] = time.perf_counter() - start
         for record, text, folder, row in zip(objects, self.expressions, self.folders, scores):
@@ -158,6 +160,8 @@ class SegmentRun:
 
     def _begin(self) -> dict[str, np.ndarray] | None:
         """Compares what is there with this run, makes the folders, and gives the tracker's state, if any."""
+        from virst_jax.inference import resume
+
         settings_file = self.out / STATE / SETTINGS
         if self.overwrite:
             _clear(self.out)
@@ -166,13 +170,18 @@ class SegmentRun:
         segment_results.write(settings_file, self.settings)
         for folder in self.folders:
             folder.mkdir(exist_ok=True)
-        if not self.state_file.is_file():
+        if not self.state_file.exists():
             return None
         try:
-            with np.load(self.state_file, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            return None  # of no use: begin again
+            state = read_npz(self.state_file, "it is of no use")
+            next_frame = resume.unpack(state, self.model.network.steps, len(self.expressions))[0]
+            scores = state.get("scores")
+            if next_frame and (scores is None or scores.shape != (len(self.expressions), next_frame)):
+                raise UserError(f"{self.state_file}: holds no scores of {next_frame} frames")
+        except UserError as error:
+            _common.tell(f"note: {error} (tracking begins again)")
+            return None
+        return state
 
     def _result(self, names: Sequence[str], plan: Any, timings: Mapping[str, float], objects: list) -> dict[str, Any]:
         reader, model = self.reader, self.model
@@ -261,11 +270,9 @@ class _MaskFiles:
 
 def _check_settings(out: Path, file: Path, settings: Mapping[str, Any]) -> None:
     try:
-        before = json.loads(file.read_text())
-        if not isinstance(before, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out}: holds no run to go on with; choose another folder") from error
+        before = read_json(file).object()
+    except UserError as error:
+        raise UserError(f"{out}: holds no run to go on with ({error}); choose another folder") from error
 
     def known(run: Mapping[str, Any]) -> dict[str, Any]:
         video = run.get("video")

@@ -14,29 +14,32 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | Path, name: str = LOCK) -> Iterator[None]:
+def exclusive(folder: str | Path, name: str = LOCK, shown: str | Path | None = None) -> Iterator[None]:
     """Holds a folder for this run until the block ends; the folder is made if it is not there.
 
     The lock is one of the system's on the file FOLDER/NAME, so nothing is left to clear by hand after a crash. File
     systems without locks give none: there nothing is checked.
 
+    Args:
+      shown: what messages call the folder.
+
     Raises:
       UserError: another run holds it, or the folder cannot be written.
     """
     folder = Path(folder)
-    path = folder / name
+    path, shown = folder / name, shown or folder
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = stack.enter_context(atomic.locked(path, os.O_RDWR | os.O_CREAT))
             if descriptor is None:
                 raise UserError(
-                    f"{folder}: another run is at work here{_holder(path)}; wait for it, or choose another folder"
+                    f"{shown}: another run is at work here{_holder(path)}; wait for it, or choose another folder"
                 )
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode())
         except OSError as error:
-            raise atomic.cannot_write(folder, error) from error
+            raise atomic.cannot_write(shown, error) from error
         _held.add(descriptor)
         try:
             yield

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FPS = 10.0  # of frames without times
 MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac", "mp2"}  # copied; others become AAC
+_NEED_HEADERS = {"aac", "opus", "flac", "alac"}  # MP4 keeps what MPEG-TS repeats in the stream: without it, as others
 _SWSCALE = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # matrices of swscale by FFmpeg's number of a colour space
 _LIMITED, _FULL = 1, 2  # ranges
 
@@ -35,12 +36,15 @@ class VideoWriter:
       size: height, width of the frames.
       fps: frames a second; 0: unknown.
       format: of the source.
+
+    Attributes:
+      sound_fault: what became of the source's sound, if it is not all there.
     """
 
     def __init__(self, path: Path, size: tuple[int, int], fps: float, format: VideoFormat | None = None):
         import av
 
-        self.path, self.format = path, format or VideoFormat()
+        self.path, self.format, self.sound_fault = path, format or VideoFormat(), ""
         self._av = av
         with contextlib.ExitStack() as stack:
             part = stack.enter_context(atomic.new_path(path))
@@ -50,10 +54,17 @@ class VideoWriter:
             )
             self._rate = Fraction(fps if fps > 0 else DEFAULT_FPS).limit_denominator(1001)
             self._stream = self._add_video(size)
-            self._audio = _Audio(self._container, self.format.audio) if self.format.audio else None
+            self._audio = self._add_audio(self.format.audio) if self.format.audio else None
             self._stack = stack.pop_all()
         self._pad = ((0, size[0] % 2), (0, size[1] % 2), (0, 0))
         self._count, self._last = 0, -1
+
+    def _add_audio(self, source: Path) -> _Audio | None:
+        try:
+            return _Audio(self._container, source)
+        except _errors() as error:
+            self.sound_fault = f"the sound of {source.name} is left out of {self.path.name} ({atomic.reason(error)})"
+            return None
 
     def _add_video(self, size: tuple[int, int]) -> Any:
         stream: Any = self._container.add_stream(
@@ -104,6 +115,10 @@ class VideoWriter:
         self._container.mux(self._stream.encode())
         if self._audio is not None:
             self._audio.end(self._end if self._count else 0.0)
+            if self._audio.fault:
+                self.sound_fault = (
+                    f"the sound of {self._audio.name} is not whole in {self.path.name}: {self._audio.fault}"
+                )
         self._stack.close()
 
     def __enter__(self) -> VideoWriter:
@@ -130,23 +145,40 @@ class VideoWriter:
             self._stack.__exit__(kind, error, trace)
 
 
+def _errors() -> tuple[type[BaseException], ...]:
+    """What FFmpeg and its binding raise of a stream that they cannot handle."""
+    import av
+
+    return (av.error.FFmpegError, OSError, ValueError, TypeError, AttributeError, NotImplementedError)
+
+
 class _Audio:
-    """The sound of a file, copied beside the frames; where it is damaged it ends."""
+    """The sound of a file, copied beside the frames; where it is damaged it ends.
+
+    Attributes:
+      fault: why it ended early, or how much of it was left out.
+    """
 
     def __init__(self, container: av.container.OutputContainer, path: Path):
         import av
 
-        self._av, self._out = av, container
+        self.name, self.fault = path.name, ""
+        self._out, self._errors, self._left_out = container, _errors(), 0
         self._next: tuple[float, av.Packet] | None = None
-        self._source = av.open(str(path), metadata_errors="replace")
-        stream: Any = self._source.streams.best("audio")
-        self._start = (self._source.start_time or 0) / 1_000_000
-        if stream.codec_context.name in MP4_AUDIO:
-            self._stream = container.add_stream_from_template(stream)
-            self._packets: Generator[tuple[float, av.Packet], None, None] = self._copied(stream)
-        else:
-            self._stream = container.add_stream("aac", rate=stream.rate)
-            self._packets = self._encoded(stream)
+        with contextlib.ExitStack() as stack:
+            self._source = stack.enter_context(av.open(str(path), metadata_errors="replace"))
+            stream: Any = self._source.streams.best("audio")
+            if stream is None or stream.codec_context is None:
+                raise ValueError("coded in a way that is not known here")
+            self._start = (self._source.start_time or 0) / 1_000_000
+            codec = stream.codec_context
+            if codec.name in MP4_AUDIO and (codec.extradata or codec.name not in _NEED_HEADERS):
+                self._stream = container.add_stream_from_template(stream)
+                self._packets: Generator[tuple[float, av.Packet], None, None] = self._copied(stream)
+            else:
+                self._stream = container.add_stream("aac", rate=stream.rate)
+                self._packets = self._encoded(stream)
+            stack.pop_all()
 
     def copy_until(self, end: float) -> None:
         """Writes what is heard before this time."""
@@ -159,19 +191,26 @@ class _Audio:
             if time >= end:
                 return
             self._next = None
-            with contextlib.suppress(self._av.error.FFmpegError):
+            try:
                 self._out.mux(packet)
+            except self._errors as error:
+                self._left_out += 1
+                self.fault = f"{self._left_out} packets are left out ({atomic.reason(error)})"
 
     def end(self, end: float) -> None:
         self.copy_until(end)
         self.close()
+
+    def _ends(self, error: BaseException) -> None:
+        """Notes that the source could not be read or coded any further."""
+        self.fault = self.fault or f"it ends where it cannot be read ({atomic.reason(error)})"
 
     def close(self) -> None:
         self._packets.close()
         self._source.close()
 
     def _copied(self, stream: av.AudioStream) -> Generator[tuple[float, av.Packet], None, None]:
-        with contextlib.suppress(self._av.error.FFmpegError, OSError):
+        try:
             for packet in self._source.demux(stream):
                 if packet.dts is None or packet.pts is None:
                     continue
@@ -179,9 +218,11 @@ class _Audio:
                 packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
                 packet.stream = self._stream
                 yield float(packet.pts * packet.time_base), packet
+        except self._errors as error:
+            self._ends(error)
 
     def _encoded(self, stream: av.AudioStream) -> Generator[tuple[float, av.Packet], None, None]:
-        with contextlib.suppress(self._av.error.FFmpegError, OSError):
+        try:
             for frame in self._source.decode(stream):
                 if frame.pts is None or frame.time_base is None:
                     continue
@@ -189,6 +230,10 @@ class _Audio:
                 time = float(frame.pts * frame.time_base)
                 for packet in self._stream.encode(frame):
                     yield time, packet
-        with contextlib.suppress(self._av.error.FFmpegError):
+        except self._errors as error:
+            self._ends(error)
+        try:
             for packet in self._stream.encode(None):
                 yield 0.0, packet
+        except self._errors as error:
+            self._ends(error)
