@@ -2,12 +2,14 @@
 
 import re
 import signal
+import threading
 import time
 
 import pytest
 
 from helpers.places import PROGRAMS
 from helpers.process_cases import Group
+from virst_jax.parallel import processes
 
 
 def stopped_at(group):
@@ -30,6 +32,39 @@ def test_all_stop_at_the_same_step(tmp_path, signals):
         (first,), (second,) = stopped_at(group)
         assert first == second
         assert int(first[1]) == 2 * (int(first[0]) + 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_one_process_stops_by_any_signal_that_asks_for_it(number):
+    before = signal.getsignal(number)
+    with processes.Stop() as stop:
+        assert not stop.at_step()
+        signal.raise_signal(number)
+        assert stop.at_step()
+    assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_nohup_ignores_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.at_step()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_steps_in_a_thread_do_without_signals():
+    asked = []
+
+    def steps():
+        with processes.Stop() as stop:
+            asked.append(stop.at_step())
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    thread.join(60)
+    assert asked == [False]
 
 
 def ends(group, index):

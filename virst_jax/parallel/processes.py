@@ -104,7 +104,7 @@ def from_main(name: str, value: str | None = None) -> str:
 
 
 class Stop:
-    """Stopping as the user or the system asks, by SIGINT or SIGTERM: all processes at the same step.
+    """Stopping as the user or the system asks, by SIGINT, SIGTERM or SIGHUP: all processes at the same step.
 
     A context manager. One process stops at the step in which the signal comes. Several reduce a flag along with every
     step, and read it one step later, so that nothing waits for it: whichever process the signal reaches, and however
@@ -119,7 +119,13 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         self.many = jax.process_count() > 1
-        self.before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # a launcher's own thread (Ray's) gets no signals
+            self.before = {
+                number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            }
+        if self.before.get(signal.SIGHUP) is signal.SIG_IGN:  # set so by nohup
+            del self.before[signal.SIGHUP]
         for number in self.before:
             signal.signal(number, self._catch)
         if self.many:
