@@ -153,9 +153,9 @@ def test_an_error_in_one_video_is_named_and_the_rest_goes_on(tmp_path):
     assert outcome.summary is not None  # of the others
 
     broken.write_bytes(whole)
-    mended = evaluate(source, predict, tmp_path / "out", SETTINGS, progress=False)
-    assert mended.errors == {}
-    assert mended.computed == (source.names[1],)
+    second = evaluate(source, predict, tmp_path / "out", SETTINGS, progress=False)
+    assert second.errors == {}
+    assert second.computed == (source.names[1],)
     assert not list((tmp_path / "out/errors").rglob("*.json"))
 
 

@@ -109,12 +109,12 @@ def track(anchors: Anchors, chunk: int, count: int = FRAMES) -> tuple[MemoryBank
     bank, results = made.start(anchors.memory.shape[1]), []
     for start in range(0, count, chunk):
         numbers = np.arange(start, start + chunk, dtype=np.int32)
-        live = numbers < count
+        valid = numbers < count
         images = at(features(FRAMES), np.minimum(numbers, FRAMES - 1))
         images = jax.tree.map(
-            lambda x, live=live: np.where(live.reshape(-1, 1, 1, 1), x, np.nan).astype(np.float32), images
+            lambda x, valid=valid: np.where(valid.reshape(-1, 1, 1, 1), x, np.nan).astype(np.float32), images
         )
-        bank, out = step(parameters(), anchors, bank, images, numbers, live, np.int32(count))
+        bank, out = step(parameters(), anchors, bank, images, numbers, valid, np.int32(count))
         results.append(jax.tree.map(np.asarray, out))
     return bank, jax.tree.map(lambda *x: np.concatenate(x), *results)
 

@@ -192,13 +192,13 @@ def test_memory_attention_layer() -> None:
     keys = 8 * side**2 + pointers
     image, image_pos = normal(71, 1, side**2, width), normal(72, side**2, width)
     memory, memory_pos = normal(73, 1, keys, depth), normal(74, 1, keys, depth)
-    live = np.ones((1, keys), bool)
-    live[:, 3 * side**2 : 4 * side**2] = False
-    live[:, -40:-32] = False
-    assert live.sum() == 7 * 4096 + 64
+    valid = np.ones((1, keys), bool)
+    valid[:, 3 * side**2 : 4 * side**2] = False
+    valid[:, -40:-32] = False
+    assert valid.sum() == 7 * 4096 + 64
     attend = jax.jit(MemoryAttention(cfg, Compute()).apply, static_argnums=6)
     params = layers.params["sam2"]["memory_attention"]
-    ours = attend({"params": params}, image, image_pos, memory, memory_pos, live, pointers)
+    ours = attend({"params": params}, image, image_pos, memory, memory_pos, valid, pointers)
 
     frequency = 1.0 / cfg.rope_theta ** (torch.arange(0, width, 4).float() / width)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -216,7 +216,7 @@ def test_memory_attention_layer() -> None:
         out = F.scaled_dot_product_attention(rotate(q)[:, None], k[:, None], v[:, None])[:, 0]
         return layers.linear(f"{layer}.{name}.out_proj", out)
 
-    values, keyed = tensor(memory[live][None]), tensor((memory + memory_pos)[live][None])
+    values, keyed = tensor(memory[valid][None]), tensor((memory + memory_pos)[valid][None])
     z = tensor(image) + 0.1 * tensor(image_pos)
     normed = layers.norm(f"{layer}.norm1", z, 1e-5)
     z = z + attention("self_attn", normed, normed, normed, side**2)

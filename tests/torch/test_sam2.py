@@ -278,12 +278,12 @@ def test_memory_attention(heads: int) -> None:
     frame, objects = frame_features(40), 2
     memory, pointers = normal(43, objects, 5, SIZE * SIZE, DEPTH), normal(44, objects, 7, WIDTH)
     age = np.array([6, 0, 3, 2, 6])
-    live = np.array([True, True, False, False, True])
+    valid = np.array([True, True, False, False, True])
     time = np.array([3, 0, 11, 1, 2, 5, 15], np.float32) / 15
-    live_pointers = np.array([True, True, True, False, True, False, True])
-    memory[:, ~live] = 1e3
-    pointers[:, ~live_pointers] = -1e3
-    ours = pair.ours(Sam2.with_memory, frame, memory, age, live, pointers, time, live_pointers)
+    valid_pointers = np.array([True, True, True, False, True, False, True])
+    memory[:, ~valid] = 1e3
+    pointers[:, ~valid_pointers] = -1e3
+    ours = pair.ours(Sam2.with_memory, frame, memory, age, valid, pointers, time, valid_pointers)
 
     model = pair.model
     position = model.memory_encoder.position_encoding((objects, DEPTH, SIZE, SIZE), "cpu", tensor(memory).dtype)
@@ -295,12 +295,12 @@ def test_memory_attention(heads: int) -> None:
                 {"maskmem_features": tensor(memory[:, i].swapaxes(0, 1)), "maskmem_pos_enc": position},
             )
             for i, a in enumerate(age)
-            if live[i]
+            if valid[i]
         ],
         "cpu",
     )
-    chosen = [tensor(pointers[:, i]) for i in np.flatnonzero(live_pointers)]
-    distances = np.round(time[live_pointers] * 15).astype(int).tolist()
+    chosen = [tensor(pointers[:, i]) for i in np.flatnonzero(valid_pointers)]
+    distances = np.round(time[valid_pointers] * 15).astype(int).tolist()
     tokens, token_positions = model._process_object_pointers(distances, chosen, 16, objects, WIDTH, "cpu")
     assert len(tokens) == 5 * WIDTH // DEPTH
     import torch

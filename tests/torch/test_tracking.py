@@ -123,10 +123,10 @@ def track(pair: TorchSam2, features: list[Features], anchors: Anchors) -> list[T
     bank, results, length = tracker.start(OBJECTS), [], len(features)
     for start in range(0, length, CHUNK):
         numbers = np.arange(start, start + CHUNK, dtype=np.int32)
-        live = numbers < length
-        chunk = jax.tree.map(lambda *x: np.concatenate(x), *[features[i] for i in np.where(live, numbers, 0)])
-        bank, out = step(pair.params, anchors, bank, chunk, numbers, live, np.int32(length))
-        results += [jax.tree.map(lambda x, i=i: np.asarray(x[i]), out) for i in range(live.sum())]
+        valid = numbers < length
+        chunk = jax.tree.map(lambda *x: np.concatenate(x), *[features[i] for i in np.where(valid, numbers, 0)])
+        bank, out = step(pair.params, anchors, bank, chunk, numbers, valid, np.int32(length))
+        results += [jax.tree.map(lambda x, i=i: np.asarray(x[i]), out) for i in range(valid.sum())]
     return results
 
 

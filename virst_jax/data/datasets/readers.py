@@ -60,7 +60,7 @@ def find_frames(images: str | Path, video: str, names: Sequence[str]) -> FrameFi
     files = image_files(folder)
     found = [find_image(folder, files, name, ".jpg") for name in names]
     if len({stem for _, stem in found}) != len(found):
-        raise UserError(f"{folder}: two names in the list of frames lead to one file; mend the list")
+        raise UserError(f"{folder}: two names in the list of frames lead to one file; correct the list")
     return FrameFiles(folder, tuple(stem for _, stem in found), tuple(file for file, _ in found))
 
 
