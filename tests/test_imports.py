@@ -19,7 +19,8 @@ LAYERS: dict[str, set[str]] = {
     "virst_jax.programs": set(),
     "virst_jax.commands": {"virst_jax"},
     # the package itself only names `load` and `Model`
-    TOP: {"virst_jax.api", "virst_jax.errors"},
+    TOP: {"virst_jax.api", "virst_jax.tracking", "virst_jax.errors"},
+    "virst_jax.tracking": {"virst_jax.api", "virst_jax.inference", "virst_jax.io.tracker_folder", *SERVICES},
     "virst_jax.api": {"virst_jax.inference", *SERVICES},
     "virst_jax.inference": SERVICES,
     "virst_jax.pretraining": {"virst_jax.training", "virst_jax.profiling", *SERVICES},

@@ -6,9 +6,10 @@ from virst_jax.errors import UserError
 
 if TYPE_CHECKING:
     from virst_jax.api import Model, load
+    from virst_jax.tracking import TrackerModel, load_tracker
 
 __version__ = "0.1.0"
-__all__ = ["Model", "UserError", "__version__", "load"]
+__all__ = ["Model", "TrackerModel", "UserError", "__version__", "load", "load_tracker"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from virst_jax import api
 
         return getattr(api, name)
+    if name in ("load_tracker", "TrackerModel"):
+        from virst_jax import tracking
+
+        return getattr(tracking, name)
     raise AttributeError(f"module 'virst_jax' has no attribute {name!r}")
 
 

@@ -25,10 +25,12 @@ from virst_jax.data.samples import Video
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError, no_device
-from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed
+from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed, check_options
 from virst_jax.inference.resume import State
+from virst_jax.inference.session import BUDGET
 from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import FrameMasks, Progress, SegmentationStream
+from virst_jax.inference.text_session import TextSession
 from virst_jax.inference.texts import TEXT_BUCKET, check_expressions, round_up
 from virst_jax.io import arrays, model_folder, remote, tracker_folder
 from virst_jax.io.address import is_address
@@ -344,6 +346,38 @@ class Model:
             seed, exact, anchors, release_random, still, batch=self.batch, chunk=self.chunk, group_size=self.group_size
         )
         return SegmentationStream(self.network, self.tokenizer, reader, expressions, options, progress, state)
+
+    def session(
+        self,
+        video: VideoLike,
+        *,
+        fps: float | None = None,
+        seed: Seed = 0,
+        exclusive: bool = False,
+        budget: int = BUDGET,
+    ) -> TextSession:
+        """Begins a session on a video: objects by sentences, clicks, boxes and masks, corrected on any frame.
+
+            session = model.session("dog.mp4")
+            (dog,) = session.add_text("the dog")
+            for frame in session.propagate():
+                frame.index, frame.object_ids, frame.masks
+            session.add_points(dog, 40, [(120, 340)], [0], replace=False)  # not there
+            for frame in session.propagate(40): ...
+
+        Args:
+          video, fps, seed: as of `segment`.
+          exclusive: masks of different objects do not overlap.
+          budget: bytes of frames' features to keep on the device, so that no frame is encoded twice while they suffice.
+
+        Raises:
+          UserError: a video that cannot be read.
+        """
+        options = Options(seed, batch=self.batch, chunk=self.chunk, group_size=self.group_size)
+        check_options(self.cfg, options)
+        reader = open_video(video, fps=fps)
+        options = dataclasses.replace(options, still=reader.still)
+        return TextSession(self.network, self.tokenizer, reader, options, exclusive=exclusive, budget=budget)
 
     def segment_image(
         self,

@@ -227,16 +227,20 @@ class TorchSam2:
     Args:
       cfg: the network.
       object_bias: added to the object score; at +3 every object is there.
+      interactive: as SAM 2's video predictor: several masks for one click only, binary masks into memory where a person
+        has prompted. Otherwise as VIRST: several masks always, memories from logits.
     """
 
-    def __init__(self, cfg: Sam2Config = SMALL, object_bias: float = 3.0):
+    def __init__(self, cfg: Sam2Config = SMALL, object_bias: float = 3.0, interactive: bool = False):
         import transformers
 
         import torch
 
         self.cfg = cfg
-        self.round_memory = False
+        self.round_memory, self.interactive = False, interactive
         self.model: Any = transformers.Sam2VideoModel(video_config(cfg)).eval()
+        if interactive:
+            self.model.config.multimask_max_pt_num = 1
         fill(self.model, seed=0)
         with torch.no_grad():
             self.model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(object_bias)
@@ -259,7 +263,8 @@ class TorchSam2:
         """Their memory of a frame and its positions, [S, O, D]; arguments as of `_encode_new_memory`."""
         kept: list[Any] = []
         hook = self.model.memory_encoder.register_forward_hook(lambda module, args, output: kept.append(output[0]))
-        rounded, position = self._encode_memory(**kwargs | {"is_mask_from_pts": False})
+        given = kwargs["is_mask_from_pts"] if self.interactive else False
+        rounded, position = self._encode_memory(**kwargs | {"is_mask_from_pts": given})
         hook.remove()
         # what stands for an absent object was added to this in place
         return (rounded if self.round_memory else kept[0].flatten(2).permute(2, 0, 1)), position

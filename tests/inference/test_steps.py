@@ -7,8 +7,9 @@ from helpers.network import CFG, params
 from virst_jax.data.frames import eval_anchors
 from virst_jax.data.sequence import splice
 from virst_jax.errors import UserError
+from virst_jax.inference.compiled import CompileWatch, watch_compiling
 from virst_jax.inference.plan import Options, check_options
-from virst_jax.inference.steps import CompileWatch, Network, watch_compiling
+from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import encode_in_order, propagate
 from virst_jax.inference.texts import cut_behind_video
 from virst_jax.inference.tiles import MaskTiles

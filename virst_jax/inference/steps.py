@@ -10,9 +10,7 @@ D width of the language model, C fusion width.
 """
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +20,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from virst_jax.config import VirstConfig
-from virst_jax.data.transforms import MEAN, STD
+from virst_jax.inference.compiled import Context
+from virst_jax.inference.tracker_steps import (
+    SCALE,
+    UNIT_SCALE,
+    Scale,
+    TrackerNetwork,
+    TrackerSteps,
+    normalize,
+    stack,
+)
 from virst_jax.models.qwen2 import Cache, init_cache
-from virst_jax.models.sam2.sam2 import Features, Sam2
+from virst_jax.models.sam2.sam2 import Features
 from virst_jax.models.sam2.tracker import Anchors, MemoryBank, Tracked, Tracker
 from virst_jax.models.virst import Virst
 from virst_jax.types import PyTree
 
-Scale = Sequence[np.ndarray | jax.Array]  # float32[] and twice float32[3]: divisor, mean and deviation of pixels
-
-SCALE: Scale = (np.array(255, np.float32), MEAN, STD)  # of 8-bit pixels
-UNIT_SCALE: Scale = (np.ones((), np.float32), np.zeros(3, np.float32), np.ones(3, np.float32))  # of normalised ones
+__all__ = [
+    "SCALE",
+    "UNIT_SCALE",
+    "ExpressionBatch",
+    "Network",
+    "Scale",
+    "Steps",
+    "TextReading",
+    "VideoReading",
+]
 
 
 @flax.struct.dataclass
@@ -67,56 +80,26 @@ class ExpressionBatch:
     count: int
 
 
-@dataclass
-class CompileWatch:
-    """Told about what is compiled while a `watch_compiling` block lasts.
-
-    Attributes:
-      started: called with a step's name before it is compiled.
-      seconds: that compiling took so far, with the step's first run.
-    """
-
-    started: Callable[[str], None]
-    seconds: float = 0.0
-
-
-_WATCH: ContextVar[CompileWatch | None] = ContextVar("compile_watch", default=None)
-
-
-@contextlib.contextmanager
-def watch_compiling(watch: CompileWatch) -> Iterator[None]:
-    """Whatever a Network compiles inside the block, on this thread, is told to `watch`."""
-    token = _WATCH.set(watch)
-    try:
-        yield
-    finally:
-        _WATCH.reset(token)
-
-
-class Steps:
+class Steps(TrackerSteps):
     """The steps as functions: parameters first, then arrays. They hold no parameters and can be lowered from shapes.
 
-    `encode_batch`, `prompt_anchors` and `track` take the parameters of the tracker (`params["sam2"]`), `start_bank`
-    and `resize_masks` take none, the others take those of the parts that they use.
+    Those of the tracker alone stand in `TrackerSteps`. `encode_batch`, `prompt_anchors` and `track` take the parameters
+    of the tracker (`params["sam2"]`), `start_bank` and `resize_masks` take none, the others take those of the parts
+    that they use.
     """
 
     def __init__(self, cfg: VirstConfig):
+        super().__init__(cfg.sam2, cfg.compute)
         self.cfg = cfg
         self.model = Virst(cfg)
-        self.tracker = Tracker(Sam2(cfg.sam2, cfg.compute))
+        self.tracker = Tracker(self.sam)
 
     def _apply(self, params: PyTree, method: Callable[..., Any], *args: Any) -> Any:
         return self.model.apply({"params": params}, *args, method=method)
 
-    def encode_batch(self, params: PyTree, pixels: jax.Array, scale: Scale) -> tuple[Features, ...]:
-        """Frames number[T, R, R, 3] -> the features of each."""
-        pixels = _normalize(pixels, scale)
-        features = self.tracker.sam.apply({"params": params}, pixels, method=Sam2.encode_image)
-        return tuple(jax.tree.map(lambda x, i=i: x[i], features) for i in range(pixels.shape[0]))
-
     def encode_clip(self, params: PyTree, clip: jax.Array, scale: Scale) -> jax.Array:
         """A clip number[frames, S, S, 3] -> visual tokens dtype[tokens, D]."""
-        tokens: jax.Array = self._apply(params, Virst.encode_clips, _normalize(clip, scale)[None])[0]
+        tokens: jax.Array = self._apply(params, Virst.encode_clips, normalize(clip, scale)[None])[0]
         return tokens
 
     def embed(self, params: PyTree, visual: Sequence[jax.Array], ids: jax.Array, index: jax.Array) -> jax.Array:
@@ -186,7 +169,7 @@ class Steps:
         self, params: PyTree, features: Sequence[Features], frames: jax.Array, valid: jax.Array, prompts: jax.Array
     ) -> Anchors:
         """See Tracker.prompt_anchors; the features of each anchor apart."""
-        return self.tracker.prompt_anchors(params, _stack(features), frames, valid, prompts)
+        return self.tracker.prompt_anchors(params, stack(features), frames, valid, prompts)
 
     def start_bank(self, params: None, anchors: Anchors) -> MemoryBank:
         """The memories before the first frame, for as many expressions as `anchors` holds."""
@@ -204,7 +187,7 @@ class Steps:
         keep_memory: bool = False,
     ) -> tuple[MemoryBank, Tracked]:
         """See Tracker.track; the features of each frame apart."""
-        return self.tracker.track(params, anchors, bank, _stack(features), frames, valid, num_frames, keep_memory)
+        return self.tracker.track(params, anchors, bank, stack(features), frames, valid, num_frames, keep_memory)
 
     def state_shapes(self, rows: int) -> tuple[Anchors, MemoryBank]:
         """Anchors and memories of `rows` expressions as jax.ShapeDtypeStruct."""
@@ -218,14 +201,8 @@ class Steps:
         found: tuple[Anchors, MemoryBank] = jax.eval_shape(shapes)
         return found
 
-    def resize_masks(self, params: None, low_res: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        """A tile of masks, packed: float32[..., L, L], float32[I, L], float32[J, L] -> uint8[..., I, J / 8]."""
-        # as ops.resize.resize_maps, and at the same precision
-        masks = jnp.einsum("ih,...hw,jw->...ij", rows, low_res, columns, precision=jax.lax.Precision.HIGHEST) > 0
-        return jnp.packbits(masks, axis=-1)
 
-
-class Network:
+class Network(TrackerNetwork):
     """The compiled steps of VIRST for one set of parameters.
 
     Args:
@@ -238,42 +215,15 @@ class Network:
         self,
         cfg: VirstConfig,
         params: PyTree,
-        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        context: Context = contextlib.nullcontext,
     ):
-        self.cfg, self.params, self.context = cfg, params, context
         self.steps = Steps(cfg)
-        self._compiled: dict[str, Any] = {}
-        self._seen: set[Any] = set()
+        super().__init__(self.steps, params, context)
+        self.cfg = cfg
 
     @property
-    def num_compiled(self) -> int:
-        """How many functions, counted by the shapes of their arguments, were compiled so far."""
-        return len(self._seen)
-
-    def _run(self, step: Callable[..., Any], *args: Any, **static: Any) -> Any:
-        """Calls one of `steps`, compiled for the arguments' shapes."""
-        name = step.__name__
-        if name not in self._compiled:
-            self._compiled[name] = jax.jit(step, static_argnames=tuple(static))
-        leaves, structure = jax.tree.flatten(args[1:])
-        shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
-        key = (name, structure, shapes, tuple(sorted(static.items())))
-        with self.context():
-            if key in self._seen:
-                return self._compiled[name](*args, **static)
-            watch = _WATCH.get() or CompileWatch(lambda name: None)
-            watch.started(name)
-            start = time.perf_counter()
-            out = self._compiled[name](*args, **static)
-            watch.seconds += time.perf_counter() - start
-        self._seen.add(key)
-        return out
-
-    def encode_batch(self, frames: np.ndarray, batch: int, scale: Scale = SCALE) -> list[Features]:
-        """Frames uint8[T, R, R, 3], at most `batch`, to which they are padded -> the features of each."""
-        count = len(frames)
-        padded = np.concatenate([frames, np.repeat(frames[-1:], batch - count, axis=0)])
-        return list(self._run(self.steps.encode_batch, self.params["sam2"], padded, scale)[:count])
+    def tracker_params(self) -> PyTree:
+        return self.params["sam2"]
 
     def encode_visual(self, clips: np.ndarray, slots: int, scale: Scale = SCALE) -> list[jax.Array]:
         """Clips uint8[clips, frames, S, S, 3] -> visual tokens dtype[tokens, D] of each, then zeros up to `slots`."""
@@ -404,11 +354,6 @@ class Network:
         tracked: Tracked = out
         return tracked
 
-    def resize_masks(self, low_res: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-        """A tile of masks, packed: float32[..., L, L] and two matrices of `tiles.MaskTiles` -> uint8[..., I, J / 8]."""
-        packed: jax.Array = self._run(self.steps.resize_masks, None, low_res, rows, columns)
-        return packed
-
 
 def _cache_for(cache: Cache, rows: int, length: int) -> Cache:
     """The cache of one conversation's beginning, for `rows` conversations with room for `length` more tokens."""
@@ -425,13 +370,3 @@ def _cache_for(cache: Cache, rows: int, length: int) -> Cache:
         with_room(for_each(cache.mask, 0), 1),
         for_each(cache.length, 0),
     )
-
-
-def _stack(features: Sequence[Features]) -> Features:
-    stacked: Features = jax.tree.map(lambda *x: jnp.stack(x), *features)
-    return stacked
-
-
-def _normalize(pixels: jax.Array, scale: Scale) -> jax.Array:
-    # the constants are arguments: a compiler may replace the division by a constant by a rounded product
-    return (pixels.astype(jnp.float32) / scale[0] - scale[1]) / scale[2]

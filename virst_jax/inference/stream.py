@@ -9,6 +9,7 @@ R side of the tracker's image, S side of the video encoder's image.
 """
 
 import contextlib
+import dataclasses
 import functools
 import time
 import weakref
@@ -26,8 +27,9 @@ from virst_jax.data.prompts import Tokenizer
 from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
 from virst_jax.inference import resume
+from virst_jax.inference.compiled import CompileWatch, watch_compiling
 from virst_jax.inference.plan import Options, Plan, check_options, plan_frames
-from virst_jax.inference.steps import CompileWatch, ExpressionBatch, Network, watch_compiling
+from virst_jax.inference.steps import ExpressionBatch, Network
 from virst_jax.inference.texts import build_texts, check_expressions
 from virst_jax.inference.tiles import MaskTiles
 from virst_jax.io.video import Reader, prefetch
@@ -209,7 +211,9 @@ class _Run:
         options: Options,
         progress: Progress | None,
         state: resume.State | None,
+        known: Mapping[int, Features] | None,
     ):
+        self.given = dict(known or {})
         self.network, self.tokenizer, self.reader, self.options = network, tokenizer, reader, options
         self.expressions = expressions
         self.timings = dict.fromkeys(("sample", "read", "anchors", "track", "compile"), 0.0)
@@ -261,6 +265,10 @@ class _Run:
             jax.block_until_ready([batch.anchors for batch in self.batches])
         self._reached = (0, [batch.bank for batch in self.batches])
 
+    @property
+    def features(self) -> Mapping[int, Features]:
+        return self._known
+
     def _visual_slots(self) -> int:
         """Clips of the longest video: visual tokens are padded to theirs."""
         cfg = self.network.cfg
@@ -279,9 +287,11 @@ class _Run:
     def _sample(self) -> tuple[np.ndarray, dict[int, jax.Array], dict[int, Features]]:
         """Clips uint8[clips, frames, S, S, 3]; top maps of segmentation frames for the fusion; features of anchors."""
         uses = self._uses()
+        given = {number: self.given[number] for number in uses["tracker"].frames if number in self.given}
+        uses["tracker"] = dataclasses.replace(uses["tracker"], frames=uses["tracker"].frames - given.keys())
         total, done = sum(len(use.frames) for use in uses.values()), 0
         pixels: dict[int, np.ndarray] = {}
-        features: dict[str, dict[int, Features]] = {"fusion": {}, "tracker": {}}
+        features: dict[str, dict[int, Features]] = {"fusion": {}, "tracker": given}
         waiting: dict[str, list[tuple[int, np.ndarray]]] = {"fusion": [], "tracker": []}
 
         def encode(name: str) -> None:
@@ -393,6 +403,7 @@ class SegmentationStream:
       options: how it is run.
       progress: called with a stage, how much of it is done, and of how much.
       state: of an earlier stream's `state()` with the same arguments: goes on behind it.
+      known: features of frames, by their numbers, that need not be encoded again.
 
     Raises:
       UserError: bad expressions or options, or a state that does not fit.
@@ -411,11 +422,12 @@ class SegmentationStream:
         options: Options,
         progress: Progress | None = None,
         state: resume.State | None = None,
+        known: Mapping[int, Features] | None = None,
     ):
         self.expressions = check_expressions(tokenizer, expressions)
         check_options(network.cfg, options)
         self.reader = reader
-        self._run = _Run(network, tokenizer, reader, self.expressions, options, progress, state)
+        self._run = _Run(network, tokenizer, reader, self.expressions, options, progress, state, known)
         self._frames = self._run.frames()
         # neither refers to the stream: when a loop over it is left, the stream goes at once, and they with it
         self._finalizer = weakref.finalize(self, self._frames.close)
@@ -444,6 +456,16 @@ class SegmentationStream:
     def prepare(self) -> None:
         """Does what the first frame waits for: reads the sampled frames and the expressions, segments the anchors."""
         self._run.prepare()
+
+    @property
+    def batches(self) -> Sequence[ExpressionBatch]:
+        """The expressions with their anchors, in order; empty before `prepare`."""
+        return self._run.batches
+
+    @property
+    def features(self) -> Mapping[int, Features]:
+        """Of the frames that were encoded and are not tracked yet, by their numbers."""
+        return self._run.features
 
     def state(self) -> dict[str, np.ndarray]:
         """What another stream needs to go on behind the last finished chunk of frames; to be kept with np.savez."""

@@ -35,13 +35,14 @@ class Attention(nn.Module):
     inner: int
 
     @nn.compact
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None = None) -> jax.Array:
         projected = (
             dense(self.compute, self.inner, ("embed", "heads"), name=f"{name}_proj")(x)
             for name, x in (("q", q), ("k", k), ("v", v))
         )
         heads = (rearrange(x, "b n (h d) -> b n h d", h=self.num_heads) for x in projected)
-        out = rearrange(attention(*heads, impl=self.compute.attention), "b n h d -> b n (h d)")
+        out = attention(*heads, key_mask=key_mask, impl=self.compute.attention)
+        out = rearrange(out, "b n h d -> b n (h d)")
         return dense(self.compute, q.shape[-1], ("heads", "embed"), name="out_proj")(out)
 
 
@@ -52,7 +53,12 @@ class TwoWayBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, image: jax.Array, token_pos: jax.Array, image_pos: jax.Array
+        self,
+        tokens: jax.Array,
+        image: jax.Array,
+        token_pos: jax.Array,
+        image_pos: jax.Array,
+        token_mask: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         cfg, width = self.cfg, self.cfg.hidden_size
         attend = {
@@ -65,15 +71,16 @@ class TwoWayBlock(nn.Module):
         }
         norm = [layer_norm(self.compute, name=f"norm{i}") for i in range(1, 5)]
         if self.first:
-            tokens = attend["self_attn"](tokens, tokens, tokens)
+            tokens = attend["self_attn"](tokens, tokens, tokens, token_mask)
         else:
             q = tokens + token_pos
-            tokens = tokens + attend["self_attn"](q, q, tokens)
+            tokens = tokens + attend["self_attn"](q, q, tokens, token_mask)
         tokens = norm[0](tokens)
         tokens = norm[1](tokens + attend["token_to_image"](tokens + token_pos, image + image_pos, image))
         mlp = Mlp(self.compute, (cfg.decoder_mlp_dim, width), nn.relu, name="mlp")
         tokens = norm[2](tokens + mlp(tokens))
-        image = norm[3](image + attend["image_to_token"](image + image_pos, tokens + token_pos, tokens))
+        seen = attend["image_to_token"](image + image_pos, tokens + token_pos, tokens, token_mask)
+        image = norm[3](image + seen)
         return tokens, image
 
 
@@ -123,6 +130,7 @@ class MaskDecoder(nn.Module):
         sparse: jax.Array,
         dense_prompt: jax.Array,
         high_res: tuple[jax.Array, jax.Array],
+        sparse_mask: jax.Array | None = None,
     ) -> Masks:
         """All masks of every object.
 
@@ -132,17 +140,21 @@ class MaskDecoder(nn.Module):
           sparse: dtype[B, N, C], prompt tokens.
           dense_prompt: dtype[B, H, W, C].
           high_res: dtype[B or 1, 4H, 4W, C/8] and dtype[B or 1, 2H, 2W, C/4].
+          sparse_mask: bool[B, N], which prompt tokens exist; None: all. The others change nothing.
         """
         batch, height, _, width = image.shape
         dtype = jnp.dtype(self.compute.dtype)
         learned = jnp.concatenate([self.object_token, self.iou_token, self.mask_tokens]).astype(dtype)
         tokens = jnp.concatenate([jnp.broadcast_to(learned, (batch, *learned.shape)), sparse.astype(dtype)], axis=1)
+        mask = None
+        if sparse_mask is not None:
+            mask = jnp.pad(sparse_mask, ((0, 0), (learned.shape[0], 0)), constant_values=True)
         source = rearrange(image + dense_prompt, "b h w c -> b (h w) c")
         source_pos = rearrange(image_pos, "h w c -> 1 (h w) c").astype(dtype)
 
         state = tokens
         for block in self.blocks:
-            state, source = block(state, source, tokens, source_pos)
+            state, source = block(state, source, tokens, source_pos, mask)
         state = self.final_norm(state + self.final_attn(state + tokens, source + source_pos, source))
 
         source = rearrange(source, "b (h w) c -> b h w c", h=height)

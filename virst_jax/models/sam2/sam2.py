@@ -4,6 +4,8 @@ Axes: T frames, B objects, N prompt tokens, H, W feature grid, S = H*W, C width,
 Source: model/sam2/modeling/sam2_base.py, model/sam2/sam2_virst.py.
 """
 
+from collections.abc import Callable, Mapping
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -14,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from virst_jax.config import Compute, Sam2Config
 from virst_jax.models.layers import Mlp, conv, dense, with_axes
 from virst_jax.models.sam2.hiera import ImageEncoder
-from virst_jax.models.sam2.mask_decoder import MaskDecoder, best_mask, multimask, single_mask
+from virst_jax.models.sam2.mask_decoder import MaskDecoder, Masks, best_mask, multimask, single_mask
 from virst_jax.models.sam2.memory import MemoryAttention, MemoryEncoder
 from virst_jax.models.sam2.prompt_encoder import PromptEncoder
 from virst_jax.ops.position import sine_1d, sine_2d
@@ -103,21 +105,21 @@ class Sam2(nn.Module):
         Args:
           frame: features of one frame.
           memory: [B, F, S, D], any float type.
-          memory_age: int[F], index of the temporal code: frames ago less one, the last code for anchors.
-          memory_mask: bool[F], which memories exist.
+          memory_age: int[F] or int[B, F], index of the temporal code: frames ago less one, the last code for anchors.
+          memory_mask: bool[F] or bool[B, F], which memories exist.
           pointers: [B, P, C].
-          pointer_time: float32[P], signed distance in frames over the largest one.
-          pointer_mask: bool[P].
+          pointer_time: float32[P] or float32[B, P], signed distance in frames over the largest one.
+          pointer_mask: bool[P] or bool[B, P].
           deterministic: False: with dropout, which draws from the "dropout" rng.
 
         Returns:
           dtype[B, H, W, C].
         """
         cfg, dtype = self.cfg, jnp.dtype(self.compute.dtype)
-        batch, frames, positions, _ = memory.shape
+        batch, _, positions, _ = memory.shape
         split = cfg.hidden_size // cfg.memory_dim  # a pointer makes so many tokens
         space = jnp.asarray(sine_2d(cfg.feature_size, cfg.feature_size, cfg.memory_dim), jnp.float32)
-        space = space.reshape(1, positions, -1) + self.time_embed[memory_age][:, None].astype(jnp.float32)
+        space = space.reshape(positions, -1) + self.time_embed[memory_age][..., None, :].astype(jnp.float32)
         time = self.pointer_time_proj(sine_1d(pointer_time, cfg.hidden_size))
         keys = jnp.concatenate(
             [
@@ -126,8 +128,9 @@ class Sam2(nn.Module):
             ],
             axis=1,
         )
-        keys_pos = jnp.concatenate([space.reshape(-1, cfg.memory_dim).astype(dtype), jnp.repeat(time, split, 0)])
-        key_mask = jnp.concatenate([jnp.repeat(memory_mask, positions), jnp.repeat(pointer_mask, split)])
+        space = rearrange(space, "... f s d -> ... (f s) d").astype(dtype)
+        keys_pos = jnp.concatenate([space, jnp.repeat(time, split, -2)], axis=-2)
+        key_mask = jnp.concatenate([jnp.repeat(memory_mask, positions, -1), jnp.repeat(pointer_mask, split, -1)], -1)
         image = rearrange(frame.top, "h w c -> 1 (h w) c")
         out = self.memory_attention(
             jnp.broadcast_to(image, (batch, *image.shape[1:])),
@@ -149,6 +152,8 @@ class Sam2(nn.Module):
         has_mask_prompt: jax.Array | None = None,
         *,
         mode: str = "multimask",
+        sparse_mask: jax.Array | None = None,
+        ambiguous: jax.Array | None = None,
     ) -> Prediction:
         """Decodes the masks of one frame and chooses one for every object.
 
@@ -160,6 +165,8 @@ class Sam2(nn.Module):
           has_mask_prompt: bool[], whether the mask prompt counts; None: it does where it is given.
           mode: "multimask": the best of three by predicted IoU, as the release evaluates; "single": the first, as
             it trains; "stable": the first unless it is unstable, SAM 2's fallback.
+          sparse_mask: bool[B, N], which prompt tokens exist; None: all.
+          ambiguous: bool[B], takes the place of `mode`: "multimask" where it is True, elsewhere "stable".
         """
         batch = image.shape[0]
         dense_prompt = self.prompt_encoder.no_mask(batch)
@@ -172,13 +179,14 @@ class Sam2(nn.Module):
             sparse,
             dense_prompt,
             (frame.high0[None], frame.high1[None]),
+            sparse_mask,
         )
         choose = {
             "multimask": lambda: best_mask(multimask(masks)),
             "single": lambda: single_mask(masks),
             "stable": lambda: single_mask(masks, self.cfg),
         }
-        chosen = choose[mode]()
+        chosen = choose[mode]() if ambiguous is None else self._by_ambiguity(choose, ambiguous)
         present = chosen.object_score > 0
         pointer = self.pointer_proj(chosen.tokens[:, 0])
         return Prediction(
@@ -188,14 +196,27 @@ class Sam2(nn.Module):
             iou=chosen.ious[:, 0],
         )
 
+    @staticmethod
+    def _by_ambiguity(choose: Mapping[str, Callable[[], Masks]], ambiguous: jax.Array) -> Masks:
+        def pick(several: jax.Array, one: jax.Array) -> jax.Array:
+            return jnp.where(ambiguous.reshape(-1, *[1] * (several.ndim - 1)), several, one)
+
+        masks: Masks = jax.tree.map(pick, choose["multimask"](), choose["stable"]())
+        return masks
+
     def high_res(self, low_res: jax.Array) -> jax.Array:
         """Mask logits float32[B, L, L] at the model's image size."""
         return resize_maps(low_res, (self.cfg.image_size, self.cfg.image_size))
 
-    def encode_memory(self, frame: Features, prediction: Prediction) -> jax.Array:
-        """Encodes a prediction into a memory dtype[B, S, D]."""
-        cfg = self.cfg
-        mask = nn.sigmoid(self.high_res(prediction.low_res)) * cfg.mem_sigmoid_scale + cfg.mem_sigmoid_bias
+    def encode_memory(self, frame: Features, prediction: Prediction, binary: bool = False) -> jax.Array:
+        """Encodes a prediction into a memory dtype[B, S, D].
+
+        binary: from the mask that a person has seen, of 0 and 1, as SAM 2 does on frames with clicks or a given mask;
+        otherwise from the logits.
+        """
+        cfg, logits = self.cfg, self.high_res(prediction.low_res)
+        share = (logits > 0).astype(logits.dtype) if binary else nn.sigmoid(logits)
+        mask = share * cfg.mem_sigmoid_scale + cfg.mem_sigmoid_bias
         memory = self.memory_encoder(frame.top[None], mask)
         absent = (prediction.object_score <= 0)[:, None, None, None]
         memory = memory + jnp.where(absent, self.no_object_memory.astype(memory.dtype), 0)
