@@ -21,7 +21,14 @@ CACHE_LIMIT = 2**30
 
 # Files that take minutes begin first, so that no worker is left with one at the end.
 LONGEST = ("test_train", "training/test_losses", "models/test_tracking", "test_api", "test_eval")
-LONGEST += ("conversion/test_convert", "test_embedded", "inference/test_steps", "test_cli")
+LONGEST += (
+    "conversion/test_convert",
+    "test_embedded",
+    "inference/test_steps",
+    "test_cli",
+    "test_package",
+    "models/test_virst",
+)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -220,7 +220,7 @@ def test_goes_on_with_more_devices_on_another_mesh(tmp_path):
         flags += [f"--config.stage.steps={steps}", "--config.stage.optim.schedule=constant"]
         flags += ["--config.stage.data.shapes.batch_size=8"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         done = subprocess.run(command(workdir, *flags), cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

@@ -44,6 +44,7 @@ def test_names_are_those_of_transformers_and_lead_back() -> None:
 
 @pytest.mark.torch
 @pytest.mark.heavy
+@pytest.mark.full_size
 def test_tracker_beside_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment, "CHUNK", 1)  # the step that is compiled already
     code, result = run(tmp_path, "--parts", "encoder,track,propagation,many", "--frames", "3", "--expressions", "2")

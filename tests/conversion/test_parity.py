@@ -28,6 +28,7 @@ def test_module_equals_the_release(name):
 
 
 @pytest.mark.heavy
+@pytest.mark.full_size
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(HEAVY)])
 def test_network_equals_the_release(name):
     assert failures(name) == []

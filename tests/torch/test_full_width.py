@@ -25,7 +25,7 @@ from virst_jax.models.sam2.hiera import Block, BlockSpec, Hiera, block_specs
 from virst_jax.models.sam2.memory import MemoryAttention
 from virst_jax.models.umt import VideoEncoder
 
-pytestmark = [pytest.mark.torch, pytest.mark.heavy]
+pytestmark = [pytest.mark.torch, pytest.mark.heavy, pytest.mark.full_size]
 
 HIERA, SAM, VISION = HieraConfig(), Sam2Config(), dataclasses.replace(VisionConfig(), depth=2)
 # one block of every kind: windowed, windowed with pooled queries, global; and the grid it works on

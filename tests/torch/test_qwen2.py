@@ -118,6 +118,7 @@ def test_filters(top_k: int | None, top_p: float | None) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.full_size
 def test_one_layer_at_full_width() -> None:
     torch = pytest.importorskip("torch")
 
