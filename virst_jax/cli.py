@@ -83,6 +83,7 @@ def guarded(run: Callable[[], int]) -> int:
         with interrupt.watched():
             return run()
     except KeyboardInterrupt as stop:
+        failures.end_bars()
         print(str(stop) or "interrupted; finished parts are kept", file=sys.stderr)
         return getattr(stop, "status", 130)
     except BrokenPipeError:
@@ -92,6 +93,7 @@ def guarded(run: Callable[[], int]) -> int:
         line = failures.one_line(error)
         if line is None:
             raise
+        failures.end_bars()
         print(f"error: {line}", file=sys.stderr)
         return 2
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import subprocess
 import sys
 
 import grain
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 from helpers.dataset_layouts import write_layout
-from virst_jax.data.builders.builder import build, open_built, open_source
+from virst_jax.data.builders.builder import build, built_folder, open_built, open_source
 from virst_jax.data.datasets.registry import DATASETS, open_dataset
 from virst_jax.data.samples import Question
 from virst_jax.errors import UserError
+from virst_jax.io import lock
 
 
 def same(a, b):
@@ -137,6 +139,35 @@ def test_an_interrupted_build_leaves_nothing_that_counts(tmp_path, monkeypatch):
         open_built("lvvis", tmp_path / "built")
     build("lvvis", tmp_path, tmp_path / "built")
     assert len(open_built("lvvis", tmp_path / "built")) == 3
+
+
+def test_a_full_disk_takes_one_line_and_leaves_nothing_that_counts(tmp_path):
+    """Files cannot grow beyond 16 KiB; array_record is told of it as of a full disk."""
+    write_layout("lvvis", tmp_path, num_videos=3, seed=0)
+    left = built_folder("lvvis", "train", tmp_path / "built").parent / "incomplete.of_a_killed_build"
+    left.mkdir(parents=True)
+    (left / "part").write_text("")
+    code = "import sys; from virst_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["data", "build", str(tmp_path), "--dataset", "lvvis", "--out", str(tmp_path / "built")]
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384)); {code}"
+    done = subprocess.run([sys.executable, "-c", limited, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cannot be written (File too large); free disk space or choose another folder" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")  # no bar before it on the line, or behind it
+    assert "Traceback" not in done.stderr
+    assert not list(left.parent.iterdir())
+    with pytest.raises(UserError, match="not built"):
+        open_built("lvvis", tmp_path / "built")
+    build("lvvis", tmp_path, tmp_path / "built")
+    assert len(open_built("lvvis", tmp_path / "built")) == 3
+
+
+def test_two_builds_into_one_folder(tmp_path):
+    write_layout("lvvis", tmp_path, num_videos=1, seed=0)
+    folder = built_folder("lvvis", "train", tmp_path / "built")
+    with lock.exclusive(folder.parent), pytest.raises(UserError, match="another run is at work here"):
+        build("lvvis", tmp_path, tmp_path / "built")
+    build("lvvis", tmp_path, tmp_path / "built")
 
 
 def test_tensorflow_is_not_needed():

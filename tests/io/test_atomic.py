@@ -162,6 +162,17 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
     assert names(tmp_path) == [n for n in ("closed", "file") if (tmp_path / n).exists()]
 
 
+def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=r"pipe: cannot be written \(No such device or address\)"):
+        atomic.write_bytes(pipe, b"a")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    atomic.write_bytes(pipe, b"a" * 100)
+    assert os.read(reader, 200) == b"a" * 100
+    os.close(reader)
+
+
 def test_what_must_be_new_is_looked_at_before(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")

@@ -75,6 +75,16 @@ def _flat(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def end_bars() -> None:
+    """Ends progress bars that an exception has left on the terminal's line, so that a message has a line of its own."""
+    tqdm = getattr(sys.modules.get("tqdm.std"), "tqdm", None)  # not loaded: no bars
+    bars = list(getattr(tqdm, "_instances", ()))
+    for bar in bars:
+        bar.close()
+    if bars:
+        print(file=sys.stderr)
+
+
 def leave_pipe() -> None:
     """After a BrokenPipeError: nobody reads our output, and what is still buffered must not raise again at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from virst_jax.commands import _common
+from virst_jax.commands import _common, segment_results
 from virst_jax.commands.progress import Progress
 from virst_jax.commands.segment_run import SegmentRun, claimed
 from virst_jax.errors import UserError
@@ -111,15 +111,7 @@ def run_segment(args: argparse.Namespace, video: str, expressions: Sequence[str]
 
 def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
     """Prints per sentence whether and where something was found."""
-    found = [
-        {
-            "expression": record["expression"],
-            "folder": str(args.out / record["folder"]),
-            "frames": len(record["areas"]),
-            "frames_found": sum(area > 0 for area in record["areas"]),
-        }
-        for record in result["objects"]
-    ]
+    found = [{**row, "folder": str(args.out / row["folder"])} for row in segment_results.findings(result)]
     damaged = {"damaged_frames": result.get("damaged_frames", []), "cut": result.get("cut", False)}
     if args.json:
         told = {"out": str(args.out), "notes": result.get("notes", []), **damaged, "objects": found}

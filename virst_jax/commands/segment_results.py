@@ -31,6 +31,8 @@ def read(path: Path) -> dict[str, Any] | None:
         objects = result["objects"]
         whole &= len(objects) == len(result["expressions"])
         whole &= all(len(record[key]) == count for record in objects for key in ("areas", "boxes", "rle", "scores"))
+        whole &= all(isinstance(area, int) for record in objects for area in record["areas"])
+        whole &= all(isinstance(record[key], str) for record in objects for key in ("expression", "folder"))
     except (UserError, KeyError, TypeError):
         return None
     return result if whole else None
@@ -38,8 +40,21 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def is_there(out: Path, result: Mapping[str, Any]) -> bool:
     """Whether all files that a result speaks of are in its folder."""
-    masks = (f"{record.get('folder')}/{name}.png" for record in result["objects"] for name in result["frame_names"])
+    masks = (f"{record['folder']}/{name}.png" for record in result["objects"] for name in result["frame_names"])
     return all((out / name).is_file() for name in ("overlay.mp4", "preview.png", *masks))
+
+
+def findings(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of every expression, its folder and in how many frames it was found."""
+    return [
+        {
+            "expression": record["expression"],
+            "folder": record["folder"],
+            "frames": len(record["areas"]),
+            "frames_found": sum(area > 0 for area in record["areas"]),
+        }
+        for record in result["objects"]
+    ]
 
 
 def write(path: Path, data: Any) -> None:

@@ -47,7 +47,7 @@ def new_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     with _told(path):
         special = _special(path)
         if special is not None:
-            with special.open("wb") as file:
+            with os.fdopen(_open_special(special), "wb") as file:
                 yield file
             return
         with _part_file(path) as (part, descriptor):
@@ -236,6 +236,13 @@ def _special(path: Path) -> Path | None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return None if stat.S_ISREG(mode) else path
+
+
+def _open_special(path: Path) -> int:
+    """A descriptor of a device or a pipe; a pipe that nobody reads is an error, rather than waited for."""
+    descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def _part_names(path: Path) -> Iterator[Path]:

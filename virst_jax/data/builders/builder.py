@@ -4,6 +4,10 @@ One builder for videos and images with expressions, one for questions; a configu
 The official folder is the manual directory; nothing is downloaded. Samples keep the reader's order.
 """
 
+import contextlib
+import errno
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,7 @@ from virst_jax.data.datasets.source import IndexedSource, Problem
 from virst_jax.data.datasets.validate import Report, against_official, inspect
 from virst_jax.data.samples import Question, Source, Video
 from virst_jax.errors import UserError
+from virst_jax.io import atomic, lock
 
 VERSION = "1.1.0"
 _LAYOUT = "The official folder of the data set; docs/datasets.md shows the layouts."
@@ -153,14 +158,31 @@ def build(name: str, root: str | Path, data_dir: str | Path, split: str = "") ->
     if folder.is_dir():
         return folder, None
     open_dataset(canonical, root, chosen)  # before TFDS starts, so that a wrong folder is one clear line
-    try:
+    atomic.check_writable(data_dir)
+    with lock.exclusive(folder.parent), _told(data_dir):
+        if folder.is_dir():  # by the run that this one has waited for
+            return folder, None
+        for left in folder.parent.glob("incomplete.*"):  # of a build that was killed
+            shutil.rmtree(left, ignore_errors=True)
         builder = builder_class(data_dir=str(data_dir), config=config, file_format="array_record")
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(root)))
         assert builder.report is not None
         builder.report.write(folder / "report.json")
-    except OSError as error:
-        raise UserError(f"{data_dir}: cannot be written ({error.strerror or error}); choose another folder") from error
     return folder, builder.report
+
+
+@contextlib.contextmanager
+def _told(data_dir: str | Path) -> Iterator[None]:
+    """Turns what the system says of writing into one line; array_record has a RuntimeError for it."""
+    try:
+        yield
+    except OSError as error:
+        raise atomic.cannot_write(data_dir, error) from error
+    except RuntimeError as error:
+        number = next((n for n in (*atomic.NO_SPACE, errno.EIO) if os.strerror(n) in str(error)), None)
+        if number is None:
+            raise
+        raise atomic.cannot_write(data_dir, OSError(number, os.strerror(number))) from error
 
 
 def open_built(name: str, data_dir: str | Path, split: str = "") -> BuiltSource:
