@@ -26,6 +26,7 @@ def load_tracker(
     dtype: str | None = None,
     device: str | jax.Device | None = None,
     compilation_cache: bool | str | os.PathLike[str] = True,
+    check: bool = True,
 ) -> "TrackerModel":
     """Loads a tracker.
 
@@ -33,7 +34,7 @@ def load_tracker(
       path: a folder that `virst convert --sam2 FILE.pt --out DIR` wrote.
       dtype: of parameters and activations, "float32" or "bfloat16"; None: parameters as stored, activations bfloat16 on
         accelerators if the parameters are, and float32 on CPUs.
-      device, compilation_cache: as of `virst_jax.load`.
+      device, compilation_cache, check: as of `virst_jax.load`.
 
     Raises:
       UserError: no such folder or device, or a broken folder.
@@ -51,7 +52,7 @@ def load_tracker(
         placed = jax.sharding.SingleDeviceSharding(found)
         shardings = jax.tree.map(lambda _: placed, shapes)
         context = functools.partial(jax.default_device, found)
-    cfg, params = tracker_folder.load_tracker(folder, dtype, shardings)
+    cfg, params = tracker_folder.load_tracker(folder, dtype, shardings, check=check)
     return TrackerModel(cfg, params, name=str(path), dtype=dtype, context=context)
 
 

@@ -61,7 +61,7 @@ def claimed(out: Path, *, resume: bool = False, overwrite: bool = False) -> Iter
                 folder.rmdir()
 
 
-def _clear(out: Path) -> None:
+def clear_folder(out: Path) -> None:
     """Removes what an earlier run has left in a folder that is claimed."""
     for entry in [*out.iterdir(), *(out / STATE).iterdir()]:
         if entry.name in (STATE, lock.LOCK):
@@ -164,7 +164,7 @@ class SegmentRun:
 
         settings_file = self.out / STATE / SETTINGS
         if self.overwrite:
-            _clear(self.out)
+            clear_folder(self.out)
         if any(entry.name != STATE for entry in self.out.iterdir()) or settings_file.exists():
             _check_settings(self.out, settings_file, self.settings)
         segment_results.write(settings_file, self.settings)
