@@ -126,3 +126,12 @@ def test_a_sheet_that_cannot_be_written(tmp_path):
     write_layout("custom", tmp_path, num_videos=1, seed=0)
     with pytest.raises(UserError, match="cannot be written"):
         run("show", tmp_path, "--out", tmp_path / "nothing" / "sheet.png")
+
+
+def test_a_report_that_cannot_be_written_is_known_before_anything_is_read(tmp_path, capsys):
+    write_layout("custom", tmp_path, num_videos=1, seed=0)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "nothing" / "report.json", tmp_path / "file" / "report.json"):
+        with pytest.raises(UserError, match="cannot be written"):
+            run("check", tmp_path, "--report", place)
+        assert capsys.readouterr().out == ""

@@ -3,6 +3,7 @@ import os
 import shutil
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,6 +96,27 @@ def bomb(width, height):
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_of_every_format(tmp_path, kind, orientation):
+    shown = np.random.default_rng(0).integers(0, 255, (4, 6, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    # stored so that it is shown so: turned and mirrored the other way
+    swapped = np.swapaxes(shown, 0, 1)
+    stored = {1: shown, 2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1], 5: swapped, 6: swapped[::-1]}
+    stored |= {7: swapped[::-1, ::-1], 8: swapped[:, ::-1]}
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = orientation
+    options: dict[str, Any] = {"exif": exif if kind == "tiff" else exif.tobytes()}
+    options |= {"quality": 97} if kind == "jpeg" else {"lossless": True} if kind == "webp" else {}
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(np.ascontiguousarray(stored[orientation])).save(path, kind.upper(), **options)
+    found = images.read_image(path)
+    assert found.shape == shown.shape
+    assert np.abs(found.astype(int) - shown).mean() < 15  # another orientation: 80 and more
+    assert images.read_size(path) == found.shape[:2]
+    assert images.read_size(path, upright=False) == images.read_image(path, upright=False).shape[:2]
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -1,5 +1,6 @@
 """Video files as people have them: odd streams, odd times, odd pixels, and damage."""
 
+import contextlib
 import dataclasses
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from helpers.places import DATA
 from virst_jax.errors import UserError
+from virst_jax.io.containers import what_is_missing
 from virst_jax.io.video import FileReader, StridedReader, VideoWriter, open_video
 from virst_jax.io.video_file import ranges
 
@@ -25,11 +27,12 @@ def texture(count: int, height: int = 96, width: int = 128) -> np.ndarray:
 
 def write(path: Path, frames: np.ndarray, codec: str = "libx264", *, times=None, sound: str = "", **options) -> Path:
     aspect, colours = options.pop("aspect", None), options.pop("colours", None)
+    pix_fmt = options.pop("pix_fmt", "yuv420p")
     layout = {"movflags": options.pop("movflags")} if "movflags" in options else {}
     with av.open(str(path), "w", options=layout) as container:
         stream = container.add_stream(codec, rate=10, options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
         if colours:
@@ -163,6 +166,34 @@ def test_cut_files_are_told(tmp_path, name, front):
         assert 0 < video.num_frames < 40
         assert video.is_cut
         assert len(list(video)) == video.num_frames
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.avi", "mpeg4"),
+        ("a.ts", "libx264"),
+        ("a.flv", "flv1"),
+        ("a.wmv", "wmv2"),
+        ("a.gif", "gif"),
+        ("a.webm", "libvpx-vp9"),
+    ],
+)
+def test_other_cut_files_are_told(tmp_path, name, codec):
+    frames = texture(8)
+    whole = write(tmp_path / name, frames, codec, pix_fmt="rgb8" if codec == "gif" else "yuv420p")
+    assert what_is_missing(whole) == ""
+    assert open_video(whole).num_frames == len(frames)
+    content = whole.read_bytes()
+    for share in (0.35, 0.6, 0.85):
+        cut = tmp_path / f"cut_{name}"
+        size = int(share * len(content))
+        cut.write_bytes(content[: size + (size % 188 == 0)])  # MPEG-TS that is cut between packets cannot be told
+        with pytest.raises(UserError, match=r"cut short") as info:
+            list(open_video(cut))
+        assert "frame -1" not in str(info.value)
+        with contextlib.suppress(UserError):  # nothing is left
+            assert open_video(cut, allow_damaged=True).num_frames <= len(frames)
 
 
 def test_damaged_frames_are_named(tmp_path):

@@ -75,6 +75,8 @@ def _check(args: argparse.Namespace) -> int:
 
     from virst_jax.data.datasets.validate import Report, check, summarize
 
+    if args.report is not None:
+        atomic.check_place(args.report)
     reports: list[Report] = []
     for source in _sources(args):
         with tqdm(total=len(source), desc=f"{source.name} {source.split}".strip(), unit="sample") as bar:
@@ -113,6 +115,7 @@ def _show(args: argparse.Namespace) -> int:
         raise UserError(f"{args.out}: write to a .png or .jpg file")
     if len(args.split) > 1:
         raise UserError(f"show takes one split, not {' '.join(args.split)}")
+    atomic.check_place(args.out)
     source = open_dataset(args.dataset, args.folder, *args.split)
     count = min(args.count, len(source))
     config = ContactSheetConfig(args.frames, args.expressions)

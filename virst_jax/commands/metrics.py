@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from virst_jax.errors import UserError
+from virst_jax.io import atomic
 
 HELP = "score a folder of masks (PNG) by a benchmark's protocol"
 EXAMPLES = """\
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from virst_jax.evaluation.offline_scoring import open_predictions, score_existing
     from virst_jax.evaluation.report import format_table, write_report
 
+    if args.out is not None:
+        atomic.check_writable(args.out)
     source = open_dataset(args.dataset, args.data_root, args.split)
     scoring = open_predictions(source, args.pred_dir)
     scores, errors = score_existing(source, scoring, workers=args.workers, progress=not args.quiet)

@@ -171,6 +171,22 @@ def check_new(path: str | Path, *, parents: bool = True) -> None:
     check_writable(path.parent)
 
 
+def check_place(path: str | Path) -> None:
+    """Finds out, before long work, whether a file can be written, over one that is there or not.
+
+    Raises:
+      WriteError: it cannot.
+    """
+    path = local(path, "output")
+    with _told(path):
+        if _special(path) is not None:
+            return
+        if not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "its folder is not there", str(path))
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
 def check_writable(folder: str | Path) -> None:
     """Finds out, before long work, whether a folder can be made or written to.
 

@@ -232,6 +232,8 @@ def _has_default(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, size and pixels
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except _ERRORS:

@@ -134,6 +134,10 @@ class FileReader(Reader):
         damaged = [i for i in scan.damaged_in_file() if limit is None or i < limit]
         if scan.missing and (limit is None or len(scan.times) < limit):
             frames = f" and frames {ranges(damaged)} are damaged" if damaged else ""
+            if not scan.times:
+                raise UserError(
+                    f"{self.path}: cut short within its first frame: {scan.missing} missing at its end; copy it again"
+                )
             raise UserError(
                 f"{self.path}: cut short after frame {len(scan.times) - 1}: {scan.missing} missing at its end{frames}; "
                 "copy the file again, or go on with what there is (--allow-damaged)"
