@@ -11,13 +11,14 @@ import jax
 from virst_jax.api import DTYPES, Context, ImageLike, VideoLike, find_device, keep_compiled
 from virst_jax.config import Compute, Sam2Config
 from virst_jax.errors import UserError
+from virst_jax.inference.automatic import AutomaticOptions, ImageMask, Progress, find_masks
 from virst_jax.inference.session import BUDGET, Session
 from virst_jax.inference.tracker_steps import TrackerNetwork, TrackerSteps
 from virst_jax.io import arrays, tracker_folder
 from virst_jax.io.video import open_video
 from virst_jax.types import PyTree
 
-__all__ = ["Session", "TrackerModel", "load_tracker"]
+__all__ = ["AutomaticOptions", "ImageMask", "Session", "TrackerModel", "load_tracker"]
 
 
 def load_tracker(
@@ -125,3 +126,21 @@ class TrackerModel:
                 f"{session.reader.name}: {session.num_frames} frames where one image is wanted; use session"
             )
         return session
+
+    def find_masks(
+        self, image: ImageLike, options: AutomaticOptions | None = None, progress: Progress | None = None
+    ) -> list[ImageMask]:
+        """Masks of everything in an image, the surest first; nothing need be pointed at.
+
+        Args:
+          image: a file, an array [H, W, 3] (also [3, H, W], grey or RGBA) or a PIL image.
+          options: of the grid of clicks and of the filters.
+          progress: called with "masks", how many clicks are done, and of how many.
+
+        Raises:
+          UserError: an image that cannot be read, or an option out of range.
+        """
+        (options := options or AutomaticOptions()).check()
+        reader = self.image_session(image).reader
+        (pixels,) = reader.pick([0])
+        return find_masks(self.network, pixels, options, progress)

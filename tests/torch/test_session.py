@@ -1,8 +1,7 @@
 """Clicks, boxes, masks and corrections against `transformers`' port of SAM 2's video predictor.
 
 What `transformers` does otherwise, and how the comparison meets it:
-- It does not read the mask so far together with new clicks: `keep_previous=False`. (`benchmarks/sam2_predictor.py`
-  compares with the original, which does.)
+- It does not read the mask so far together with new clicks, as the original does: `keep_previous=False`.
 - It has no option to make a corrected frame an anchor: the test moves its outcome among the anchors.
 - Of a given mask it takes the pointer from the best of three masks and the memory from the full-size mask, the original
   from the first mask and the quarter-size one: `as_original` makes it follow the original.

@@ -55,6 +55,29 @@ class TrackerSteps:
         """See PromptedTracker.use_mask."""
         return self.prompted.use_mask(params, frame, masks)
 
+    def every_mask(self, params: PyTree, frame: Features, points: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See PromptedTracker.every_mask."""
+        return self.prompted.every_mask(params, frame, points)
+
+    def measure_masks(
+        self, params: None, logits: jax.Array, index: jax.Array, rows: jax.Array, columns: jax.Array, offset: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A tile of some masks, and how many of its pixels lie above +offset and above -offset.
+
+        Args:
+          logits: float32[O, M, L, L].
+          index: int32[K, 2], which of them.
+          rows, columns: of `tiles.MaskTiles`.
+
+        Returns:
+          Packed masks uint8[K, I, J / 8], int32[K] and int32[K].
+        """
+        chosen = logits[index[:, 0], index[:, 1]]
+        tile = jnp.einsum("ih,khw,jw->kij", rows, chosen, columns, precision=jax.lax.Precision.HIGHEST)
+        there = rows.any(1)[:, None] & columns.any(1)  # the others lie beyond the image's edge
+        inner, outer = (((tile > edge) & there).sum((-2, -1)) for edge in (offset, -offset))
+        return jnp.packbits(tile > 0, axis=-1), inner, outer
+
     def propagate(
         self,
         params: PyTree,
@@ -132,6 +155,19 @@ class TrackerNetwork(Compiled):
         """Takes given masks float32[O, R, R] of 0 and 1 for the outcome of a frame."""
         tracked: Tracked = self._run(self.tracker_steps.use_masks, self.tracker_params, frame, masks)
         return tracked
+
+    def every_mask(self, frame: Features, points: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """The masks of single clicks; see PromptedTracker.every_mask."""
+        logits, ious = self._run(self.tracker_steps.every_mask, self.tracker_params, frame, points)
+        return logits, ious
+
+    def measure_masks(
+        self, logits: jax.Array, index: np.ndarray, rows: jax.Array, columns: jax.Array, offset: float
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See TrackerSteps.measure_masks."""
+        step = self.tracker_steps.measure_masks
+        packed, inner, outer = self._run(step, None, logits, index, rows, columns, np.float32(offset))
+        return packed, inner, outer
 
     def propagate(
         self,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from virst_jax.models.sam2.anchors import select_anchors
+from virst_jax.models.sam2.mask_decoder import multimask, single_mask
 from virst_jax.models.sam2.prompt_encoder import PADDING
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
 from virst_jax.models.sam2.tracker import NO_FRAME, PROMPT_LOGIT_LIMIT, Tracked, Tracker
@@ -123,6 +124,25 @@ class PromptedTracker:
         """Takes a given mask float32[O, I, I] of 0 and 1 for the outcome of a frame."""
         prediction = self._apply(params, Sam2.use_mask, frame, mask)
         return self._encode_memory(params, frame, prediction, binary=True)
+
+    def every_mask(self, params: Any, frame: Features, points: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The masks of clicks on one image, each of its own: points float32[O, 2] in pixels of the model's image ->
+        logits float32[O, M, L, L] and predicted IoU float32[O, M], with M = 3 for "multimask", else 1."""
+
+        def decode(sam: Sam2) -> tuple[jax.Array, jax.Array]:
+            count = points.shape[0]
+            masks = sam.mask_decoder(
+                sam.without_memory(frame, count),
+                sam.prompt_encoder.dense_position(),
+                sam.embed_points(points[:, None], jnp.ones((count, 1), jnp.int32)),
+                sam.prompt_encoder.no_mask(count),
+                (frame.high0[None], frame.high1[None]),
+            )
+            chosen = multimask(masks) if self.cfg.evaluated_mask == "multimask" else single_mask(masks)
+            return chosen.logits, chosen.ious
+
+        logits, ious = self._apply(params, decode)
+        return logits, ious
 
     def propagate(
         self,
