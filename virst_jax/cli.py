@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": "evaluate a model on a benchmark",
     "metrics": "score folders of predicted masks",
     "submit": "write and check submissions to benchmark servers",
+    "push": "publish a model on the Hugging Face hub",
     "convert": "convert the released PyTorch checkpoints, or back",
     "parity": "compare the network with recorded outputs of the release",
     "record": "record outputs of the release (needs PyTorch)",
