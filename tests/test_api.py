@@ -260,11 +260,24 @@ def test_expressions_of_another_type(model, expressions):
         ({"anchors": 3}, "anchors must be a list of frame numbers, not 3"),
         ({"fps": "fast"}, "'fast' frames a second"),
         ({"fps": -1}, "-1 frames a second"),
+        ({"fps": True}, "True frames a second"),
+        ({"exact": "no"}, "exact is 'no'; give True or False"),
+        ({"progress": 3}, "progress is 3; give a function"),
+        ({"release_random": 3}, "release_random is 3; give a pair"),
+        ({"release_random": ("a", "b")}, "give a pair of numpy.random.RandomState and random.Random"),
     ],
 )
 def test_arguments_of_segment(model, arguments, message):
     with pytest.raises(UserError, match=message):
         model.segment(video(3), DOG, **arguments)
+
+
+def test_expressions_and_numbers_in_other_forms(model):
+    stream = model.segment_stream(video(3), (text for text in [DOG, CAT]), fps=np.float32(5), seed=np.int64(0))
+    assert stream.expressions == model.segment_stream(video(3), [DOG, CAT]).expressions
+    assert stream.reader.fps == 5
+    with pytest.raises(UserError, match="does not fit"):
+        model.segment_stream(video(3), DOG, state="x")
 
 
 def test_videos_as_people_have_them(model, tmp_path):
@@ -347,6 +360,12 @@ def test_chat(model):
         ({"max_frames": 7.5}, r"max_frames is 7\.5; give an integer"),
         ({"temperature": "hot"}, "temperature is 'hot'; give a number"),
         ({"seed": None, "temperature": "1"}, "temperature is '1'"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; give 1 or more"),
+        ({"max_new_tokens": None}, "max_new_tokens is None"),
+        ({"seed": -1}, "seed is -1; give an integer of 0"),
+        ({"seed": 2**70}, "give an integer of 0 to"),
         ({"history": "what?"}, "history holds 'what\\?'; give pairs"),
         ({"history": [("what?",)]}, "give pairs of a question and its answer"),
         ({"history": None}, "history holds None"),

@@ -6,6 +6,7 @@ Axes: N expressions, T frames of the video, H, W its size, F segmentation frames
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -338,7 +339,7 @@ class Model:
           still: the video is a single image; see `segment_image`.
           state: of an earlier stream's `state()` with the same arguments: goes on behind it.
         """
-        check_expressions(self.tokenizer, expressions)  # before the video, which may be long
+        expressions = check_expressions(self.tokenizer, expressions)  # before the video, which may be long
         reader = open_video(video, fps=fps)
         if still and reader.num_frames != 1:
             raise UserError(f"{reader.name}: {reader.num_frames} frames where one image is wanted; use segment")
@@ -429,8 +430,13 @@ class Model:
             raise UserError(NO_ANSWERS)
         cfg, clip = self.cfg, self.cfg.vision.clip_frames
         _check_integers(max_new_tokens=max_new_tokens, max_frames=max_frames, seed=seed)
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        is_number = isinstance(temperature, (int, float, np.floating)) and not isinstance(temperature, bool)
+        if not is_number or not 0 <= temperature < math.inf:
             raise UserError(f"temperature is {temperature!r}; give a number of 0 or more")
+        if max_new_tokens is None or max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
+        if seed is None or not 0 <= seed < 1 << 63:
+            raise UserError(f"seed is {seed}; give an integer of 0 to 2**63 - 1")
         history = _checked_history(history)
         build_chat(self.tokenizer, question, history=history)  # what is wrong with the texts shows before the video
         reader = open_video(video, fps=fps)

@@ -48,8 +48,16 @@ def check_options(cfg: VirstConfig, options: Options) -> None:
     """Refuses options that fit no video at all.
 
     Raises:
-      UserError: a seed that is no number, or anchors that are none, too many or no frame numbers.
+      UserError: a seed that is no number, anchors that are none, too many or no frame numbers, or another option of a
+        wrong type.
     """
+    for name in ("exact", "still"):
+        if not isinstance(getattr(options, name), (bool, np.bool_)):
+            raise UserError(f"{name} is {getattr(options, name)!r}; give True or False")  # "no" would be taken for yes
+    given = options.release_random
+    kinds = (np.random.RandomState, random.Random)
+    if given is not None and not (isinstance(given, tuple) and len(given) == 2 and all(map(isinstance, given, kinds))):
+        raise UserError(f"release_random is {given!r}; give a pair of numpy.random.RandomState and random.Random")
     seed = options.seed
     parts = list(seed) if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, str) else [seed]
     if not parts or not all(_is_integer(part) for part in parts):

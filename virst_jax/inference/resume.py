@@ -49,6 +49,8 @@ def unpack(state: State, steps: Steps, num_expressions: int) -> tuple[int, list[
     Raises:
       UserError: something is missing, or belongs to another network or to other expressions.
     """
+    if not isinstance(state, Mapping):
+        raise _unfit(f"it is {type(state).__name__}, no arrays by name")
     first = _integer(state, "next")
     batches: list[ExpressionBatch] = []
     while f"{len(batches)}.count" in state:

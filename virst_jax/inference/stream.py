@@ -424,6 +424,8 @@ class SegmentationStream:
         state: resume.State | None = None,
         known: Mapping[int, Features] | None = None,
     ):
+        if progress is not None and not callable(progress):
+            raise UserError(f"progress is {progress!r}; give a function of a stage, what is done, and of how much")
         self.expressions = check_expressions(tokenizer, expressions)
         check_options(network.cfg, options)
         self.reader = reader

@@ -45,7 +45,8 @@ def open_video(video: Any, *, fps: float | None = None, allow_damaged: bool = Fa
     Raises:
       UserError: missing, unreadable, empty, damaged or truncated, or frames that differ in size.
     """
-    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps <= 10_000):
+    is_number = isinstance(fps, (int, float, np.integer, np.floating)) and not isinstance(fps, bool)
+    if fps is not None and not (is_number and 0 < fps <= 10_000):
         raise UserError(f"{fps!r} frames a second cannot be; give a number above 0")
     reader = _opened(video, allow_damaged)
     if fps is not None:
