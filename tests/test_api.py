@@ -312,7 +312,8 @@ def test_results_compare_and_show_themselves(model, three):
     assert dataclasses.replace(three, masks=~three.masks) != three
     assert three != model.segment(video(11), DOG)
     assert three != 3
-    assert repr(three) == "Segmentation(masks=bool[3, 11, 40, 56], expressions=" + repr(list(three.expressions)) + ")"
+    start = f"Segmentation(masks=bool[3, 11, 40, 56], expressions={list(three.expressions)}, found in frames {{"
+    assert repr(three).startswith(start)
     one, other = (next(model.segment_stream(video(3), DOG)) for _ in range(2))
     assert one == other
     assert dataclasses.replace(one, index=1) != other

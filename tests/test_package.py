@@ -81,7 +81,7 @@ def test_extras_hold_what_their_lines_promise():
         package = name_of.get(module, module)
         assert any(re.match(rf"{package}\b", requirement) for requirement in extras[extra]), module
         assert package not in base
-    assert extras["all"] == ["virst-jax[data,eval,train]"]
+    assert extras["all"] == ["virst-jax[data,eval,export,train]"]
     assert any(requirement.startswith("virst-jax[all") for requirement in extras["test"])
 
 

@@ -8,8 +8,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError, no_device
 from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed, check_options
+from virst_jax.inference.results import Segmentation
 from virst_jax.inference.resume import State
 from virst_jax.inference.session import BUDGET
 from virst_jax.inference.steps import Network
@@ -50,37 +50,6 @@ CACHE_SECONDS = 0.2  # programs that compile faster are not kept
 ImageLike = str | os.PathLike[str] | np.ndarray | jax.Array | Image.Image
 VideoLike = str | os.PathLike[str] | np.ndarray | jax.Array | Iterable[ImageLike] | Reader | Video
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Segmentation:
-    """The masks of a video. Equal are results of the same masks and scores, however long they took."""
-
-    expressions: tuple[str, ...]
-    masks: np.ndarray  # bool[N, T, H, W]; of segment_image bool[N, H, W]
-    scores: np.ndarray  # float32[N, T], logits: the object is there where it is above 0; of segment_image float32[N]
-    plan: Plan
-    fps: float  # 0: unknown
-    timings: Mapping[str, float]  # seconds by stage
-
-    @property
-    def anchors(self) -> tuple[int, ...]:
-        """Numbers of the anchors' frames."""
-        return self.plan.anchor_frames
-
-    def __repr__(self) -> str:
-        shape = ", ".join(map(str, self.masks.shape))
-        return f"Segmentation(masks=bool[{shape}], expressions={list(self.expressions)})"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Segmentation):
-            return NotImplemented
-        mine, theirs = ((x.expressions, x.plan, x.fps) for x in (self, other))
-        return mine == theirs and all(
-            np.array_equal(a, b) for a, b in ((self.masks, other.masks), (self.scores, other.scores))
-        )
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def load(

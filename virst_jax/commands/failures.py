@@ -11,6 +11,7 @@ from virst_jax.errors import UserError, no_device
 # packages that only some commands need, and the extra of pyproject.toml that brings them
 EXTRAS = {
     "array_record": "data",
+    "contourpy": "export",
     "grain": "train",
     "importlib_resources": "data",
     "jinja2": "eval",

@@ -12,6 +12,7 @@ from PIL import Image
 from virst_jax.commands.progress import Progress
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
+from virst_jax.io.exports import box_of
 from virst_jax.io.json_files import read_json
 from virst_jax.io.masks import encode_mask
 
@@ -126,17 +127,8 @@ def _label(name: str, time: float | None) -> str:
 def _measure(record: dict[str, Any], mask: np.ndarray) -> None:
     """Adds a frame's area, box and run-length code to those of an expression."""
     record["areas"].append(int(mask.sum()))
-    record["boxes"].append(_box(mask))
+    record["boxes"].append(box_of(mask) if mask.any() else None)
     record["rle"].append({"size": list(mask.shape), "counts": encode_mask(mask)})
-
-
-def _box(mask: np.ndarray) -> list[int] | None:
-    """Left, top, width and height of what a mask shows."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    top, left = int(rows[0]), int(columns[0])
-    return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]
 
 
 def _read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
