@@ -82,6 +82,9 @@ def call(command: ModuleType, argv: Sequence[str] | None, prog: str, run: Run | 
 
 def guarded(run: Callable[[], int]) -> int:
     """The exit status of `run`; what a person can do something about takes one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal of another encoding must not end the work with an exception
+            stream.reconfigure(errors="backslashreplace")
     try:
         with interrupt.watched():
             return run()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.dataset_layouts import write_layout
 from virst_jax import cli
 from virst_jax.commands import demo, failures
 from virst_jax.errors import UserError
@@ -162,6 +163,15 @@ def test_a_device_that_is_not_there(platform):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: JAX finds no device of the kind {platform!r} here; set JAX_PLATFORMS=cpu")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_terminal_that_cannot_show_a_name(tmp_path):
+    write_layout("custom", tmp_path, num_videos=1, seed=0)
+    out = tmp_path / "caf\u00e9.png"
+    done = start("-m", "virst_jax", "data", "show", str(tmp_path), "--out", str(out), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "caf\\xe9.png: 1 of 1 samples" in done.stdout
+    assert out.is_file()
 
 
 def test_nobody_reads_the_output():

@@ -244,6 +244,17 @@ def test_entries_that_are_no_masks(archive, content):
         check_submission(source, rewritten(path, "valid_u_00/0/00005.png", content), progress=False)
 
 
+def test_an_entry_without_a_name(archive, tmp_path):
+    source, path = archive
+    other = tmp_path / "other.zip"
+    other.write_bytes(path.read_bytes())
+    with zipfile.ZipFile(other, "a") as zipped:
+        zipped.writestr("x", b"")
+        zipped.infolist()[-1].filename = ""
+    with pytest.raises(UserError, match="holds an entry without a name, which the server does not expect"):
+        check_submission(source, other, progress=False)
+
+
 def test_archives_that_are_none(archive, tmp_path):
     source, path = archive
     whole = path.read_bytes()

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import ImageFont
@@ -70,6 +72,27 @@ def test_a_font_is_chosen_by_what_it_shows(tmp_path, monkeypatch):
     font, lacking = fonts.font_for(["the \u732b"], 12)
     assert not lacking
     assert fonts._has(font, "\u732b")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "text", "missing"])
+def test_a_font_that_is_none_is_told(tmp_path, monkeypatch, capsys, kind):
+    path = tmp_path / "font.ttf"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "text":
+        path.write_text("no font")
+    monkeypatch.setenv(fonts.VARIABLE, str(path))
+    monkeypatch.setattr(fonts, "_FOLDERS", ())
+    fonts._files.cache_clear()
+    fonts._tell.cache_clear()
+    try:
+        visualize.legend(["the \u72ac"], 200)
+    finally:
+        monkeypatch.undo()
+        fonts._files.cache_clear()
+    assert f"{fonts.VARIABLE}: {path} is no font that can be used" in capsys.readouterr().err
 
 
 def test_overlay_in_given_colors():

@@ -113,7 +113,8 @@ def check_submission(source: Opened, path: Path, *, progress: bool = True) -> in
     except (*_ZIP_ERRORS, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a zip ({atomic.reason(error)}); write it again with `virst submit`") from error
     with archive:
-        files = [i.filename for i in archive.infolist() if not i.is_dir()]
+        # is_dir of ZipInfo fails for an entry whose name is empty
+        files = [i.filename for i in archive.infolist() if not i.filename.endswith("/")]
         expected: set[str] = set()
         for video in _videos(source, "checking", progress):
             names = frame_names(video)
@@ -131,7 +132,8 @@ def check_submission(source: Opened, path: Path, *, progress: bool = True) -> in
         raise UserError(f"{path}: holds {twice} twice; write it again with `virst submit`")
     extra = sorted(set(files) - expected)
     if extra:
-        raise UserError(f"{path}: holds {extra[0]}{_more(extra)}, which the server does not expect; remove it")
+        first = extra[0] or "an entry without a name"
+        raise UserError(f"{path}: holds {first}{_more(extra)}, which the server does not expect; remove it")
     return len(files)
 
 

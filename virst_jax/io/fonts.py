@@ -9,6 +9,10 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+from virst_jax.errors import UserError
+from virst_jax.io.atomic import reason
+from virst_jax.io.regular import require_file
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 VARIABLE = "VIRST_FONT"  # environment variable: a font file that is tried first
 _FOLDERS = (
@@ -37,16 +41,21 @@ def font_for(texts: Iterable[str], size: int) -> tuple[Font, frozenset[str]]:
     best, lacking = ImageFont.load_default(size), wanted
     for path in (None, *_files()):
         try:
-            font = ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
+            font = ImageFont.load_default(size) if path is None else _opened(path, size)
             lacks = frozenset(c for c in wanted if not _has(font, c))
-        except (OSError, ValueError):
+        except (OSError, ValueError, UserError) as error:
+            if path is not None and path == os.environ.get(VARIABLE):
+                _tell(f"{VARIABLE}: {path} is no font that can be used ({reason(error)})")
             continue
         if len(lacks) < len(lacking) or path is None:
             best, lacking = font, lacks
         if not lacking:
             break
     if unreadable := sorted(c for c in lacking if not _plain(c)):
-        _tell("".join(unreadable))
+        _tell(
+            f"no font here shows {''.join(unreadable)[:40]}; the legend has their code points instead (install a font "
+            f"such as fonts-noto-cjk, or name a font file in {VARIABLE})"
+        )
     return best, lacking
 
 
@@ -90,10 +99,11 @@ def _all_files() -> Iterator[Path]:
             yield from (Path(where, name) for name in names if name.lower().endswith((".ttf", ".ttc", ".otf")))
 
 
+def _opened(path: str, size: int) -> Font:
+    require_file(path)  # opening a pipe would wait for ever
+    return ImageFont.truetype(path, size)
+
+
 @functools.cache
-def _tell(characters: str) -> None:
-    print(
-        f"note: no font here shows {characters[:40]}; the legend has their code points instead (install a font such as "
-        f"fonts-noto-cjk, or name a font file in {VARIABLE})",
-        file=sys.stderr,
-    )
+def _tell(what: str) -> None:
+    print(f"note: {what}", file=sys.stderr)
