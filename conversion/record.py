@@ -19,6 +19,7 @@ from typing import Any
 from virst_jax import cli
 from virst_jax.errors import UserError
 
+from .recording.blocks import SUFFIX, Blocks, write_blocks
 from .recording.case import PREFIX, check_place, differences, write_case
 from .recording.checkout import TINY, Network, Release, build_network, load_tokenizer, open_checkout
 from .recording.inputs import Inputs, Like, from_like, from_video, read_frames, read_like
@@ -67,6 +68,12 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     run_of.add_argument("--attention", choices=("eager", "sdpa"), help="of the LLM (eager; sdpa in bfloat16)")
     run_of.add_argument("--initial-fusion", action="store_true", help="enable it (the release's evaluation does not)")
     run_of.add_argument("--encode-batch", type=int, default=4, metavar="N", help="frames encoded at a time, 0: all (4)")
+    run_of.add_argument(
+        "--blocks",
+        action="store_true",
+        help="also write what every block gives, for `virst parity bisect`: NAME.blocks.npz, about 2 GB and 40 MB a "
+        "frame for the full network",
+    )
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of cases; NAME.json and NAME.npz")
     p.add_argument("--name", help="of the case: e2e_... (from the video's name)")
 
@@ -106,8 +113,8 @@ def _only_pt(folder: Path) -> Path:
     return found[0]
 
 
-def record(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Records the case that the command line asks for; returns its two files.
+def record(args: argparse.Namespace) -> tuple[Path, ...]:
+    """Records the case that the command line asks for; returns its files.
 
     Raises:
       UserError: bad arguments, a file that is missing or damaged, a package that is missing, a run that fails.
@@ -148,15 +155,25 @@ def record(args: argparse.Namespace) -> tuple[Path, Path]:
             assert like is not None
             inputs = from_like(release, processor, like, root)
         prepare(network.virst, args.device, args.dtype)
+        blocks = Blocks() if args.blocks else None
         with release.blaming("its forward pass fails"):
             done = run_release(
-                network.virst, inputs, device=args.device, dtype=args.dtype, encode_batch=args.encode_batch
+                network.virst,
+                inputs,
+                device=args.device,
+                dtype=args.dtype,
+                encode_batch=args.encode_batch,
+                blocks=blocks,
             )
         facts = _facts(args, name, release, network, inputs, done)
         arrays = dict(done.arrays)
         if inputs.video["from"] == "npz":
             arrays["frames"] = inputs.frames
-        paths = write_case(args.out, name, facts, arrays)
+        paths: tuple[Path, ...] = write_case(args.out, name, facts, arrays)
+        if blocks:
+            beside = args.out / (name + SUFFIX)
+            write_blocks(beside, blocks.arrays, _warn)
+            paths += (beside,)
     if like is not None and isinstance(origin, Rule) and like.facts.get("salt") == origin.salt:
         _print_differences(like, done)
     return paths

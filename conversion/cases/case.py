@@ -24,6 +24,9 @@ from ..assemble import assemble
 from ..rules import Rule
 from ..weights_rule import make_input, make_state
 
+BINS = 60  # of histograms of errors
+BLOCKS = ".blocks.npz"  # behind a case's name: what every block gave, see recording/blocks.py
+
 
 @dataclass(frozen=True)
 class Check:
@@ -71,6 +74,44 @@ def same_masks(output: str, ours: np.ndarray, theirs: np.ndarray, least: float =
     return Check(output, bool(iou >= least), iou=iou, note=f"{int((ours != theirs).sum())} pixels differ")
 
 
+@dataclass(frozen=True)
+class Detail:
+    """More about one output, for a report.
+
+    Attributes:
+      histogram: int[BINS], how many elements have an error within `edges()`; the first bin holds those that are equal.
+      frames: relative L2 error of every frame.
+      masks: frame number, our mask and the recorded one, bool[H, W], of some frames.
+    """
+
+    output: str
+    histogram: np.ndarray | None = None
+    frames: tuple[float, ...] | None = None
+    masks: tuple[tuple[int, np.ndarray, np.ndarray], ...] = ()
+
+    @staticmethod
+    def edges() -> np.ndarray:
+        """log10 of errors relative to the output's root mean square, float[BINS + 1]."""
+        return np.linspace(-10.0, 2.0, BINS + 1)
+
+
+def detail(output: str, ours: Any, theirs: Any, by_frame: bool) -> Detail:
+    """The errors of one output; of arrays whose first axis is frames, also those of every frame."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape:
+        return Detail(output)
+    error = np.abs(ours - theirs)
+    rms = float(np.sqrt(np.mean(theirs**2))) or 1.0
+    edges = Detail.edges()
+    counts, _ = np.histogram(np.log10(np.maximum(error / rms, 10 ** edges[0])).clip(edges[0], edges[-1]), edges)
+    frames = None
+    if by_frame:
+        axes = tuple(range(1, error.ndim))
+        norms = np.sqrt((theirs**2).sum(axes))
+        frames = tuple((np.sqrt((error**2).sum(axes)) / np.where(norms > 0, norms, 1)).tolist())
+    return Detail(output, counts, frames)
+
+
 @dataclass
 class Case:
     """A case of a directory, with what the runner was given beside it."""
@@ -82,6 +123,8 @@ class Case:
     tokenizer: Path | None = None
     checkpoint: Path | None = None  # a converted one, for recorded cases
     checks: list[Check] = field(default_factory=list)
+    detailed: bool = False  # whether `details` are wanted
+    details: list[Detail] = field(default_factory=list)
 
     @property
     def salt(self) -> int:
@@ -156,7 +199,8 @@ def load_case(folder: Path, name: str, **given: Any) -> Case:
 
 def case_names(folder: Path) -> list[str]:
     """Names of all cases of a directory."""
-    return sorted({path.stem for path in folder.iterdir() if path.suffix in (".json", ".npz")})
+    files = (path for path in folder.iterdir() if path.suffix in (".json", ".npz"))
+    return sorted({path.stem for path in files if not path.name.endswith(BLOCKS)})
 
 
 Runner = Callable[[Case], None]

@@ -218,7 +218,7 @@ def from_like(release: Release, processor: Any, like: Like, root: Path) -> Input
     vlm_idx = facts.get("vlm_idx")
     if vlm_idx is None:
         size = processor.size[0]
-        made = facts.get("clip") or {"name": f"{facts['case']}.clip", "salt": facts["salt"]}
+        made = {"name": f"{facts['case']}.clip", "salt": facts.get("salt") or 0, **(facts.get("clip") or {})}
         clip = {"from": "make_input", "name": made["name"], "salt": made["salt"]}
         pixels = make_input(clip["name"], (1, facts["t_vlm"], 3, size, size), clip["salt"])[0]
     else:

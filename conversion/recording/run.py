@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .blocks import Blocks, wrapped
 from .inputs import Inputs
 
 WIDE = 512  # token features wider than this are thinned
@@ -67,11 +68,14 @@ def prepare(virst: Any, device: str, dtype: str) -> None:
     virst.to(device)
 
 
-def run_release(virst: Any, inputs: Inputs, *, device: str, dtype: str, encode_batch: int) -> Record:
+def run_release(
+    virst: Any, inputs: Inputs, *, device: str, dtype: str, encode_batch: int, blocks: Blocks | None = None
+) -> Record:
     """One forward pass of the release's evaluation.
 
     Args:
       encode_batch: how many segmentation frames the image encoder takes at a time; 0 is all at once.
+      blocks: is given what every block computes.
     """
     import torch
 
@@ -86,7 +90,8 @@ def run_release(virst: Any, inputs: Inputs, *, device: str, dtype: str, encode_b
     }
     batch = {k: v.to(device) for k, v in batch.items()}
     precision = torch.autocast(device, dtype=torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
-    with _listening(virst, heard, encode_batch), torch.no_grad(), precision:
+    hearing = blocks.listening(virst) if blocks else contextlib.nullcontext()
+    with hearing, _listening(virst, heard, encode_batch), torch.no_grad(), precision:
         masks = virst(
             **batch,
             image_ids=[0],
@@ -98,6 +103,8 @@ def run_release(virst: Any, inputs: Inputs, *, device: str, dtype: str, encode_b
             seg_evaluate=True,
         )
     record = _keep(virst, heard, masks, inputs)
+    if blocks:
+        _finish(blocks, heard)
     record.anchors = heard.anchors
     return record
 
@@ -133,15 +140,15 @@ def _listening(virst: Any, heard: _Heard, encode_batch: int) -> Iterator[None]:
     def fused(module: Any, args: Any, kwargs: Any, out: Any) -> None:
         heard.seg_token, (heard.prompts, heard.frame_scores) = kwargs["seg_token"], out
 
-    wrapped = (
+    listeners = (
         (virst, "prepare_inputs_labels_for_multimodal", prepared),
         (seg_model, "init_state", started),
         (seg_model, "add_new_prompt", prompted),
         (seg_model, "forward_image", encoded),
     )
     with contextlib.ExitStack() as stack:
-        for owner, name, listener in wrapped:
-            stack.enter_context(_wrapped(owner, name, listener))
+        for owner, name, listener in listeners:
+            stack.enter_context(wrapped(owner, name, listener))
         hooks = [
             virst.model.register_forward_hook(decoded, with_kwargs=True),
             virst.model.seg_prompter.register_forward_hook(fused, with_kwargs=True),
@@ -151,16 +158,6 @@ def _listening(virst: Any, heard: _Heard, encode_batch: int) -> Iterator[None]:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-@contextlib.contextmanager
-def _wrapped(owner: Any, name: str, listener: Callable[..., Any]) -> Iterator[None]:
-    method = getattr(owner, name)
-    setattr(owner, name, lambda *args, **kwargs: listener(method, *args, **kwargs))
-    try:
-        yield
-    finally:
-        delattr(owner, name)  # the class's own method shows again
 
 
 def _join(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -199,6 +196,13 @@ def _keep(virst: Any, heard: _Heard, masks: dict[int, dict[int, Any]], inputs: I
     for t in steps:
         record.add(f"memory_{t}", outputs[t]["maskmem_features"][0], (8, 8, 8))
     return record
+
+
+def _finish(blocks: Blocks, heard: _Heard) -> None:
+    tracked = heard.track_state["output_dict_per_obj"][0]
+    more = {"llm.embeds": heard.inputs_embeds, "seg_hidden": heard.seg_token}
+    more |= {"prompts": heard.prompts, "frame_scores": heard.frame_scores}
+    blocks.finish(heard.anchors, {**tracked["non_cond_frame_outputs"], **tracked["cond_frame_outputs"]}, more)
 
 
 def _thinning(shape: tuple[int, ...]) -> tuple[int, ...]:

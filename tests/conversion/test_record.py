@@ -159,11 +159,12 @@ def test_an_earlier_case_is_followed(fake, recorded, tmp_path, capsys):
     assert max(told.values()) < 1e-5
 
 
-def test_a_case_of_made_inputs_is_followed(fake, recorded, tmp_path):
+@pytest.mark.parametrize("clip", [{}, {"clip": {"name": "e2e_made.clip"}}], ids=["no clip", "a clip without salt"])
+def test_a_case_of_made_inputs_is_followed(fake, recorded, tmp_path, clip):
     facts, _ = read(recorded)
     kept = {k: facts[k] for k in E2E_KEYS - {"inputs"}}
     like = tmp_path / "e2e_made.json"
-    like.write_text(json.dumps({**kept, "case": "e2e_made", "video_salt": 5, "salt": 1, "n_frames": 10}))
+    like.write_text(json.dumps({**kept, "case": "e2e_made", "video_salt": 5, "salt": 1, "n_frames": 10} | clip))
     assert record.main(command(fake, tmp_path / "out", like=like, rule_weights=2, name="e2e_other")) == 0
     made, arrays = read(tmp_path / "out" / "e2e_other.json")
     assert made["video"] == {"from": "make_video", "salt": 5}

@@ -1,0 +1,194 @@
+"""What recording keeps of every block, heard on a network of the release's names that computes next to nothing."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from conversion.recording import blocks
+from conversion.recording.blocks import Blocks, second_moments, wrapped, write_blocks
+from virst_jax.errors import UserError
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+SIDE, WIDTH, CLIPS, FRAMES = 4, 6, 2, 3
+
+
+class Add(nn.Module):
+    """Its input and one more."""
+
+    def __init__(self, *children):
+        super().__init__()
+        self.blocks = nn.ModuleList(children)
+
+    def forward(self, x):
+        return x + 1
+
+
+class Layer(nn.Module):
+    """As a layer of transformers: a tuple, and arguments by name."""
+
+    def forward(self, tgt, **_):
+        return tgt + 1, None
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, curr, memory, memory_pos):
+        x = curr.transpose(0, 1)
+        for layer in self.layers:
+            x, _ = layer(tgt=x)
+        return (x + memory.mean()).transpose(0, 1)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = Add(Add(), Add())
+
+    def forward(self, images):
+        x = self.trunk(images).permute(0, 2, 3, 1)
+        for block in self.trunk.blocks:
+            x = block(x)
+        return {"backbone_fpn": [x.permute(0, 3, 1, 2) + i for i in range(3)]}
+
+
+class Tracker(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image_encoder, self.memory_attention = Encoder(), Attention()
+
+    def forward_image(self, images):
+        out = self.image_encoder(images)
+        out["vision_features"] = out["backbone_fpn"][-1]
+        return out
+
+    def _get_image_feature(self, state, frame_idx, batch_size):
+        levels = self.forward_image(state[frame_idx][None])["backbone_fpn"]
+        return None, None, [x.flatten(2).permute(2, 0, 1) for x in levels]
+
+    def track_step_eval(self, frame_idx, features):
+        return self.memory_attention(curr=features, memory=torch.full((5, 1, 2), 2.0), memory_pos=torch.ones(5, 1, 2))
+
+
+def network():
+    virst, model = nn.Module(), nn.Module()
+    virst.model = model
+    model.vision_tower = nn.Module()
+    model.vision_tower.vision_tower = nn.Module()
+    tower = model.vision_tower.vision_tower.encoder = nn.Module()
+    tower.patch_embed, tower.blocks, tower.vision_layernorm = Add(), nn.ModuleList([Add()]), Add()
+    model.mm_projector = nn.Module()
+    model.mm_projector.mlp = Add()
+    model.layers, model.norm = nn.ModuleList([Layer(), Layer()]), Add()
+    model.seg_prompter = nn.Module()
+    model.seg_prompter.memory_norm, model.seg_prompter.decoder = Add(), nn.ModuleList([Layer()])
+    model.seg_model = Tracker()
+    return virst
+
+
+def run(virst, video):
+    model = virst.model
+    tower = model.vision_tower.vision_tower.encoder
+    tower.patch_embed(torch.zeros(CLIPS, 3, 4, 8, 8))
+    x = tower.vision_layernorm(tower.blocks[0](torch.zeros(CLIPS, 5, WIDTH)))
+    for clip in x:
+        model.mm_projector.mlp(clip[None])
+    x = torch.zeros(1, 7, WIDTH)
+    for layer in model.layers:
+        x, _ = layer(x)
+    model.norm(x)
+    model.seg_model.forward_image(video[:2])
+    model.seg_prompter.memory_norm(torch.zeros(9, 1, WIDTH))
+    model.seg_prompter.decoder[0](tgt=torch.zeros(8, 1, WIDTH))
+    for t in range(FRAMES):
+        _, _, levels = model.seg_model._get_image_feature(video, t, 1)
+        if t:
+            model.seg_model.track_step_eval(frame_idx=t, features=levels[-1])
+
+
+def test_every_block_is_kept():
+    virst, video, kept = network(), torch.arange(FRAMES * 3 * SIDE * SIDE).reshape(FRAMES, 3, SIDE, SIDE).float(), Blocks()
+    with kept.listening(virst):
+        run(virst, video)
+    outcome = {
+        "pred_masks": torch.ones(1, 1, 8, 8),
+        "obj_ptr": torch.ones(1, WIDTH),
+        "object_score_logits": torch.tensor([[2.0]]),
+        "maskmem_features": torch.arange(2 * SIDE * SIDE).reshape(1, 2, SIDE, SIDE).bfloat16(),
+    }
+    kept.finish([0], dict.fromkeys(range(FRAMES), outcome), {"prompts": torch.ones(1, 2)})
+    arrays = kept.arrays
+    assert arrays["vision.pixels"].shape == (1, 4, 8, 8, 3)
+    assert arrays["vision.embed"].shape == (1, 5, WIDTH)
+    assert [arrays[f"vision.{n}"].max() for n in ("embed", "block0", "norm")] == [0, 1, 2]
+    assert arrays["projector.tokens"].shape == (1, 5, WIDTH)
+    assert arrays["visual"].shape == (CLIPS, 5, WIDTH)
+    assert [arrays[f"llm.{n}"].max() for n in ("fused", "layer0", "layer1", "norm")] == [0, 1, 2, 3]
+    np.testing.assert_array_equal(arrays["image.pixels"], video[:1].permute(0, 2, 3, 1))
+    np.testing.assert_array_equal(arrays["image.block1"], arrays["image.embed"] + 2)
+    np.testing.assert_array_equal(arrays["image.fpn2"], arrays["image.block1"] + 2)
+    np.testing.assert_array_equal(arrays["maps"][:1], arrays["image.fpn2"])
+    assert len(arrays["maps"]) == 2
+    np.testing.assert_array_equal(arrays["frame0.top"], arrays["maps"][0])
+    assert arrays["fusion.keys"].shape == (1, 9, WIDTH)
+    assert arrays["fusion.layer0"].shape == (1, 8, WIDTH)
+    assert "frame0.keys" not in arrays
+    assert arrays["frame2.keys"][0, 0] == 5
+    np.testing.assert_array_equal(arrays["frame2.attention1"], arrays["frame2.enter"] + 2)
+    flat = arrays["frame2.conditioned"].reshape(1, SIDE * SIDE, -1)
+    np.testing.assert_array_equal(flat, arrays["frame2.attention1"] + 2)
+    assert arrays["frame1.score"].shape == ()
+    np.testing.assert_array_equal(arrays["frame1.memory"][1], [1, 17])
+    assert arrays["anchors"].tolist() == [0]
+    assert {array.dtype for array in arrays.values()} == {np.dtype("float32"), np.dtype("int32")}
+
+
+def test_network_is_left_as_it_was():
+    virst = network()
+    kept = Blocks()
+    with kept.listening(virst):
+        assert "forward_image" in vars(virst.model.seg_model)
+    before = dict(kept.arrays)
+    run(virst, torch.zeros(FRAMES, 3, SIDE, SIDE))
+    assert kept.arrays == before == {}
+    assert "forward_image" not in vars(virst.model.seg_model)
+
+
+def test_wrapped_twice():
+    class Owner:
+        def method(self):
+            return "m"
+
+    owner = Owner()
+    with wrapped(owner, "method", lambda call: call() + "1"):
+        with wrapped(owner, "method", lambda call: call() + "2"):
+            assert owner.method() == "m12"
+        assert owner.method() == "m1"
+    assert owner.method() == "m"
+
+
+def test_moments_do_not_depend_on_the_order():
+    rng = np.random.default_rng(0)
+    keys, positions = rng.normal(size=(2, 9, 4)).astype(np.float32)
+    moments = second_moments(keys, positions)
+    order = rng.permutation(9)
+    np.testing.assert_allclose(second_moments(keys[order], positions[order]), moments, rtol=1e-6)
+    assert np.abs(second_moments(keys, positions[order]) - moments).max() > 0.1
+    assert moments[0, 0] == 9
+
+
+def test_size_is_told_and_room_is_asked_for(tmp_path, monkeypatch):
+    told: list[str] = []
+    path = tmp_path / "e2e_a.blocks.npz"
+    write_blocks(path, {"a": np.zeros(500_000)}, told.append)
+    assert told == [f"{path}: 1 tensors of blocks, 4 MB"]
+    assert np.load(path)["a"].shape == (500_000,)
+    path.unlink()
+    monkeypatch.setattr(blocks.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(UserError, match=r"take 4 MB and 1 MB are free; the case itself is written"):
+        write_blocks(path, {"a": np.zeros(500_000)}, told.append)
+    assert not path.exists()
