@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -58,7 +59,13 @@ def runner_of(name: str) -> Runner:
 
 
 def run_case(folder: Path, name: str, **given: Any) -> tuple[list[Check], float]:
-    """Runs one case in float32 products of full precision and returns its checks and the seconds it took.
+    """See `run_whole_case`; returns the checks and the seconds."""
+    _, checks, seconds = run_whole_case(folder, name, **given)
+    return checks, seconds
+
+
+def run_whole_case(folder: Path, name: str, **given: Any) -> tuple[Case, list[Check], float]:
+    """Runs one case in float32 products of full precision and returns it, its checks and the seconds it took.
 
     What is wrong with the case itself becomes a failed check.
     """
@@ -76,7 +83,7 @@ def run_case(folder: Path, name: str, **given: Any) -> tuple[list[Check], float]
     except Exception as error:  # of whatever kind: the other cases' results are wanted all the same
         note = f"the case does not fit its kind ({type(error).__name__}: {error})"
         checks = [*(case.checks if case else []), Check("-", False, note=note)]
-    return checks, time.perf_counter() - start
+    return case or Case(name, {}, {}), checks, time.perf_counter() - start
 
 
 HEADER = ("case", "output", "max abs", "rel L2", "IoU", "", "s", "note")
@@ -103,10 +110,12 @@ def _row(name: str, check: Check, seconds: float | None) -> str:
     )
 
 
+WITHIN = {"bisect": "conversion.bisect"}
 HELP = "Compare the network with recorded outputs of the PyTorch release, case by case."
 EXAMPLES = """examples:
   virst parity cases
   virst parity cases --case e2e_dog --checkpoint virst_7b
+  virst parity bisect cases/e2e_dog --checkpoint virst_7b      # which operation differs first? (bisect --help)
 
 Exit status: 0 all outputs pass; 1 an output fails, a case is unknown or a file is damaged; 2 bad arguments."""
 
@@ -116,6 +125,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", nargs="+", metavar="NAME", help="run these cases only")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="also write a page here: tables, errors, masks; one HTML file"
+    )
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -143,23 +155,38 @@ def run(args: argparse.Namespace) -> int:
         "tokenizer": args.tokenizer or (beside if beside.is_dir() else None),
         "checkpoint": args.checkpoint,
     }
+    report: ModuleType | None = None
+    if args.report:
+        from . import report as page  # its packages belong to an extra
+
+        report = page
+        given["detailed"] = True
+    sections: list[Any] = []
     console = Console(highlight=False, soft_wrap=True)
     console.print(_line(*HEADER), style="bold")
     results: list[dict[str, Any]] = []
     with console.status("") as status:
         for i, name in enumerate(names):
             status.update(f"{name} ({i + 1} of {len(names)})")
-            checks, seconds = run_case(folder, name, **given)
+            case, checks, seconds = run_whole_case(folder, name, **given)
             for k, check in enumerate(checks):
                 row = _row(name if k == 0 else "", check, seconds if k == 0 else None)
                 console.print(row, style=None if check.passed else "red", markup=False)
             results.append({"case": name, "seconds": seconds, "checks": [dataclasses.asdict(c) for c in checks]})
             if args.json:
                 atomic.write_json(args.json, results)
+            if report:
+                sections.append(report.case_section(case, checks, seconds))
+                report.write_page(args.report, f"Parity of {folder.name}", sections, _conclusion(results)[0])
+    conclusion, failed = _conclusion(results)
+    console.print(conclusion)
+    return 1 if failed else 0
+
+
+def _conclusion(results: list[dict[str, Any]]) -> tuple[str, int]:
     failed = sum(not check["passed"] for result in results for check in result["checks"])
     total = sum(len(result["checks"]) for result in results)
-    console.print(f"{len(results)} cases, {total} outputs, {failed} failed")
-    return 1 if failed else 0
+    return f"{len(results)} cases, {total} outputs, {failed} failed", failed
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -77,7 +77,9 @@ def call(command: ModuleType, argv: Sequence[str] | None, prog: str, run: Run | 
       run: takes the place of the command's.
     """
     given = sys.argv[1:] if argv is None else list(argv)
-    return guarded(lambda: (run or command.run)(_options(command, prog).parse_args(given)))
+    if run is None:
+        return guarded(lambda: _parse_and_run(command, prog, given))
+    return guarded(lambda: run(_options(command, prog).parse_args(given)))
 
 
 def guarded(run: Callable[[], int]) -> int:
@@ -124,8 +126,17 @@ def whole_parser() -> argparse.ArgumentParser:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    command = command_module(name)
-    return command.run(_options(command, f"virst {name}").parse_args(arguments))
+    return _parse_and_run(command_module(name), f"virst {name}", arguments)
+
+
+def _parse_and_run(command: ModuleType, prog: str, arguments: list[str]) -> int:
+    """Runs a command, or one within it: those that a module's WITHIN names, which maps a word to a module."""
+    within: dict[str, str] = getattr(command, "WITHIN", {})
+    if arguments and arguments[0] in within:
+        inner = programs.load(within[arguments[0]])
+        return _parse_and_run(inner, f"{prog} {arguments[0]}", arguments[1:])
+    status: int = command.run(_options(command, prog).parse_args(arguments))
+    return status
 
 
 def _options(command: ModuleType, prog: str) -> Parser:

@@ -25,6 +25,7 @@ from ..rules import Rule
 from ..weights_rule import make_input, make_state
 
 BINS = 60  # of histograms of errors
+GRADIENTS = ".gradients.npz"  # behind a train_loss case's name, see recording/training.py
 BLOCKS = ".blocks.npz"  # behind a case's name: what every block gave, see recording/blocks.py
 
 
@@ -120,6 +121,7 @@ class Case:
     meta: dict[str, Any]
     outputs: Mapping[str, np.ndarray]
     dtype: str = "float32"
+    folder: Path | None = None  # where it lies
     tokenizer: Path | None = None
     checkpoint: Path | None = None  # a converted one, for recorded cases
     checks: list[Check] = field(default_factory=list)
@@ -194,13 +196,13 @@ def load_case(folder: Path, name: str, **given: Any) -> Case:
     meta: Any = read_json(meta_file, advice=advice).value if meta_file.exists() else {}
     outputs = read_npz(output_file, advice) if output_file.exists() else {}
     meta = meta if isinstance(meta, dict) else {"rows": meta}
-    return Case(name, meta, outputs, **given)
+    return Case(name, meta, outputs, folder=folder, **given)
 
 
 def case_names(folder: Path) -> list[str]:
     """Names of all cases of a directory."""
     files = (path for path in folder.iterdir() if path.suffix in (".json", ".npz"))
-    return sorted({path.stem for path in files if not path.name.endswith(BLOCKS)})
+    return sorted({path.stem for path in files if not path.name.endswith((BLOCKS, GRADIENTS))})
 
 
 Runner = Callable[[Case], None]

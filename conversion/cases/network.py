@@ -4,7 +4,7 @@ Axes: T frames, F segmentation frames, A anchors, D width of the language model,
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import normalize, resize_frames, sam_pixels
 from virst_jax.errors import UserError
 from virst_jax.inference.plan import Plan
-from virst_jax.inference.steps import SCALE, UNIT_SCALE, Network, Scale
+from virst_jax.inference.steps import SCALE, UNIT_SCALE, Network, Scale, TextReading
 from virst_jax.inference.stream import Chunk, anchor_positions, propagate
 from virst_jax.inference.texts import cut_behind_video
 from virst_jax.io.model_folder import load_model
@@ -26,11 +26,13 @@ from virst_jax.models.virst import Virst
 
 from ..rules import rule_table
 from ..weights_rule import make_input, make_video
-from .case import Case, Check, close, exact, same_masks, within
+from .case import Case, Check, Detail, close, detail, exact, same_masks, within
 from .modules import channels_first, compute_of, qwen_config, sam2_config, vision_config
 
 SEG_MODEL = "model.seg_model."
 LOW_PRECISION = 5e-2  # relative L2 error that bfloat16 explains over a network of this depth
+BY_FRAME = ("low_res_masks", "obj_ptr", "object_score_logits")  # outputs whose first axis is frames
+SHOWN_FRAMES = 4  # of a report's masks
 BFLOAT16_STEP = 2.0**-8  # memories are stored in bfloat16: a value on the border falls to either side
 
 
@@ -73,7 +75,12 @@ def rule_clips(case: Case, name: str, cfg: VirstConfig, count: int, salt: int) -
     return frames.reshape(-1, cfg.vision.clip_frames, side, side, 3)
 
 
-def _network(case: Case) -> Network:
+def open_network(case: Case) -> Network:
+    """The case's network with its parameters: by rule, or of the checkpoint that the case was given.
+
+    Raises:
+      UserError: no checkpoint was given where one is needed, or it is another network.
+    """
     if case.meta.get("state", {}).get("from") != "checkpoint":
         cfg = network_config(case)
         return Network(cfg, rule_params(case, cfg))
@@ -92,8 +99,8 @@ def _network(case: Case) -> Network:
     return Network(cfg, params)
 
 
-def _video(case: Case) -> np.ndarray:
-    """uint8[T, H, W, 3]"""
+def video_of(case: Case) -> np.ndarray:
+    """The case's video, uint8[T, H, W, 3]."""
     meta = case.meta
     if meta.get("video", {}).get("from") == "npz":
         return case.outputs["frames"]
@@ -101,7 +108,7 @@ def _video(case: Case) -> np.ndarray:
     return make_video(meta["n_frames"], meta["hw"][0], meta["hw"][1], salt=salt)
 
 
-def _video_clips(case: Case, cfg: VirstConfig, video: np.ndarray) -> tuple[np.ndarray, Scale]:
+def video_clips(case: Case, cfg: VirstConfig, video: np.ndarray) -> tuple[np.ndarray, Scale]:
     """Clips number[clips, frames, S, S, 3], and what normalises them."""
     meta, clip = case.meta, case.meta.get("clip", {})
     if clip.get("from") == "frames":
@@ -133,12 +140,18 @@ class Comparison:
     def close(self, output: str, value: Any, relative: float = 1e-4) -> None:
         if output in self:
             bound = LOW_PRECISION if self.low else relative
-            self.add(close(output, self.thin(output, value), self.case.outputs[output], bound))
+            ours, theirs = self.thin(output, value), self.case.outputs[output]
+            self.add(close(output, ours, theirs, bound))
+            self.tell(output, ours, theirs)
 
     def pixels(self, output: str, value: np.ndarray) -> None:
         if output in self:
             ours = self.thin(output, channels_first(value))
             self.add(within(output, ours, self.case.outputs[output], 1e-5, "the same PIL call"))
+
+    def tell(self, output: str, ours: Any, theirs: Any) -> None:
+        if self.case.detailed:
+            self.case.details.append(detail(output, ours, theirs, by_frame=output in BY_FRAME))
 
     def add(self, check: Check) -> None:
         self.case.checks.append(check)
@@ -146,12 +159,12 @@ class Comparison:
 
 def run_e2e(case: Case) -> None:
     """Drives the steps that `segment` runs, in its exact mode, and compares what they compute on the way."""
-    network = _network(case)
+    network = open_network(case)
     cfg, meta, compare = network.cfg, case.meta, Comparison(case)
-    video = _video(case)
-    clips, scale = _video_clips(case, cfg, video)
+    video = video_of(case)
+    clips, scale = video_clips(case, cfg, video)
     seg_frames = meta["sam_idx"]
-    plan = Plan(tuple(range(clips.shape[0] * clips.shape[1])), tuple(seg_frames), _anchors(cfg, seg_frames))
+    plan = Plan(tuple(range(clips.shape[0] * clips.shape[1])), tuple(seg_frames), anchors_of(cfg, seg_frames))
     compare.add(exact("cond_frames", sorted(set(plan.anchor_frames)), meta["cond_frames"]))
 
     # one frame at a time: pixels of a long video would not fit
@@ -182,13 +195,52 @@ def run_e2e(case: Case) -> None:
     _tracking(compare, cfg, propagate(network, [batch], frames, len(video), size, keep_tracked=True), size)
 
 
-def _anchors(cfg: VirstConfig, seg_frames: list[int]) -> tuple[int, ...]:
+def anchors_of(cfg: VirstConfig, seg_frames: list[int]) -> tuple[int, ...]:
+    """The anchors' positions among the segmentation frames."""
     return tuple(eval_anchors(len(seg_frames), cfg.frames_per_anchor))
+
+
+def _telling_frames(ours: list[np.ndarray], theirs: np.ndarray) -> tuple[tuple[int, np.ndarray, np.ndarray], ...]:
+    """The frames whose masks differ most, or evenly spaced ones where none differs."""
+    count = min(SHOWN_FRAMES, len(ours))
+    differing = np.array([int((a != b).sum()) for a, b in zip(ours, theirs)])
+    even = np.linspace(0, len(ours) - 1, count).round().astype(int).tolist()
+    chosen = even if not differing.any() else np.argsort(-differing, kind="stable")[:count].tolist()
+    return tuple((t, ours[t], theirs[t]) for t in sorted(set(chosen)))
 
 
 def _levels(compare: Comparison, name: str, features: Features) -> None:
     for i, level in enumerate((features.high0, features.high1, features.top)):
         compare.close(f"{name}_fpn{i}", channels_first(level))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the language model made of a case's conversation."""
+
+    text: TextReading
+    embeds: list[tuple[jax.Array, np.ndarray]]  # input embeddings dtype[1, P, D] and which are valid, bool[1, P]
+
+
+def read_conversation(
+    network: Network, meta: Mapping[str, Any], visual: list[jax.Array], clips: int, tops: list[jax.Array]
+) -> Reading:
+    """Reads an e2e case's conversation as `segment` does: the video, then the text behind it.
+
+    Args:
+      visual: tokens dtype[tokens, D] of every clip, and of slots behind them that hold none.
+      clips: how many are clips.
+      tops: F maps dtype[H, W, C].
+    """
+    tokens = clips * visual[0].shape[0]
+    row = splice(meta["input_ids"], meta["labels"], tokens, network.cfg.seg_token_id)
+    texts = cut_behind_video([row], len(visual) * visual[0].shape[0] - tokens)
+    ids, mask, seg = texts.batch(0, 1, 1)
+    video = network.read_video(visual, texts.prefix_ids, texts.prefix_visual, texts.prefix_mask, keep_embeds=True)
+    text = network.read_text(video.cache, ids, mask, seg, tops, keep_layers=True)
+    assert video.embeds is not None
+    assert text.embeds is not None
+    return Reading(text, [(video.embeds, texts.prefix_mask), (text.embeds, mask)])
 
 
 def _language(
@@ -199,13 +251,8 @@ def _language(
     slots = max(len(clips), cfg.max_video_frames // cfg.vision.clip_frames)
     visual = network.encode_visual(clips, slots, scale)
     compare.close("visual_tokens", np.concatenate([np.asarray(x, np.float32) for x in visual[: len(clips)]])[None])
-    tokens = len(clips) * visual[0].shape[0]
-    row = splice(meta["input_ids"], meta["labels"], tokens, cfg.seg_token_id)
-    texts = cut_behind_video([row], slots * visual[0].shape[0] - tokens)
-    ids, mask, seg = texts.batch(0, 1, 1)
-    video = network.read_video(visual, texts.prefix_ids, texts.prefix_visual, texts.prefix_mask, keep_embeds=True)
-    text = network.read_text(video.cache, ids, mask, seg, tops, keep_layers=True)
-    parts = [(video.embeds, texts.prefix_mask), (text.embeds, mask)]
+    reading = read_conversation(network, meta, visual, len(clips), tops)
+    text, parts = reading.text, reading.embeds
     compare.close("inputs_embeds", np.concatenate([np.asarray(x, np.float32)[valid] for x, valid in parts])[None])
     assert text.layers is not None
     compare.close("hidden_layers", np.asarray(jnp.concatenate([text.layers[:, 0], text.seg_hidden]), np.float32))
@@ -238,7 +285,10 @@ def _tracking(compare: Comparison, cfg: VirstConfig, chunks: Iterable[Chunk], si
     if not np.array_equal(np.asarray(scores) > 0, theirs > 0):
         check = dataclasses.replace(check, passed=False, note="signs differ")
     compare.add(check)
+    compare.tell("object_score_logits", scores, theirs)
     bits = np.unpackbits(out["video_mask_bits"], axis=-1)[..., : size[1]].astype(bool)
     compare.add(same_masks("video_mask_bits", np.stack(masks), bits, 0.95 if compare.low else 0.998))
+    if compare.case.detailed:
+        compare.case.details.append(Detail("video_mask_bits", masks=_telling_frames(masks, bits)))
     for name, memory in memories.items():
         compare.close(name, memory, BFLOAT16_STEP)

@@ -40,14 +40,15 @@ class Blocks:
                 if before:
                     hook = module.register_forward_pre_hook(_first(before), with_kwargs=True)
                     stack.callback(hook.remove)
-                if after:
+                if after is not None:
                     stack.callback(module.register_forward_hook(_result(after)).remove)
-            for name, before, after in (
-                ("_get_image_feature", None, self._featured),
-                ("track_step_eval", self._tracking, None),
-                ("forward_image", None, self._encoded),
-            ):
-                stack.enter_context(wrapped(seg_model, name, _around(before, after)))
+            listeners: tuple[tuple[str, Callable[..., Any]], ...] = (
+                ("_get_image_feature", _around(None, self._featured)),
+                ("track_step_eval", _around(self._tracking, None)),
+                ("forward_image", _around(None, self._encoded)),
+            )
+            for name, listener in listeners:
+                stack.enter_context(wrapped(seg_model, name, listener))
             hook = seg_model.memory_attention.register_forward_pre_hook(self._remembering, with_kwargs=True)
             stack.callback(hook.remove)
             yield

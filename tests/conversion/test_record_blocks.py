@@ -111,7 +111,11 @@ def run(virst, video):
 
 
 def test_every_block_is_kept():
-    virst, video, kept = network(), torch.arange(FRAMES * 3 * SIDE * SIDE).reshape(FRAMES, 3, SIDE, SIDE).float(), Blocks()
+    virst, video, kept = (
+        network(),
+        torch.arange(FRAMES * 3 * SIDE * SIDE).reshape(FRAMES, 3, SIDE, SIDE).float(),
+        Blocks(),
+    )
     with kept.listening(virst):
         run(virst, video)
     outcome = {

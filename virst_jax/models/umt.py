@@ -82,6 +82,7 @@ class VideoEncoder(nn.Module):
         pretrained = 1 if frames == 1 else cfg.pretrained_frames
         table = sinusoid_table(cfg.grid, frames, cfg.hidden_size, cfg.pretrained_grid, pretrained)
         x = x + table.astype(x.dtype)
+        self.sow("intermediates", "embedded", x)
         blocks: Any = nn.scan(
             remat(Block, self.compute.remat),
             variable_axes={"params": 0},

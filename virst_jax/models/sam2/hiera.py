@@ -140,6 +140,7 @@ class Hiera(nn.Module):
         cfg, compute = self.cfg, self.compute
         x = conv(compute, cfg.embed_dim, 7, stride=4, padding=3, name="patch_embed")(pixels)
         x = x + self._position(x.shape[1:3]).astype(x.dtype)
+        self.sow("intermediates", "embedded", x)
         ends = {sum(cfg.stages[: i + 1]) for i in range(len(cfg.stages))}
         features = []
         for run in block_runs(cfg):

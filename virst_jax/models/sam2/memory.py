@@ -131,6 +131,7 @@ class MemoryAttention(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x = image.astype(dtype) + (0.1 * image_pos).astype(dtype)
+        self.sow("intermediates", "entered", x)
         x, _ = layers(self.cfg, self.compute, pointer_tokens, deterministic, name="layers")(
             x, memory.astype(dtype), memory_pos.astype(dtype), key_mask
         )
