@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from virst_jax.api import EMBEDDED
+from virst_jax import cli
+from virst_jax.api import EMBEDDED, find_model
 from virst_jax.config import HieraConfig, Sam2Config
 from virst_jax.errors import UserError
 from virst_jax.io import digests, model_folder, tracker_folder
@@ -223,3 +224,13 @@ def _inner(value: dict) -> str:
     (name, number), *_ = value.items()
     text = "1" + "0" * 5000 if isinstance(number, int) and number > 10**100 else json.dumps(number)
     return f'"{name}": {text}'
+
+
+def test_a_tracker_is_no_model_and_can_be_looked_at(tracker, capsys):
+    with pytest.raises(UserError, match=r"holds SAM 2\.1 alone, without the language model"):
+        find_model(tracker)
+    assert cli.main(["info", "--model", str(tracker), "--check", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["holds"] == "SAM 2.1 alone, no language model"
+    assert "parameters and" in told["digests"]
+    assert "are as they were saved" in told["digests"]
