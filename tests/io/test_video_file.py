@@ -12,6 +12,7 @@ import pytest
 from helpers.places import DATA
 from virst_jax.errors import UserError
 from virst_jax.io.containers import what_is_missing
+from virst_jax.io.reader import VideoFormat
 from virst_jax.io.video import FileReader, StridedReader, VideoWriter, open_video
 from virst_jax.io.video_file import ranges
 
@@ -320,6 +321,26 @@ def overlay_of(source: Path, out: Path) -> VideoWriter:
         for frame in video:
             writer.write(frame)
     return writer
+
+
+@pytest.mark.parametrize("fps", [0.0, 1e-9, 1e-4, 1e-3, 29.97, 1000.0, 9999.9, 1e5, 1e9])
+@pytest.mark.parametrize("timed", [False, True])
+def test_overlays_of_any_rate_can_be_played(tmp_path, fps, timed):
+    for base in (None, Fraction(1, 90_000), Fraction(1, 1), Fraction(1001, 30_000)):
+        with VideoWriter(tmp_path / "a.mp4", (32, 48), fps, VideoFormat(time_base=base)) as out:
+            for i in range(4):
+                out.write(np.full((32, 48, 3), 40 * i, np.uint8), i / fps if timed and fps else None)
+        assert open_video(tmp_path / "a.mp4").num_frames == 4, (fps, base)
+
+
+def test_colours_that_no_encoder_knows_and_jumps_in_time(tmp_path):
+    odd = VideoFormat(
+        colorspace=99, color_primaries=300, color_trc=77, color_range=9, sample_aspect=Fraction(1, 100_000)
+    )
+    with VideoWriter(tmp_path / "a.mp4", (32, 48), 10, odd) as out:
+        for time in (0.0, 1e6, 1e6 + 0.1, 1e15):
+            out.write(np.zeros((32, 48, 3), np.uint8), time)
+    assert open_video(tmp_path / "a.mp4").num_frames == 4
 
 
 def test_sound_without_headers_is_coded_again(tmp_path):

@@ -29,6 +29,7 @@ def exclusive(folder: str | Path, name: str = LOCK, shown: str | Path | None = N
     folder = Path(folder)
     path, shown = folder / name, shown or folder
     with contextlib.ExitStack() as stack:
+        atomic.check_writable(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = stack.enter_context(atomic.locked(path, os.O_RDWR | os.O_CREAT))

@@ -24,6 +24,7 @@ from virst_jax.io.video_writer import VideoWriter
 __all__ = ["FRAME_SUFFIXES", "FileReader", "Reader", "StridedReader", "VideoWriter", "open_video", "prefetch"]
 
 FRAME_SUFFIXES = images.SUFFIXES
+MIN_FPS, MAX_FPS = 1e-4, 10_000
 T = TypeVar("T")
 
 
@@ -46,8 +47,8 @@ def open_video(video: Any, *, fps: float | None = None, allow_damaged: bool = Fa
       UserError: missing, unreadable, empty, damaged or truncated, or frames that differ in size.
     """
     is_number = isinstance(fps, (int, float, np.integer, np.floating)) and not isinstance(fps, bool)
-    if fps is not None and not (is_number and 0 < fps <= 10_000):
-        raise UserError(f"{fps!r} frames a second cannot be; give a number above 0")
+    if fps is not None and not (is_number and MIN_FPS <= fps <= MAX_FPS):
+        raise UserError(f"{fps!r} frames a second cannot be; give a number of {MIN_FPS:g} to {MAX_FPS:,}")
     reader = _opened(video, allow_damaged)
     if fps is not None:
         if reader.fps > 0 and reader is not video:

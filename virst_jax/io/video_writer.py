@@ -6,6 +6,7 @@ Axes: H height, W width, 3 RGB.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Generator
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +26,8 @@ MP4_AUDIO = {"aac", "mp3", "ac3", "eac3", "opus", "flac", "alac", "mp2"}  # copi
 _NEED_HEADERS = {"aac", "opus", "flac", "alac"}  # MP4 keeps what MPEG-TS repeats in the stream: without it, as others
 _SWSCALE = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # matrices of swscale by FFmpeg's number of a colour space
 _LIMITED, _FULL = 1, 2  # ranges
+_PRIMARIES, _TRANSFERS = {*range(1, 13), 22}, set(range(1, 19))  # that FFmpeg's encoders know
+_LONGEST_UNITS, _LONGEST_SECONDS = 1 << 28, 10_000  # of a frame: MP4 counts in 32 bits, and adds several up
 
 
 class VideoWriter:
@@ -44,15 +47,22 @@ class VideoWriter:
     def __init__(self, path: Path, size: tuple[int, int], fps: float, format: VideoFormat | None = None):
         import av
 
-        self.path, self.format, self.sound_fault = path, format or VideoFormat(), ""
+        self.path, self.format, self.sound_fault = path, _known_colours(format or VideoFormat()), ""
+        rate = Fraction(fps if fps > 0 else DEFAULT_FPS).limit_denominator(1001)
+        self._rate = min(max(rate, Fraction(1, 1000)), Fraction(10_000))
+        self._base = self.format.time_base or 1 / self._rate
+        if self._base.denominator > 1 << 24 or self._base.numerator > self._base.denominator:
+            self._base = Fraction(1, 90_000)
+        self._longest = max(1, min(_LONGEST_UNITS, int(_LONGEST_SECONDS / self._base)))
         self._av = av
         with contextlib.ExitStack() as stack:
             part = stack.enter_context(atomic.new_path(path))
-            options = {"movflags": "+faststart"}
+            # the file's own clock, else of milliseconds: frames that are shorter would be cut off at start and end
+            clock = max(1000, min(self._base.denominator, 1 << 24))
+            options = {"movflags": "+faststart", "movie_timescale": str(clock)}
             self._container = stack.enter_context(
                 contextlib.closing(av.open(str(part), "w", format="mp4", options=options))
             )
-            self._rate = Fraction(fps if fps > 0 else DEFAULT_FPS).limit_denominator(1001)
             self._stream = self._add_video(size)
             self._audio = self._add_audio(self.format.audio) if self.format.audio else None
             self._stack = stack.pop_all()
@@ -72,9 +82,6 @@ class VideoWriter:
         )
         stream.height, stream.width = size[0] + size[0] % 2, size[1] + size[1] % 2
         stream.pix_fmt = "yuv420p"
-        self._base = self.format.time_base or 1 / self._rate
-        if self._base.denominator > 1 << 24 or self._base.numerator > self._base.denominator:
-            self._base = Fraction(1, 90_000)
         stream.codec_context.time_base = self._base
         if self.format.sample_aspect is not None:
             stream.codec_context.sample_aspect_ratio = self.format.sample_aspect
@@ -100,10 +107,10 @@ class VideoWriter:
         av_frame.colorspace, av_frame.color_range = self._stream.codec_context.colorspace, self.format.color_range
         av_frame.color_primaries, av_frame.color_trc = self.format.color_primaries, self.format.color_trc
         at = Fraction(self._count) / self._rate if time is None else Fraction(time)
-        number = max(round(at / self._base), self._last + 1)
+        number = min(max(round(at / self._base), self._last + 1), self._last + self._longest)
         av_frame.pts, av_frame.time_base = number, self._base
         span = 1 / self._rate if duration is None else Fraction(duration)
-        av_frame.duration = max(1, round(span / self._base))
+        av_frame.duration = min(max(1, round(span / self._base)), self._longest)
         self._end = float(number * self._base + span)
         self._count, self._last = self._count + 1, number
         self._container.mux(self._stream.encode(av_frame))
@@ -143,6 +150,16 @@ class VideoWriter:
             self._audio.close()
         with contextlib.suppress(Exception):
             self._stack.__exit__(kind, error, trace)
+
+
+def _known_colours(given: VideoFormat) -> VideoFormat:
+    """The format without numbers of colours that no encoder takes: a damaged file states any."""
+    return dataclasses.replace(
+        given,
+        color_primaries=given.color_primaries if given.color_primaries in _PRIMARIES else 2,
+        color_trc=given.color_trc if given.color_trc in _TRANSFERS else 2,
+        color_range=given.color_range if given.color_range in (_LIMITED, _FULL) else 0,
+    )
 
 
 def _errors() -> tuple[type[BaseException], ...]:
