@@ -36,7 +36,7 @@ def base() -> ConfigDict:
             "compute": {"dtype": "bfloat16", "remat": "full"},
         },
     }
-    c.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    c.mesh = {"data": 1, "fsdp": -1, "tensor": 1, "dcn_data": -1, "dcn_fsdp": 1}
     c.seed = 0
     c.distributed = False  # several processes, started by a launcher that jax.distributed.initialize() knows
     c.threads, c.workers = 8, 0

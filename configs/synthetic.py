@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     # hardly encode the column (a ridge regression explains 1 % of its variance, from a grid of 83 it explains 73 %)
     overrides["vision"] = {"pretrained_grid": 83}
     c.model = {"preset": "tiny", "init": "", "tokenizer": "", "overrides": overrides}
-    c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    c.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "dcn_data": -1, "dcn_fsdp": 1}
     c.seed = 0
     c.threads, c.workers = 1, 0
     c.data_root = ""

@@ -1,5 +1,6 @@
 """The rules of sharding, and one small step on 1 and on 8 virtual devices, in one and in two processes."""
 
+import dataclasses
 import math
 import os
 import socket
@@ -103,6 +104,58 @@ def test_meshes_that_do_not_divide(sizes, words):
     with pytest.raises(UserError, match=words) as error:
         sharding.make_mesh(*sizes, devices=jax.devices()[:1])
     assert "\n" not in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What make_mesh asks a TPU device for."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+
+def chips(slices: int, side: int = 2) -> list[Chip]:
+    places = [(s, x, y) for s in range(slices) for y in range(side) for x in range(side)]
+    return [Chip(i, s, (x, y, 0), process_index=s) for i, (s, x, y) in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "slices_along"),
+    [
+        ({"fsdp": -1, "data": 1}, (4, 4, 1), "data"),  # a recipe of one slice: every other slice holds a copy
+        ({"data": 2, "fsdp": 2}, (8, 2, 1), "data"),
+        ({"fsdp": -1, "data": 1, "dcn_data": 1, "dcn_fsdp": -1}, (1, 16, 1), "fsdp"),
+        ({"fsdp": 2, "data": 1, "tensor": 2, "dcn_data": 2, "dcn_fsdp": 2}, (2, 4, 2), None),
+    ],
+)
+def test_mesh_of_several_slices(sizes, shape, slices_along):
+    mesh = sharding.make_mesh(**sizes, devices=chips(4))
+    assert tuple(mesh.shape.values()) == shape
+    of = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    assert len({chip.id for chip in mesh.devices.flat}) == 16
+    if slices_along is not None:
+        axis = sharding.MESH_AXES.index(slices_along)
+        assert (np.diff(of, axis=axis) >= 0).all()  # one slice after the other
+        others = tuple(i for i in range(3) if i != axis)
+        assert (of.min(axis=others) == of.max(axis=others)).all()
+    # only data and fsdp cross the network between slices
+    assert (of == of[:, :, :1]).all()
+
+
+def test_slices_that_make_no_mesh():
+    with pytest.raises(UserError, match="dcn_data=3 x dcn_fsdp=1: 3 is not the number of slices, 4"):
+        sharding.make_mesh(dcn_data=3, devices=chips(4))
+    with pytest.raises(UserError, match="data=3 x fsdp=1 x tensor=1: 3 is not the number of devices of a slice, 4"):
+        sharding.make_mesh(3, devices=chips(2))
+    with pytest.raises(UserError, match=r"different numbers of chips, \[3, 4\]"):
+        sharding.make_mesh(devices=chips(2)[:-1])
+    with pytest.raises(UserError, match="dcn_data=2 x dcn_fsdp=1: 2 is not the number of slices, 1"):
+        sharding.make_mesh(dcn_data=2, devices=jax.devices()[:1])
 
 
 def test_mesh_of_one_device_and_rest():

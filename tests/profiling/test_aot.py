@@ -88,6 +88,60 @@ def test_traffic_of_asynchronous_collectives_counts_no_operand():
     assert traffic["reduce-scatter"].sent == traffic["reduce-scatter"].payload * 7 // 8
 
 
+PIECES = """HloModule jit_step, is_scheduled=true
+
+%first (p: bf16[1,128]) -> bf16[4,128] {
+  %p = bf16[1,128]{1,0} parameter(0)
+  %all-gather.1 = bf16[4,128]{1,0} all-gather(%p), channel_id=9, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
+  ROOT %start = (bf16[1,128]{1,0}, bf16[4,128]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%second (p: bf16[1,128]) -> bf16[4,128] {
+  %p = bf16[1,128]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[4,128]{1,0} all-gather(%p), channel_id=9, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="0"}
+}
+
+%other (p: bf16[1,128]) -> bf16[4,128] {
+  %p = bf16[1,128]{1,0} parameter(0)
+  ROOT %all-gather.3 = bf16[4,128]{1,0} all-gather(%p), channel_id=9, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="1"}
+}
+
+%body (w: (s32[], bf16[1,128])) -> (s32[], bf16[1,128]) {
+  %w = (s32[], bf16[1,128]) parameter(0)
+  %a = bf16[4,128]{1,0} fusion(%w), kind=kOutput, calls=%first
+  %b = bf16[4,128]{1,0} fusion(%w), kind=kOutput, calls=%second
+  %c = bf16[4,128]{1,0} fusion(%w), kind=kOutput, calls=%other
+  ROOT %t = (s32[], bf16[1,128]) tuple(%w, %w)
+}
+
+%condition (w: (s32[], bf16[1,128])) -> pred[] {
+  %w = (s32[], bf16[1,128]) parameter(0)
+  ROOT %less = pred[] compare(%w, %w), direction=LT
+}
+
+ENTRY %main (x: bf16[1,128]) -> bf16[1,128] {
+  %x = bf16[1,128]{1,0} parameter(0)
+  %d = bf16[4,128]{1,0} fusion(%x), kind=kOutput, calls=%second
+  %loop = (s32[], bf16[1,128]) while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %token = token[] after-all()
+  %send = (f32[64,8,128]{2,1,0}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  ROOT %y = bf16[1,128]{1,0} copy(%x)
+}
+"""  # noqa: E501
+
+
+def test_pieces_of_a_collective_count_once_and_slices_apart():
+    traffic, unread = collective_traffic(PIECES)
+    assert unread == 0
+    size = 64 * 8 * 128 * 4
+    # two chains in each of the loop's five runs, and one before it
+    assert traffic == {
+        "all-gather": Traffic(11, 11 * 4 * 128 * 2, 11 * 3 * 128 * 2),
+        "between slices": Traffic(1, size, size),
+    }
+
+
 def test_loops_of_unknown_length_are_counted():
     traffic, unread = collective_traffic(HLO.replace("direction=LT", "direction=NE"))
     assert unread == 1

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="at most so many steps of every stage")
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and print what it needs")
     parser.add_argument("--topology", default="", help="hardware to compile for: v5e:4x4, v5p:2x2x2, h100:8, cpu:8")
+    parser.add_argument("--slices", type=int, default=1, help="how many such TPU slices to compile for (1)")
 
 
 def config_of(args: argparse.Namespace) -> ConfigDict:

@@ -2,20 +2,23 @@
 
 The mesh has three axes. `data`: copies of the parameters, each with its own share of the batch. `fsdp`: shares of
 the parameters, and of the batch; a layer's weights are gathered when it runs. `tensor`: shares of the language model's
-and the video encoder's heads and hidden units, on the same batch. Modules name logical axes (models.layers.AXES,
+and the video encoder's heads and hidden units, on the same batch. Over several TPU slices `data` and `fsdp` extend by
+`dcn_data` and `dcn_fsdp`. Modules name logical axes (models.layers.AXES,
 ops.constrain.ACTIVATIONS); the tables here are the only place that gives them mesh axes.
 """
 
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from virst_jax.config import VirstConfig
@@ -65,38 +68,64 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
 GATHERED = ("sam2", "second_fusion")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    dcn_data: int = -1,
+    dcn_fsdp: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
     """A mesh of all devices with axes data, fsdp and tensor, partitioned by the compiler (AxisType.Auto).
 
+    Of several TPU slices, which the data-centre network (DCN) joins, an axis has its size within a slice times the
+    number of slices that it extends over.
+
     Args:
-      data, fsdp, tensor: sizes; one of them may be -1: what the others leave.
+      data, fsdp, tensor: sizes within a slice; one of them may be -1: what the others leave.
+      dcn_data, dcn_fsdp: over how many slices data and fsdp extend; one of them may be -1. Without slices: 1 or -1.
       devices: None: jax.devices(), those of all processes.
 
     Raises:
-      UserError: the sizes do not make up the number of devices.
+      UserError: the sizes do not make up the number of devices or of slices, or slices of different sizes.
     """
-    sizes = [data, fsdp, tensor]
     everything = list(jax.devices() if devices is None else devices)
-    count = len(everything)
-    asked = " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes))
-    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+    slices = Counter(device.slice_index for device in everything if device.platform == "tpu")
+    if len(set(slices.values())) > 1:
         raise UserError(
-            f"mesh {asked}: sizes are positive, and one of them may be -1 (the rest of the {count} devices)"
+            f"the slices have different numbers of chips, {sorted(slices.values())}; use slices of one size"
         )
+    count = max(1, len(slices))
+    of_slices = _filled("mesh", {"dcn_data": dcn_data, "dcn_fsdp": dcn_fsdp}, "slices", count)
+    owner = "devices" if count == 1 else "devices of a slice"
+    sizes = _filled("mesh", {"data": data, "fsdp": fsdp, "tensor": tensor}, owner, len(everything) // count)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if count > 1:
+        placed = mesh_utils.create_hybrid_device_mesh(sizes, (*of_slices, 1), devices=everything)
+        return Mesh(placed, MESH_AXES, axis_types=types)
+    if everything[0].platform == "tpu":
+        # neighbours on the wire become neighbours on the mesh
+        return jax.make_mesh(tuple(sizes), MESH_AXES, types, devices=everything)
+    return Mesh(np.array(everything).reshape(sizes), MESH_AXES, axis_types=types)
+
+
+def _filled(what: str, asked: Mapping[str, int], of: str, count: int) -> tuple[int, ...]:
+    """Sizes whose product is `count`, with what the others leave in place of -1."""
+    shown = " x ".join(f"{name}={size}" for name, size in asked.items())
+    sizes = list(asked.values())
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"{what} {shown}: sizes are positive, and one of them may be -1 (the rest of the {count} {of})")
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and count % known == 0:
         sizes[sizes.index(-1)] = count // known
     if math.prod(sizes) != count:
         divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise UserError(
-            f"mesh {asked}: {known} {'does not divide' if -1 in sizes else 'is not'} the number of devices, {count}; "
+            f"{what} {shown}: {known} {'does not divide' if -1 in sizes else 'is not'} the number of {of}, {count}; "
             f"choose sizes whose product is {count}, each one of {divisors}"
         )
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    if everything[0].platform == "tpu":
-        # neighbours on the wire become neighbours on the mesh
-        return jax.make_mesh(tuple(sizes), MESH_AXES, types, devices=everything)
-    return Mesh(np.array(everything).reshape(sizes), MESH_AXES, axis_types=types)
+    return tuple(sizes)
 
 
 def check_mesh(cfg: VirstConfig, mesh: Mesh) -> None:

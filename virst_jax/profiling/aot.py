@@ -61,21 +61,24 @@ class Report:
         return sum(self.parts.values())
 
 
-def topology_devices(topology: str) -> list[jax.Device]:
+def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     """Devices of a described topology, for sharding.make_mesh.
 
     Args:
       topology: KIND:SHAPE. A TPU and its slice (v5e:4x4), a GPU and how many (h100:8), or cpu:N, virtual devices.
+      slices: how many such TPU slices, joined by the data-centre network.
 
     Raises:
-      UserError: unknown, or what describes it is not installed.
+      UserError: unknown, several slices of what has none, or what describes it is not installed.
     """
     kind, _, shape = topology.partition(":")
+    if slices < 1 or (slices > 1 and kind not in TPUS):
+        raise UserError(f"{slices} slices of {topology}: give 1 or more, and more than 1 of TPUs only")
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         if not _installed("libtpu"):
             raise UserError(f"topology {topology}: libtpu is missing; run pip install 'virst-jax[aot]'")
         _quiet_tpu()
-        return _described("tpu", topology)
+        return _described("tpu", topology, **({"num_slices": slices} if slices > 1 else {}))
     if kind in GPUS and shape.isdigit():
         if not _installed("jax_plugins.xla_cuda12"):
             raise UserError(f"topology {topology}: NVIDIA's compiler is missing; run pip install jax-cuda12-plugin")

@@ -2,6 +2,10 @@
 
 XLA has no count of its own. A collective in a loop counts as often as the loop runs (its trip count), which can be read
 where the loop's condition compares with a constant, as that of lax.scan does.
+
+TPUs hide a collective behind products by spreading it over pieces of several fusions; the pieces of one collective
+share a channel and a chain, and count once. What crosses the network between slices is no collective in the text of a
+TPU's program, but a transfer to the host (KIND_BETWEEN_SLICES).
 """
 
 import math
@@ -9,7 +13,8 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KIND_BETWEEN_SLICES = "between slices"
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", KIND_BETWEEN_SLICES)
 
 _BYTES = {"pred": 1, "token": 0, "opaque": 0, "bf16": 2}
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
@@ -18,6 +23,8 @@ _OPCODE = re.compile(r"(?:^|\s)(?P<op>[a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z][a-z0-9]*)\[(?P<dims>[\d,<=]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|async_execution_thread)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_PIECE = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
+_BETWEEN_SLICES = re.compile(r" send\(.*_xla_host_transfer_handler_name=\"xla_megascale_runtime\"")
 _TRIP = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -45,19 +52,23 @@ def collective_traffic(hlo: str) -> tuple[dict[str, Traffic], int]:
     per_kind: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     unknown: set[str] = set()
     own: dict[str, list[tuple[str, int, int]]] = {}  # collectives of a computation: kind, payload, sent
-    calls: dict[str, list[tuple[str, int, str]]] = {}
+    pieces: dict[str, dict[tuple[str, str], tuple[str, int, int]]] = {}  # of a computation, by channel and chain
+    calls: dict[str, list[tuple[str, int, bool, str]]] = {}
     for name, lines in bodies.items():
-        own[name], calls[name] = [], []
+        own[name], calls[name], pieces[name] = [], [], {}
         for line in lines:
             found = _collective(line)
-            if found:
+            if found and (piece := _PIECE.search(line)):
+                pieces[name][piece[1], piece[2]] = found
+            elif found:
                 own[name].append(found)
             for callee in _callees(line):
                 if callee not in bodies:
                     continue
                 is_body = f"body=%{callee}" in line or f"body={callee}" in line
                 trip_count = trip_counts.get(line) if is_body else 1
-                calls[name].append((callee, trip_count or 1, callee if is_body and trip_count is None else ""))
+                unread = callee if is_body and trip_count is None else ""
+                calls[name].append((callee, trip_count or 1, is_body, unread))
 
     reached: dict[str, bool] = {}
 
@@ -65,20 +76,31 @@ def collective_traffic(hlo: str) -> tuple[dict[str, Traffic], int]:
         """Whether a computation, or one that it calls, has a collective."""
         if name not in reached:
             reached[name] = False
-            reached[name] = bool(own[name]) or any(has_collectives(callee) for callee, _, _ in calls[name])
+            reached[name] = bool(own[name] or pieces[name]) or any(
+                has_collectives(callee) for callee, *_ in calls[name]
+            )
         return reached[name]
 
-    def visit(name: str, times: int) -> None:
-        for kind, payload, sent in own[name]:
-            for i, value in enumerate((1, payload, sent)):
-                per_kind[kind][i] += times * value
-        for callee, trip_count, unread in calls[name]:
+    def add(found: tuple[str, int, int], times: int) -> None:
+        kind, payload, sent = found
+        for i, value in enumerate((1, payload, sent)):
+            per_kind[kind][i] += times * value
+
+    def visit(name: str, times: int, counted: set[tuple[str, str]]) -> None:
+        """counted: chains of which a piece was met before in the same run of the enclosing loop's body."""
+        for found in own[name]:
+            add(found, times)
+        for chain, found in pieces[name].items():
+            if chain not in counted:
+                counted.add(chain)
+                add(found, times)
+        for callee, trip_count, is_loop, unread in calls[name]:
             if has_collectives(callee):
                 if unread:
                     unknown.add(unread)
-                visit(callee, times * trip_count)
+                visit(callee, times * trip_count, set() if is_loop else counted)
 
-    visit(entry, 1)
+    visit(entry, 1, set())
     return {kind: Traffic(*per_kind[kind]) for kind in KINDS if kind in per_kind}, len(unknown)
 
 
@@ -141,6 +163,10 @@ def _collective(line: str) -> tuple[str, int, int] | None:
     match = _INSTRUCTION.match(line)
     if not match or not (op := _OPCODE.search(match["rest"])):
         return None
+    if _BETWEEN_SLICES.search(line):
+        array = _ARRAY.search(match["rest"])
+        size = _size(array["dtype"], array["dims"]) if array else 0
+        return KIND_BETWEEN_SLICES, size, size
     opcode = op["op"].removesuffix("-start")
     if opcode not in KINDS:
         return None

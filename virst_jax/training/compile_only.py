@@ -15,15 +15,15 @@ from virst_jax.types import PyTree
 PREFIX_TOKENS = 16  # of the prompt before the video, where no tokenizer tells
 
 
-def compile_only(config: ConfigDict, cfg: VirstConfig, topology: str) -> None:
+def compile_only(config: ConfigDict, cfg: VirstConfig, topology: str, slices: int = 1) -> None:
     """Compiles the step of every stage and kind of batch, and prints what a device needs.
 
     Args:
       config: the recipe.
       cfg: the network.
-      topology: of aot.topology_devices.
+      topology, slices: of aot.topology_devices.
     """
-    mesh = sharding.make_mesh(**recipe.plain(config.mesh), devices=aot.topology_devices(topology))
+    mesh = sharding.make_mesh(**recipe.plain(config.mesh), devices=aot.topology_devices(topology, slices))
     sharding.check_mesh(cfg, mesh)
     for stage in recipe.stages(config):
         layout = StateLayout.of(cfg, stage, mesh)
@@ -40,7 +40,7 @@ def compile_only(config: ConfigDict, cfg: VirstConfig, topology: str) -> None:
                     batch,
                     layout.shardings,
                     sharding.batch_sharding(mesh),
-                    topology,
+                    topology if slices == 1 else f"{topology} x {slices} slices",
                     parts=_parts,
                     flops=task.count_flops(cfg, batch, layout.trained).model,
                 )
