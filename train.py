@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -25,14 +25,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from virst_jax import cli
-from virst_jax.api import EMBEDDED, Model
+from virst_jax.api import EMBEDDED, Model, find_model
 from virst_jax.commands import train as command
 from virst_jax.config import VirstConfig, get_preset
 from virst_jax.data.prompts import Tokenizer, load_tokenizer
 from virst_jax.data.samples import Source, Video
 from virst_jax.errors import UserError
 from virst_jax.evaluation.held_out import Segment
-from virst_jax.io import lock, model_folder
+from virst_jax.io import buckets, lock, model_folder, remote
 from virst_jax.models.virst import Virst
 from virst_jax.parallel import processes, sharding
 from virst_jax.pretraining import tasks as _pretraining  # noqa: F401, adds its kinds of batch
@@ -48,10 +48,13 @@ from virst_jax.training.streams import Stream, choose_stream, open_streams, stag
 from virst_jax.training.tasks import Batch
 from virst_jax.types import PyTree
 
+if TYPE_CHECKING:
+    from virst_jax.io.buckets import Place
+
 EXPORT = "model"
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: ConfigDict, workdir: "Place") -> None:
     """Runs all stages of a recipe; those that have left their model are passed over."""
     mesh = sharding.make_mesh(**recipe.plain(config.mesh))
     cfg, start, tokenizer_folder = starting_point(config)
@@ -65,12 +68,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
         for stage in stages:
             folder = workdir / stage.name
             if not model_folder.is_whole(folder / EXPORT):
-                train_stage(run, stage, folder, start)
+                train_stage(run, stage, folder, remote.local_copy(start) if start else None)
             start = folder / EXPORT
 
 
 @contextlib.contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
+def alone_in(workdir: "Place") -> Iterator[None]:
     """Holds the folder, which is made if it is not there, against other runs.
 
     Raises:
@@ -85,11 +88,11 @@ def alone_in(workdir: Path) -> Iterator[None]:
 
 def starting_point(config: ConfigDict) -> tuple[VirstConfig, Path | None, Path]:
     """The network, the model folder to start from (None: random parameters), and the tokenizer's folder."""
-    start = EMBEDDED.get(config.model.init, Path(config.model.init)) if config.model.init else None
+    start = find_model(config.model.init) if config.model.init else None
     base = model_folder.read_config(start) if start else get_preset(config.model.preset)
     cfg = recipe.network(base, config)
     if config.model.tokenizer:
-        return cfg, start, Path(config.model.tokenizer)
+        return cfg, start, remote.local_copy(config.model.tokenizer)
     return cfg, start, (start or EMBEDDED["tiny"]) / model_folder.TOKENIZER
 
 
@@ -105,7 +108,7 @@ class Run:
     segmenter: "Segmenter"
 
 
-def train_stage(run: Run, stage: recipe.Stage, folder: Path, start: Path | None) -> None:
+def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | None) -> None:
     """Trains one stage from the model in `start` (None: random parameters), or from the stage's last checkpoint."""
     config, cfg, mesh = run.config, run.cfg, run.mesh
     seed = stage_seed(int(config.seed), stage.name)
@@ -161,6 +164,8 @@ def train_stage(run: Run, stage: recipe.Stage, folder: Path, start: Path | None)
                 if not (done or stopped or _divides(config.checkpoint.every, step + 1)):
                     continue
                 meter.flush()
+                if log:
+                    log.send()  # rows of all steps that no later run takes again
                 checkpoints.save(state, wait=stopped or done)  # before the evaluation, which may take long
                 if stopped:
                     raise processes.Stopped
@@ -241,7 +246,7 @@ def main(args: argparse.Namespace) -> int:
     command.check_start(config)
     workdir = command.workdir_of(args)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(buckets.absolute(workdir) / "compiled"))
     if config.get("distributed", False):
         processes.start()
     try:

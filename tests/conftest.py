@@ -1,6 +1,9 @@
 """What all tests share: one cache of compiled programs, and which worker runs what."""
 
+import contextlib
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPA
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# gcsfs would ask for a bucket's type at every call, which the store on this machine does not know
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 CACHE_LIMIT = 2**30
 
 # Files that take minutes begin first, so that no worker is left with one at the end.
@@ -60,3 +65,27 @@ def three(model: Any) -> Any:
     from helpers.segmenting import three_expressions
 
     return three_expressions()
+
+
+@pytest.fixture(scope="session")
+def stores() -> Iterator[Any]:
+    """Starts the store of a kind of bucket when a test first asks for it (see helpers.bucket_servers)."""
+    from helpers.bucket_servers import store
+
+    with contextlib.ExitStack() as running:
+        yield functools.cache(lambda kind: running.enter_context(store(kind)))
+
+
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request: pytest.FixtureRequest, stores: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """An empty bucket of each kind of store (see helpers.bucket_servers)."""
+    from helpers.bucket_servers import PROXIES, new_bucket
+
+    for name in ("gcsfs", "s3fs", "moto", "gcp_storage_emulator"):
+        pytest.importorskip(name)
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in stores(request.param).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VIRST_CACHE", str(tmp_path / "cache"))
+    return new_bucket(request.param)

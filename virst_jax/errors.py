@@ -31,3 +31,7 @@ class UserError(Exception):
 def no_device(kind: str) -> str:
     """What is wrong where JAX has no device of the kind that JAX_PLATFORMS names."""
     return f"JAX finds no device of the kind {kind!r} here; set JAX_PLATFORMS=cpu, or install jax for that device"
+
+
+class WriteError(UserError):
+    """A file could not be written: the disk's or the store's fault, not that of what was to be written."""

@@ -1,18 +1,13 @@
 """Models from buckets and from the hub, by servers and a cache on this machine; and where an address is refused."""
 
-import contextlib
-import os
+import argparse
 import shutil
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from helpers.places import ROOT
 from virst_jax.api import EMBEDDED, find_model
+from virst_jax.commands.train import workdir_of
 from virst_jax.data.datasets.registry import open_dataset
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, remote
@@ -22,77 +17,38 @@ def files_of(folder):
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-@contextlib.contextmanager
-def server(*command):
-    """A program that listens on a free port, which takes the place of PORT in its command."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with subprocess.Popen([sys.executable, *(part.replace("PORT", str(port)) for part in command)]) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.kill()
+def test_a_model_of_a_bucket(bucket):
+    address = f"{bucket.address}/small/tiny"
 
+    def put(name, content):
+        bucket.system.pipe_file(f"{bucket.name}/{name}", content)
 
-@pytest.fixture
-def bucket(request, monkeypatch, tmp_path):
-    """A file system of fsspec with an empty bucket named "models"."""
-    fsspec = pytest.importorskip("fsspec")
-    monkeypatch.setenv(remote.CACHE, str(tmp_path / "cache"))
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    if request.param == "s3":
-        pytest.importorskip("s3fs")
-        pytest.importorskip("moto")
-        with server("-m", "moto.server", "-p", "PORT") as address:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-            monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            yield made(fsspec.filesystem("s3", skip_instance_cache=True))
-    else:
-        pytest.importorskip("gcsfs")
-        start = "from gcp_storage_emulator.server import create_server as c; c('127.0.0.1', PORT, in_memory=True).run()"
-        pytest.importorskip("gcp_storage_emulator")
-        with server("-c", start) as address:
-            monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
-            yield made(fsspec.filesystem("gs", skip_instance_cache=True))
-
-
-def made(system):
-    system.mkdir("models")
-    return system
-
-
-@pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
-def test_a_model_of_a_bucket(bucket, request, monkeypatch, capsys):
-    kind = request.node.callspec.params["bucket"]
-    address = f"{kind}://models/small/tiny"
     with pytest.raises(UserError, match=f"{address}: nothing there"):
         find_model(address)
     for name, content in files_of(EMBEDDED["tiny"]).items():
-        bucket.pipe_file(f"models/small/tiny/{name}", content)
+        put(f"small/tiny/{name}", content)
     first = find_model(address)
     assert files_of(first) == files_of(EMBEDDED["tiny"])
     stamp = (first / "config.json").stat().st_mtime_ns
     assert find_model(f"{address}/") == first
     assert (first / "config.json").stat().st_mtime_ns == stamp  # not copied again
 
-    bucket.pipe_file("models/small/tiny/config.json", b"{}")
+    put("small/tiny/config.json", b"{}")
     changed = find_model(address)
     assert changed != first
     assert (changed / "config.json").read_bytes() == b"{}"
-    bucket.pipe_file("models/data/file", b"")
+    put("data/file", b"")
     with pytest.raises(UserError, match="no model there"):
-        find_model(f"{kind}://models/data")
+        find_model(f"{bucket.address}/data")
+
+
+def test_a_copy_that_the_disk_cannot_hold(bucket, monkeypatch):
+    bucket.system.pipe_file(f"{bucket.name}/data/file", b"1234")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3))
+    with pytest.raises(
+        UserError, match=rf"{bucket.address}/data: .*has room for 0\.0 GB; name a larger disk by VIRST_CACHE"
+    ):
+        remote.fetch(f"{bucket.address}/data")
 
 
 def test_a_model_of_the_hub(tmp_path, monkeypatch):
@@ -116,30 +72,26 @@ def test_a_model_of_the_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "use",
     [
-        lambda: atomic.write_bytes("gs://bucket/file", b"", parents=True),
-        lambda: atomic.write_text(Path("gs://bucket/file"), ""),
         lambda: atomic.new_folder("gs://bucket/folder").__enter__(),
         lambda: atomic.check_writable("gs://bucket/folder"),
-        lambda: open_dataset("mevis", "gs://bucket/data"),
+        lambda: atomic.write_bytes("ftp://bucket/file", b"", parents=True),
+        lambda: open_dataset("mevis", "ftp://bucket/data"),
     ],
-    ids=["file", "path", "folder", "check", "data"],
+    ids=["folder", "check", "file", "data"],
 )
 def test_no_folder_is_named_after_a_bucket(use, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"gs://bucket/\w+ is an address.*mount the bucket"):
+    with pytest.raises(UserError, match=r"(gs|ftp)://bucket/\w+"):
         use()
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("program", ["train.py", "eval.py"])
-def test_programs_refuse_a_bucket_as_workdir(program, tmp_path):
-    config = ROOT / ("configs/synthetic.py" if program == "train.py" else "configs/eval.py")
-    command = [sys.executable, str(ROOT / program), f"--config={config}", "--workdir=gs://bucket/runs"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "--workdir: gs://bucket/runs is an address" in done.stderr
+@pytest.mark.parametrize("address", ["s3://bucket/runs", "ftp://host/runs"])
+def test_training_refuses_what_it_cannot_write_to(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = argparse.Namespace(config="synthetic", workdir=address, steps=None)
+    with pytest.raises(UserError, match=f"--workdir: {address}"):
+        workdir_of(given)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from virst_jax.errors import UserError
+from virst_jax.io import buckets
 from virst_jax.io.address import local
 
 
@@ -96,6 +97,11 @@ def _path(text: str) -> Path:
         return local(text, "")
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from error
+
+
+def path_or_bucket(text: str) -> Path:
+    """For commands that write to buckets: a path of this machine, or an address for `buckets.place`."""
+    return Path(text) if buckets.is_bucket(text) else _path(text)
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 
 from virst_jax import programs
 from virst_jax.commands import config_file
+from virst_jax.commands.parser import path_or_bucket
 from virst_jax.errors import UserError
+from virst_jax.io import buckets
 from virst_jax.io.address import local
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
+
+    from virst_jax.io.buckets import Place
 
 HELP = """Train a model by a recipe. The same command goes on where an earlier run stopped, or was killed.
 
@@ -28,7 +32,10 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_file.add_arguments(parser, "the recipe: a name, or a Python file (configs/ of a checkout holds examples)")
     parser.add_argument(
-        "--workdir", type=Path, metavar="DIR", help="where checkpoints, logs and the trained model go (runs/NAME)"
+        "--workdir",
+        type=path_or_bucket,
+        metavar="DIR",
+        help="where checkpoints, logs and the trained model go (runs/NAME), or gs://BUCKET/DIR",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="at most so many steps of every stage")
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and print what it needs")
@@ -73,11 +80,21 @@ def check_start(config: ConfigDict) -> None:
     )
 
 
-def workdir_of(args: argparse.Namespace) -> Path:
-    """--workdir, or runs/NAME; a run that --steps cut short has a folder of its own, since its models are no models."""
+def workdir_of(args: argparse.Namespace) -> Place:
+    """--workdir, or runs/NAME; a run that --steps cut short has a folder of its own, since its models are no models.
+
+    Raises:
+      UserError: an address of a kind that training cannot write to.
+    """
     name = Path(args.config.partition(":")[0]).stem
     if args.workdir:
-        return local(args.workdir, "--workdir")
+        kind = buckets.kind_of(args.workdir)
+        if kind == "s3":
+            raise UserError(
+                f"--workdir: {buckets.address_of(args.workdir)}: Orbax cannot write checkpoints there; name a folder "
+                "that all processes share, or one of gs://"
+            )
+        return buckets.place(args.workdir) if kind else local(args.workdir, "--workdir")
     return Path("runs") / (name if args.steps is None else f"{name}-{args.steps}-steps")
 
 

@@ -1,18 +1,18 @@
 """Addresses such as gs://bucket/folder where a path is meant: refused, rather than made into a folder named "gs:"."""
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from virst_jax.errors import UserError
 
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.IGNORECASE)  # Path makes gs:/ of gs://
 
 
-def is_address(path: str | Path) -> bool:
+def is_address(path: str | PurePath) -> bool:
     return ADDRESS.fullmatch(str(path)) is not None and not Path(path).exists()
 
 
-def local(path: str | Path, what: str) -> Path:
+def local(path: str | PurePath, what: str) -> Path:
     """A path of the file system.
 
     Args:

@@ -3,6 +3,7 @@
 A file NAME is written as .NAME.part beside its place, flushed to the disk, and renamed. After an error nothing of it is
 left. A process that is killed leaves its .NAME.part: the next writer of NAME takes it over, and `remove_leftovers`
 clears a folder of them. A lock on the part tells a leftover from a file that another process is writing at the moment.
+A file in a bucket (gs://, s3://) is written to a temporary file of this machine and sent when it is complete.
 """
 
 import contextlib
@@ -12,12 +13,13 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePath
+from typing import IO, Any
 
 import numpy as np
 
-from virst_jax.errors import UserError
+from virst_jax.errors import UserError, WriteError
+from virst_jax.io import buckets
 from virst_jax.io.address import local
 
 try:
@@ -33,7 +35,7 @@ _WRITERS = 64  # of one file at the same time, before something is wrong
 
 
 @contextlib.contextmanager
-def new_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+def new_file(path: str | PurePath, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A binary file to write to, which takes its place at `path` when the block ends; it replaces what was there.
 
     Args:
@@ -43,6 +45,10 @@ def new_file(path: str | Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     Raises:
       WriteError: the system refuses to write.
     """
+    if buckets.is_bucket(path):
+        with _told(path), buckets.new_file(path) as sent:
+            yield sent
+        return
     path = local(path, "output")
     with _told(path):
         special = _special(path)
@@ -90,9 +96,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             _sync(path.parent)
 
 
-def write_bytes(path: str | Path, content: bytes, *, durable: bool = True, parents: bool = False) -> None:
+def write_bytes(path: str | PurePath, content: bytes, *, durable: bool = True, parents: bool = False) -> None:
     """Writes a file whole; with `parents` its folder is made, too. Raises WriteError: the system refuses."""
-    if parents:
+    if parents and not buckets.is_bucket(path):
         path = local(path, "output")
         with _told(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,24 +106,24 @@ def write_bytes(path: str | Path, content: bytes, *, durable: bool = True, paren
         file.write(content)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | PurePath, text: str) -> None:
     """Writes a text file whole, in UTF-8. Raises WriteError: the system refuses."""
     # a lone surrogate in a name or sentence must not lose the rest
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def write_json(path: str | Path, data: Any, indent: int | None = 1) -> None:
+def write_json(path: str | PurePath, data: Any, indent: int | None = 1) -> None:
     """Writes a JSON file whole. Raises WriteError: the system refuses."""
     write_text(path, json.dumps(data, indent=indent) + "\n")
 
 
-def write_npy(path: str | Path, array: np.ndarray) -> None:
+def write_npy(path: str | PurePath, array: np.ndarray) -> None:
     """Writes an array with np.save, whole. Raises WriteError: the system refuses."""
     with new_file(path) as file:
         np.save(file, array, allow_pickle=False)
 
 
-def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = False) -> None:
+def write_npz(path: str | PurePath, arrays: Mapping[str, np.ndarray], *, compressed: bool = False) -> None:
     """Writes arrays with np.savez, whole. Raises WriteError: the system refuses."""
     save: Any = np.savez_compressed if compressed else np.savez
     with new_file(path) as file:
@@ -208,24 +214,21 @@ def reason(error: BaseException) -> str:
     return " ".join(str(text).split())[:200]
 
 
-class WriteError(UserError):
-    """A file could not be written: the disk's fault, not that of what was to be written."""
-
-
-def cannot_write(path: str | Path, error: OSError) -> WriteError:
+def cannot_write(path: str | PurePath, error: OSError) -> WriteError:
     """The error of a file that could not be written, with what helps."""
     full = error.errno in NO_SPACE
     remedy = "free disk space or choose another folder" if full else "check the folder and its permissions"
-    return WriteError(f"{path}: cannot be written ({reason(error)}); {remedy}")
+    where = buckets.address_of(path) if buckets.is_bucket(path) else path
+    return WriteError(f"{where}: cannot be written ({reason(error)}); {remedy}")
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: str | PurePath) -> Iterator[None]:
     """Turns errors of writing into one line; those of other files, which the block may read, pass."""
     try:
         yield
     except OSError as error:
-        if not _concerns(error, path):
+        if not buckets.is_bucket(path) and not _concerns(error, Path(path)):
             raise
         raise cannot_write(path, error) from error
 

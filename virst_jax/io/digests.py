@@ -14,16 +14,18 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from virst_jax.errors import UserError
-from virst_jax.io import atomic, regular
+from virst_jax.io import atomic, buckets, regular
 
 if TYPE_CHECKING:
     import jax
+
+    from virst_jax.io.buckets import Place
 
 FILE = "digests.json"
 AGAIN = "convert or copy the model again"
@@ -49,7 +51,7 @@ def of_tensor(value: np.ndarray | jax.Array) -> str:
     return digest.hexdigest()
 
 
-def of_file(path: Path) -> str:
+def of_file(path: Place) -> str:
     """The digest of a file's bytes."""
     digest = hashlib.blake2b(digest_size=_SIZE)
     regular.require_file(path, AGAIN)
@@ -72,7 +74,7 @@ def of_tensors(values: Iterable[tuple[str, np.ndarray | jax.Array]]) -> Iterator
             yield name, digest.result()
 
 
-def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray | jax.Array]], parts: Iterable[str]) -> None:
+def write(folder: Place, tensors: Iterable[tuple[str, np.ndarray | jax.Array]], parts: Iterable[str]) -> None:
     """Writes digests.json.
 
     Args:
@@ -85,7 +87,7 @@ def write(folder: Path, tensors: Iterable[tuple[str, np.ndarray | jax.Array]], p
     )
 
 
-def read(folder: str | Path) -> Digests | None:
+def read(folder: str | PurePath) -> Digests | None:
     """The digests of a model folder; None of one that was written before there were any.
 
     Raises:
@@ -104,7 +106,7 @@ def read(folder: str | Path) -> Digests | None:
         raise UserError(f"{path}: damaged ({atomic.reason(error)}); {AGAIN}") from error
 
 
-def check_files(folder: str | Path, stated: Digests, limit: int | None = SMALL) -> int:
+def check_files(folder: str | PurePath, stated: Digests, limit: int | None = SMALL) -> int:
     """Compares files with their digests, those of at most `limit` bytes; gives how many.
 
     Raises:
@@ -130,7 +132,9 @@ def check_files(folder: str | Path, stated: Digests, limit: int | None = SMALL) 
     return count
 
 
-def check_tensors(folder: str | Path, stated: Digests, tensors: Iterable[tuple[str, np.ndarray | jax.Array]]) -> int:
+def check_tensors(
+    folder: str | PurePath, stated: Digests, tensors: Iterable[tuple[str, np.ndarray | jax.Array]]
+) -> int:
     """Compares parameters with their digests; gives how many.
 
     Raises:
@@ -147,9 +151,9 @@ def check_tensors(folder: str | Path, stated: Digests, tensors: Iterable[tuple[s
     return count
 
 
-def _files(folder: Path, parts: Iterable[str]) -> list[str]:
-    found: list[Path] = []
+def _files(folder: Place, parts: Iterable[str]) -> list[str]:
+    found: list[Place] = []
     for part in parts:
         path = folder / part
-        found += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else []
+        found += [path] if path.is_file() else buckets.files_below(path)
     return sorted(p.relative_to(folder).as_posix() for p in found if not p.name.endswith(_SKIPPED))

@@ -5,20 +5,19 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from virst_jax.errors import UserError
-from virst_jax.io import atomic
-
-LOCK = ".lock"
+from virst_jax.io import atomic, buckets
+from virst_jax.io.buckets import LOCK
 
 
 @contextlib.contextmanager
-def exclusive(folder: str | Path, name: str = LOCK, shown: str | Path | None = None) -> Iterator[None]:
+def exclusive(folder: str | PurePath, name: str = LOCK, shown: str | Path | None = None) -> Iterator[None]:
     """Holds a folder for this run until the block ends; the folder is made if it is not there.
 
     The lock is one of the system's on the file FOLDER/NAME, so nothing is left to clear by hand after a crash. File
-    systems without locks give none: there nothing is checked.
+    systems without locks give none: there nothing is checked. For a bucket's folder see buckets.held.
 
     Args:
       shown: what messages call the folder.
@@ -26,6 +25,14 @@ def exclusive(folder: str | Path, name: str = LOCK, shown: str | Path | None = N
     Raises:
       UserError: another run holds it, or the folder cannot be written.
     """
+    if buckets.is_bucket(folder):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(buckets.held(folder, name))
+            except OSError as error:
+                raise atomic.cannot_write(folder, error) from error
+            yield
+        return
     folder = Path(folder)
     path, shown = folder / name, shown or folder
     with contextlib.ExitStack() as stack:

@@ -12,11 +12,10 @@ import functools
 import logging
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, TypeVar
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import flax.linen as nn
 import flax.traverse_util
@@ -27,10 +26,13 @@ from orbax.checkpoint import type_handlers
 
 from virst_jax.config import VirstConfig, from_json, to_json
 from virst_jax.errors import UserError
-from virst_jax.io import atomic, digests, regular
+from virst_jax.io import atomic, buckets, digests, regular
 from virst_jax.models.virst import boxed_shapes
 from virst_jax.parallel import processes
 from virst_jax.types import Params, PyTree
+
+if TYPE_CHECKING:
+    from virst_jax.io.buckets import Place
 
 PARAMS, CONFIG, TOKENIZER = "params", "config.json", "tokenizer"
 TOKENIZER_FILES = (
@@ -63,7 +65,7 @@ class _OneByOne(type_handlers.NumpyHandler):
         return []
 
 
-def write_parameters(path: Path, params: Params) -> None:
+def write_parameters(path: "Place", params: Params) -> None:
     """Writes a parameter tree with Orbax, uncompressed: random bits of weights do not shrink."""
     registry = type_handlers.create_type_handler_registry(
         (np.ndarray, _OneByOne(deepcopy_host_arrays=False)), (jax.Array, type_handlers.ArrayHandler())
@@ -72,7 +74,7 @@ def write_parameters(path: Path, params: Params) -> None:
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
     with ocp.Checkpointer(handler) as checkpointer:
         try:
-            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(params), save_args=arguments))
+            checkpointer.save(buckets.absolute(path), args=ocp.args.PyTreeSave(dict(params), save_args=arguments))
         except ValueError as error:
             # tensorstore reports a full disk so
             if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
@@ -80,10 +82,11 @@ def write_parameters(path: Path, params: Params) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
-def save_model(path: Path, cfg: VirstConfig, params: Params, tokenizer: Path | None) -> None:
+def save_model(path: "Place", cfg: VirstConfig, params: Params, tokenizer: Path | None) -> None:
     """Writes a model folder, which appears whole. All processes of a run call it together.
 
     Args:
+      path: of the folder; in a bucket one of gs://, which what an earlier call has left is removed from.
       params: of `Virst(cfg)`, arrays on the host or, sharded or not, on devices.
       tokenizer: folder to copy the tokenizer's files from.
 
@@ -100,9 +103,18 @@ def save_model(path: Path, cfg: VirstConfig, params: Params, tokenizer: Path | N
 
 
 @contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """As atomic.new_folder, for all processes together: the main one makes the folder, and gives it its name."""
-    if processes.is_main():
+def _new_folder(path: "Place") -> Iterator["Place"]:
+    """As atomic.new_folder, for all processes together: the main one makes the folder, and gives it its name.
+
+    Nothing is renamed in a bucket: there `write_description` ends with the file that makes it whole.
+    """
+    if buckets.is_bucket(path):
+        if processes.is_main():
+            buckets.remove(path)
+        processes.barrier("new folder")
+        yield buckets.place(path)
+        processes.barrier("folder written")
+    elif processes.is_main():
         with atomic.new_folder(path) as part:
             processes.from_main("new folder", part.name)
             yield part
@@ -113,18 +125,20 @@ def _new_folder(path: Path) -> Iterator[Path]:
     processes.barrier("folder there")
 
 
-def is_whole(path: Path) -> bool:
+def is_whole(path: "Place") -> bool:
     """Whether there is a model folder.
 
     Raises:
       UserError: there is one without config.json, as several processes of an earlier version left it when killed.
     """
+    if buckets.is_bucket(path):
+        return (path / digests.FILE).is_file()
     if path.exists() and not (path / CONFIG).is_file():
         raise UserError(f"{path}: is not a whole model ({CONFIG} is missing); remove it and run the same command again")
     return path.exists()
 
 
-def write_description(folder: Path, cfg: VirstConfig, params: Params | None) -> None:
+def write_description(folder: "Place", cfg: VirstConfig, params: Params | None) -> None:
     """Writes what a folder needs beside parameters and tokenizer: config.json and, last, digests.json.
 
     Args:
@@ -140,7 +154,7 @@ def named(params: Params) -> Iterator[tuple[str, Any]]:
     return (("/".join(key), value) for key, value in flax.traverse_util.flatten_dict(params).items())
 
 
-def check_folder(path: str | Path, tensors: Iterator[tuple[str, np.ndarray]]) -> tuple[int, int] | None:
+def check_folder(path: str | PurePath, tensors: Iterator[tuple[str, np.ndarray]]) -> tuple[int, int] | None:
     """Compares every parameter and every file of a folder with its digest.
 
     Args:
@@ -159,12 +173,12 @@ def check_folder(path: str | Path, tensors: Iterator[tuple[str, np.ndarray]]) ->
     return digests.check_tensors(path, stated, tensors), files
 
 
-def check_model(path: str | Path) -> tuple[int, int] | None:
+def check_model(path: str | PurePath) -> tuple[int, int] | None:
     """As `check_folder`, of a model folder."""
     return check_folder(path, read_parameters(path))
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: "Place") -> None:
     """Copies a tokenizer's files.
 
     Raises:
@@ -175,23 +189,23 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         raise UserError(f"{source}: holds no tokenizer (vocab.json and merges.txt); name its folder with --tokenizer")
     target.mkdir()
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        atomic.write_bytes(target / name, (source / name).read_bytes())
 
 
-def read_config(path: str | Path) -> VirstConfig:
+def read_config(path: str | PurePath) -> VirstConfig:
     """The config of a model folder.
 
     Raises:
       UserError: no model folder, or a broken config.
     """
-    file = Path(path) / CONFIG
+    file = buckets.place(path) / CONFIG
     if not file.is_file():
         raise UserError(f"{path}: no model ({CONFIG} is missing); give a folder that the converter wrote")
     return from_json(regular.read_text(file, digests.AGAIN), str(file))
 
 
 def read_parameters(
-    path: str | Path, budget: int = 1 << 30, share: tuple[int, int] = (0, 1)
+    path: str | PurePath, budget: int = 1 << 30, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[str, np.ndarray]]:
     """All parameters of a model folder as stored, one after another, for models larger than memory.
 
@@ -206,11 +220,11 @@ def read_parameters(
       UserError: broken.
     """
     _, stored = stored_shapes(path)
-    yield from read_arrays((Path(path) / PARAMS).absolute(), stored, budget, share)
+    yield from read_arrays(buckets.absolute(buckets.place(path) / PARAMS), stored, budget, share)
 
 
 def read_arrays(
-    folder: Path, stored: PyTree, budget: int = 1 << 30, share: tuple[int, int] = (0, 1)
+    folder: "Place", stored: PyTree, budget: int = 1 << 30, share: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[str, np.ndarray]]:
     """As `read_parameters`, of a folder that Orbax wrote and what `stored_of` tells of it."""
     flat = flax.traverse_util.flatten_dict(stored)
@@ -237,7 +251,7 @@ def read_arrays(
                 yield "/".join(key), restored.pop(key)
 
 
-def _broken(folder: Path, error: Exception) -> UserError:
+def _broken(folder: "Place", error: Exception) -> UserError:
     # Orbax and TensorStore raise bare Exceptions of a hundred lines; the cause lies at the end of the chain
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
@@ -257,7 +271,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def stored_shapes(path: str | Path) -> tuple[VirstConfig, PyTree]:
+def stored_shapes(path: str | PurePath) -> tuple[VirstConfig, PyTree]:
     """The config of a model folder, and shape and dtype of what it stores: a tree of Orbax metadata.
 
     Raises:
@@ -266,7 +280,9 @@ def stored_shapes(path: str | Path) -> tuple[VirstConfig, PyTree]:
     return stored_of(path, read_config(path), parameter_shapes, CONFIG)
 
 
-def stored_of(path: str | Path, cfg: Config, shapes_of: Callable[[Config], PyTree], file: str) -> tuple[Config, PyTree]:
+def stored_of(
+    path: str | PurePath, cfg: Config, shapes_of: Callable[[Config], PyTree], file: str
+) -> tuple[Config, PyTree]:
     """The config of a folder, and shape and dtype of what it stores.
 
     Args:
@@ -282,10 +298,10 @@ def stored_of(path: str | Path, cfg: Config, shapes_of: Callable[[Config], PyTre
         raise UserError(
             f"{Path(path) / file}: no network can be built by it ({atomic.reason(error)}); {digests.AGAIN}"
         ) from error
-    return cfg, _stored_arrays((Path(path) / PARAMS).absolute(), wanted, file)
+    return cfg, _stored_arrays(buckets.absolute(buckets.place(path) / PARAMS), wanted, file)
 
 
-def _stored_arrays(folder: Path, wanted: PyTree, config: str) -> PyTree:
+def _stored_arrays(folder: "Place", wanted: PyTree, config: str) -> PyTree:
     """Shape and dtype of the arrays in a folder that Orbax wrote: a tree of its metadata.
 
     Args:
@@ -325,7 +341,7 @@ def _reader(handler: Any = None) -> Any:
 
 
 def load_model(
-    path: str | Path, dtype: str | None = None, shardings: PyTree = None, *, check: bool = True
+    path: str | PurePath, dtype: str | None = None, shardings: PyTree = None, *, check: bool = True
 ) -> tuple[VirstConfig, PyTree]:
     """Reads a model folder. Waits for no other process: each reads what its devices hold.
 
@@ -346,7 +362,7 @@ def load_model(
 
 
 def load_parameters(
-    path: str | Path, stored: PyTree, dtype: str | None, shardings: PyTree, fixed: str, *, check: bool = True
+    path: str | PurePath, stored: PyTree, dtype: str | None, shardings: PyTree, fixed: str, *, check: bool = True
 ) -> PyTree:
     """The parameters of a folder, compared with their digests.
 
@@ -387,7 +403,7 @@ def _array_target(stored: PyTree, dtype: str | None, shardings: PyTree, fixed: s
     return jax.tree_util.tree_map_with_path(wanted, stored, shardings)
 
 
-def _load_arrays(folder: Path, target: PyTree) -> PyTree:
+def _load_arrays(folder: "Place", target: PyTree) -> PyTree:
     """The arrays of a folder that Orbax wrote, on devices. Raises UserError: broken."""
     with _reader() as checkpointer:
         try:
@@ -397,7 +413,7 @@ def _load_arrays(folder: Path, target: PyTree) -> PyTree:
             raise _broken(folder, error) from error
 
 
-def _digests_to_check(path: str | Path) -> digests.Digests | None:
+def _digests_to_check(path: str | PurePath) -> digests.Digests | None:
     stated = digests.read(path)
     if stated is not None and os.environ.get(SKIP_CHECK):
         print(f"{path}: its parameters are not compared with their digests ({SKIP_CHECK} is set)", file=sys.stderr)

@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from virst_jax.errors import UserError, kind_of, printable
 
@@ -99,7 +99,7 @@ def find_entry(folder: str | Path, name: str) -> str:
     return at if os.path.lexists(at) else plain
 
 
-def other_spelling(path: str | Path) -> str:
+def other_spelling(path: str | PurePath) -> str:
     """A name in the folder of a path that is not there, which people would take for its name; empty: none."""
     path = Path(path)
     plain = same_name(path.name).casefold()

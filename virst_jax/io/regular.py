@@ -2,16 +2,17 @@
 
 import os
 import stat
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from virst_jax.errors import UserError
+from virst_jax.io import buckets
 from virst_jax.io.names import other_spelling
 
 ADVICE = "get the file again"
 MAX_TEXT = 1 << 26  # bytes of a config or a table of settings
 
 
-def require_file(path: str | Path, advice: str = "check the data set's folder") -> int:
+def require_file(path: str | PurePath, advice: str = "check the data set's folder") -> int:
     """The size of a file in bytes.
 
     Args:
@@ -20,6 +21,11 @@ def require_file(path: str | Path, advice: str = "check the data set's folder") 
     Raises:
       UserError: there is none, or it is a folder, a pipe, a socket or a device.
     """
+    if buckets.is_bucket(path):
+        size = buckets.size_of(path)
+        if size is None:
+            raise UserError(f"{buckets.address_of(path)}: no such file; {advice}")
+        return size
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -38,7 +44,7 @@ def require_file(path: str | Path, advice: str = "check the data set's folder") 
     return found.st_size
 
 
-def read_file(path: str | Path, limit: int, advice: str = "check the data set's folder") -> bytes:
+def read_file(path: str | PurePath, limit: int, advice: str = "check the data set's folder") -> bytes:
     """The contents of a file of at most `limit` bytes.
 
     Raises:
@@ -48,13 +54,13 @@ def read_file(path: str | Path, limit: int, advice: str = "check the data set's 
     if size > limit:
         raise UserError(f"{path}: {size} bytes, more than the {limit} that such a file may have; {ADVICE}")
     try:
-        with open(path, "rb") as file:
-            return file.read(limit + 1)
+        with buckets.place(path).open("rb") as file:
+            return bytes(file.read(limit + 1))
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror or error}); {ADVICE}") from error
 
 
-def read_text(path: str | Path, advice: str = ADVICE, limit: int = MAX_TEXT) -> str:
+def read_text(path: str | PurePath, advice: str = ADVICE, limit: int = MAX_TEXT) -> str:
     """The text of a file of at most `limit` bytes in UTF-8; a byte order mark is passed over.
 
     Raises:

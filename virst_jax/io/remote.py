@@ -1,35 +1,42 @@
-"""Addresses in place of paths: gs:// and s3:// (fsspec), hf://OWNER/NAME[@REVISION] (huggingface_hub).
+"""Copies of what lies at addresses: gs:// and s3:// (see buckets.py), hf://OWNER/NAME[@REVISION] (huggingface_hub).
 
-Model folders can be read from there: they are copied to this machine first.
+Models and data sets are copied to this machine before they are read: their readers map files into memory, seek in them
+and look for them by name, none of which a bucket can do quickly.
 """
 
 import hashlib
-import os
-from pathlib import Path
+import shutil
+import sys
+from pathlib import Path, PurePath
 from typing import Any
 
 from virst_jax.errors import UserError
-from virst_jax.io import atomic
-from virst_jax.io.address import ADDRESS
+from virst_jax.io import atomic, buckets
+from virst_jax.io.address import ADDRESS, is_address
 
-BUCKETS = ("gs", "s3")
-CACHE = "VIRST_CACHE"  # environment variable: where copies lie; default: .cache/virst_jax in the home folder
+CACHE = buckets.CACHE
+THREADS = 16
+LARGE = 1 << 30  # bytes of a copy that is announced
 
 
-def fetch(address: str | Path) -> Path:
+def local_copy(path: str | PurePath) -> Path:
+    """A path as it is, or the folder that holds a copy of what lies at an address; see `fetch`."""
+    return fetch(path) if is_address(path) else Path(path)
+
+
+def fetch(address: str | PurePath) -> Path:
     """A folder of this machine that holds what lies at an address. Copied once; again if it has changed.
 
     Raises:
-      UserError: an unknown kind of address, nothing there, or no way to it.
+      UserError: an unknown kind of address, nothing there, no way to it, or no room for it.
     """
     found = ADDRESS.fullmatch(str(address))
     assert found is not None
-    kind, rest = found[1].lower(), found[2]
-    if kind == "hf":
-        return _from_hub(rest)
-    if kind not in BUCKETS:
+    if found[1].lower() == "hf":
+        return _from_hub(found[2])
+    if not buckets.is_bucket(address):
         raise UserError(f"{address}: unknown kind of address; known are gs://, s3:// and hf://")
-    return _from_bucket(kind, rest.rstrip("/"))
+    return _from_bucket(buckets.address_of(address))
 
 
 def _from_hub(rest: str) -> Path:
@@ -41,44 +48,52 @@ def _from_hub(rest: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision or None))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise _unreadable(f"hf://{rest}", error) from error
+        raise buckets.unreadable(f"hf://{rest}", error) from error
 
 
-def _from_bucket(kind: str, rest: str) -> Path:
-    address = f"{kind}://{rest}"
+def _from_bucket(address: str) -> Path:
+    system, root = buckets.system(address)
     try:
-        import fsspec
-
-        system, root = fsspec.core.url_to_fs(address)
         system.invalidate_cache()
         files: dict[str, Any] = system.find(root, detail=True)
-    except ImportError as error:
-        raise UserError(f"{address}: pip install 'virst-jax[buckets]' to read from buckets ({error})") from error
     except Exception as error:  # each store has errors of its own
-        raise _unreadable(address, error) from error
+        raise buckets.unreadable(address, error) from error
     files = {name: entry for name, entry in files.items() if entry["type"] == "file" and not name.endswith("/")}
     if not files:
         raise UserError(f"{address}: nothing there; check the bucket and the path")
-    listing = [
-        (name, entry["size"], str(entry.get("etag") or entry.get("ETag") or entry.get("md5Hash") or ""))
-        for name, entry in sorted(files.items())
-    ]
-    target = _cache() / hashlib.sha256(repr((kind, listing)).encode()).hexdigest()[:20] / Path(rest).name
+    place = hashlib.sha256(f"{address} {buckets.version_of(files)}".encode()).hexdigest()[:20]
+    target = buckets.cache_folder() / place / Path(root).name
     if target.is_dir():
         return target
+    _make_room(address, target, sum(entry["size"] for entry in files.values()))
     try:
         with atomic.new_folder(target) as part:
-            for name in files:
-                file = part / _relative(name, root, address)
+            copies = [(name, part / _relative(name, root, address)) for name in files]
+            for _, file in copies:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                system.get_file(name, str(file))
+            system.get([name for name, _ in copies], [str(file) for _, file in copies], batch_size=THREADS)
     except UserError:
         if target.is_dir():  # another process was faster
             return target
         raise
     except Exception as error:
-        raise _unreadable(address, error) from error
+        raise buckets.unreadable(address, error) from error
     return target
+
+
+def _make_room(address: str, target: Path, size: int) -> None:
+    """Says what is copied if it takes a while; an error before anything is copied if the disk cannot hold it."""
+    above = target
+    while not above.exists():
+        above = above.parent
+    free = shutil.disk_usage(above).free
+    if size > free:
+        raise UserError(
+            f"{address}: {size / 1e9:.1f} GB, and {above} has room for {free / 1e9:.1f} GB; name a larger disk by "
+            f"{CACHE}, or mount the bucket (gcsfuse, mount-s3) and name the folder below it"
+        )
+    if size > LARGE:
+        print(f"{address}: copying {size / 1e9:.1f} GB to {target}", file=sys.stderr)
 
 
 def _relative(name: str, root: str, address: str) -> str:
@@ -86,12 +101,3 @@ def _relative(name: str, root: str, address: str) -> str:
     if not inner or ".." in inner.split("/"):
         raise UserError(f"{address}: is not a folder")
     return inner
-
-
-def _cache() -> Path:
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "virst_jax")
-
-
-def _unreadable(address: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{address}: cannot be read ({reason}); check the address, the network and your permissions")

@@ -7,18 +7,20 @@ the data, follows from the seed and the step, so neither a generator's nor a dat
 a run goes on with another number of processes. Those of earlier versions hold iterators too, which are left unread.
 """
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from virst_jax.errors import UserError
-from virst_jax.io import atomic
+from virst_jax.io import atomic, buckets
 from virst_jax.parallel import processes
 from virst_jax.training.step import TrainState
 from virst_jax.types import PyTree
+
+if TYPE_CHECKING:
+    from virst_jax.io.buckets import Place
 
 METRIC = "j_and_f"  # what "best" means
 _METRICS = "metrics"  # Orbax's name of the item, and of the file in it
@@ -32,14 +34,14 @@ class TrainCheckpoints:
       keep: latest checkpoints that are kept, beside the best one.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: "Place", keep: int = 2):
         keepers = [
             policies.LatestN(n=keep),
             policies.BestN(get_metric_fn=lambda metrics: metrics[METRIC], n=1, keep_checkpoints_without_metrics=False),
         ]
         self.folder = folder
         self.manager = ocp.CheckpointManager(
-            folder.absolute(),
+            buckets.absolute(folder),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keepers),
                 enable_async_checkpointing=True,
@@ -145,7 +147,7 @@ class TrainCheckpoints:
 
     def _shapes(self, step: int) -> PyTree:
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata((self.folder / str(step) / "state").absolute()).item_metadata
+            stored = checkpointer.metadata(buckets.absolute(self.folder / str(step) / "state")).item_metadata
         if stored is None:
             raise ValueError("it does not say what it holds")
         return stored.tree if hasattr(stored, "tree") else stored
@@ -187,7 +189,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _unwritable(folder: Path, error: Exception) -> UserError:
+def _unwritable(folder: "Place", error: Exception) -> UserError:
     return UserError(
         f"{folder}: cannot be written ({_reason(error)}); free disk space or check the folder, and run it again"
     )

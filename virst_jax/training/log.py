@@ -3,27 +3,41 @@
 import csv
 import io
 import math
+import time
 from collections.abc import Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from virst_jax.io import atomic
+from virst_jax.io import atomic, buckets
+
+if TYPE_CHECKING:
+    from virst_jax.io.buckets import Place
+
+TABLE, BOARD = "metrics.csv", "tensorboard"
+SECONDS = 30.0  # between two times that a log is sent to a bucket
 
 
 class TrainLog:
     """Writes scalars of steps to `folder`/metrics.csv and to TensorBoard files beside it.
 
-    After a restart, rows of steps that will come again are dropped.
+    After a restart, rows of steps that will come again are dropped. Objects of a bucket cannot grow: there both are
+    written to a local folder, and sent with every checkpoint and twice a minute.
 
     Args:
       start: the step that the run goes on from.
     """
 
-    def __init__(self, folder: Path, start: int = 0):
+    def __init__(self, folder: "Place", start: int = 0):
+        self.mirror = None
+        if buckets.is_bucket(folder):
+            self.mirror = buckets.Mirror(folder, (TABLE, BOARD))
+            self.mirror.pull()
+            folder = self.mirror.folder
+        self.sent = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = folder / "metrics.csv"
+        self.file = folder / TABLE
         self.columns: list[str] = ["step"]
         rows: list[dict[str, str]] = []
         if self.file.is_file():
@@ -33,7 +47,7 @@ class TrainLog:
                 rows = [row for row in reader if row.get("step", "").isdigit() and int(row["step"]) <= start]
                 self.columns = list(reader.fieldnames or self.columns)
         self._rewrite(rows)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self.board = SummaryWriter(str(folder / BOARD), purge_step=start + 1 if start else None)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds a step's scalars; a new name adds a column."""
@@ -47,6 +61,19 @@ class TrainLog:
         for name, value in scalars.items():
             if math.isfinite(value):
                 self.board.add_scalar(name, value, step)
+        if time.monotonic() - self.sent > SECONDS:
+            self.send()
+
+    def send(self) -> None:
+        """Brings what was written to the bucket, if the run's folder is in one.
+
+        Raises:
+          WriteError: the bucket cannot be written.
+        """
+        self.sent = time.monotonic()
+        if self.mirror is not None:
+            self.board.flush()
+            self.mirror.push()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """An image uint8[H, W, 3] for TensorBoard."""
@@ -54,6 +81,9 @@ class TrainLog:
 
     def close(self) -> None:
         self.board.close()
+        if self.mirror is not None:
+            self.send()
+            self.mirror.close()
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         table = io.StringIO(newline="")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -16,6 +16,9 @@ from virst_jax.training.log import TrainLog
 from virst_jax.training.streams import Stream
 from virst_jax.training.tasks import Batch
 
+if TYPE_CHECKING:
+    from virst_jax.io.buckets import Place
+
 
 class Meter:
     """Reads a step's numbers once the next one runs, so that nothing waits for them; logs, and watches for NaN.
@@ -27,7 +30,7 @@ class Meter:
       log: None: another process logs.
     """
 
-    def __init__(self, folder: Path, count_flops: Callable[[Stream, Batch], float], bar: tqdm, log: TrainLog | None):
+    def __init__(self, folder: "Place", count_flops: Callable[[Stream, Batch], float], bar: tqdm, log: TrainLog | None):
         self.folder, self.count_flops, self.bar, self.log = folder, count_flops, bar, log
         self.pending: tuple[int, Stream, Mapping[str, jax.Array], Arrays] | None = None
         self.flops: dict[str, float] = {}  # of a step, by stream

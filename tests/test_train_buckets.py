@@ -1,0 +1,41 @@
+"""train.py with its work folder in a bucket, in a store on this machine: killed, continued, and its model loaded."""
+
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import train
+from helpers.process_cases import Group
+from helpers.train_cases import command, losses, recipe
+from virst_jax.api import find_model
+from virst_jax.io import buckets
+from virst_jax.io.model_folder import is_whole, load_model
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
+def test_a_killed_run_goes_on_in_a_bucket(bucket, tmp_path, monkeypatch):
+    """It has the curve and the model of a run in a folder."""
+    monkeypatch.setattr(buckets, "SILENCE", 6.0)
+    config = recipe()
+    train.train(config, tmp_path / "folder")
+    workdir = buckets.place(f"{bucket.address}/run")
+    saved = workdir / "stage" / "checkpoints"
+    # one process with one device, as this one
+    with Group(tmp_path / "logs", 1, [*command(Path("WORKDIR"))[1:-1], f"--workdir={workdir}"]) as group:
+        group.until(lambda: (saved / "2" / "commit_success.txt").exists(), seconds=600)
+        os.kill(group.processes[0].pid, signal.SIGKILL)
+        group.wait(60)
+    assert not is_whole(workdir / "stage" / "model")
+    train.train(config, workdir)
+    assert losses(workdir) == losses(tmp_path / "folder")
+    assert not (workdir / ".lock").exists()
+    assert any(name.startswith("run/stage/tensorboard/") for name in bucket.files())
+    assert is_whole(workdir / "stage" / "model")
+    _, ours = load_model(find_model(f"{workdir}/stage/model"))
+    _, theirs = load_model(tmp_path / "folder" / "stage" / "model")
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
