@@ -31,7 +31,9 @@ from virst_jax.evaluation.predictions import StoredReader
 from virst_jax.evaluation.report import write_report
 from virst_jax.evaluation.runner import Outcome, Predict, evaluate
 from virst_jax.evaluation.submission import ROOTS, write_pngs
+from virst_jax.io import buckets
 from virst_jax.io.address import local
+from virst_jax.io.buckets import Mirror
 
 DAYS = 7 * 24 * 3600.0  # seconds; one that has ended is noticed sooner
 
@@ -157,9 +159,24 @@ def run(config: ConfigDict, workdir: Path) -> int:
 
 def _run(config: ConfigDict, workdir: Path) -> int:
     source = open_source(config)
-    out = workdir / "-".join(filter(None, (source.name, source.split)))
+    name = "-".join(filter(None, (source.name, source.split)))
+    if not buckets.is_bucket(workdir):
+        return _evaluate(config, source, workdir / name)
+    with buckets.mirrored(workdir / name) as mirror:
+        return _evaluate(config, source, mirror.folder, mirror)
+
+
+def _evaluate(config: ConfigDict, source: Opened, out: Path, mirror: Mirror | None = None) -> int:
+    """Evaluates with results in `out`, which `mirror` keeps the same as a bucket's folder."""
     process_index, process_count = share_of(config)
     read_pred = StoredReader(str(out / "masks"))
+
+    def after_video(video: Video) -> None:
+        if config.png:
+            write_pngs(video, read_pred, out / "Annotations")
+        if mirror is not None:
+            mirror.push()
+
     outcome = evaluate(
         source,
         predictor(config),
@@ -170,8 +187,10 @@ def _run(config: ConfigDict, workdir: Path) -> int:
         workers=config.workers,
         overwrite=config.overwrite,
         progress=config.progress,
-        after_video=(lambda video: write_pngs(video, read_pred, out / "Annotations")) if config.png else None,
+        after_video=after_video,
+        exchange=mirror.exchange if mirror is not None else lambda: None,
     )
+    shown = mirror.address if mirror is not None else out
     if outcome.summary is not None:
         table = write_report(
             out / "report",
@@ -184,12 +203,12 @@ def _run(config: ConfigDict, workdir: Path) -> int:
             progress=config.progress,
         )
         print(table, end="")
-        print(f"report: {out / 'report'}")
-    _say_what_is_left(outcome, source, out)
+        print(f"report: {shown}/report")
+    _say_what_is_left(outcome, source, shown)
     return 1 if outcome.errors else 0
 
 
-def _say_what_is_left(outcome: Outcome, source: Opened, out: Path) -> None:
+def _say_what_is_left(outcome: Outcome, source: Opened, out: Path | str) -> None:
     if outcome.pending:
         print(f"{outcome.pending} of {outcome.videos} videos are left to other processes; the last one reports")
     elif not outcome.scores and not outcome.errors:
@@ -205,7 +224,7 @@ def main(args: argparse.Namespace) -> int:
     """Evaluates as the arguments of `virst eval` say; gives the exit status."""
     config = command.config_of(args)
     try:
-        return run(config, local(args.workdir, "--workdir"))
+        return run(config, args.workdir if buckets.is_bucket(args.workdir) else local(args.workdir, "--workdir"))
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("interrupted; what is finished is kept, the same command goes on") from error
 

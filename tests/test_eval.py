@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,38 @@ def test_a_limit_takes_the_first_videos(data, tmp_path):
     assert program.run(config, tmp_path) == 0
     scored = [f.stem for f in (tmp_path / "mevis-valid_u/scores").iterdir()]
     assert sorted(scored) == ["valid_u_00", "valid_u_01"]
+
+
+def test_data_and_results_in_buckets(data, bucket, tmp_path, capsys, monkeypatch):
+    """Two processes that share nothing but the bucket give the files of one; every finished video is sent at once."""
+    import eval as program
+
+    config = get_config(dataset="mevis", data_root=str(data), predictor="truth", progress=False, worst=1)
+    assert program.run(config, tmp_path) == 0
+    expected = files_of(tmp_path / "mevis-valid_u")
+    config.data_root = bucket.put(data / "mevis", "rvos/MeViS")[: -len("/MeViS")]
+    bucket.put(data / "mevis", "rvos/other")
+    truth, before = program.predict_truth, []
+
+    def results():
+        start = "runs/mevis-valid_u/"
+        return {name.removeprefix(start): x for name, x in bucket.files().items() if name.startswith(start)}
+
+    def predict(video, expressions):
+        before.append({name for name in results() if name.startswith("masks/")})
+        return truth(video, expressions)
+
+    monkeypatch.setattr(program, "predict_truth", predict)
+    config.process_count = 2
+    for index in range(2):
+        config.process_index = index
+        assert program.run(config, Path(f"{bucket.address}/runs")) == 0
+    assert f"report: {bucket.address}/runs/mevis-valid_u/report" in capsys.readouterr().out
+    assert results() == expected
+    assert not before[0]
+    assert len(before[1]) > 0
+    copied = [file for file in (tmp_path / "cache").rglob("meta_expressions.json") if "valid_u" in str(file)]
+    assert len(copied) == 1  # the data set alone, and once
 
 
 @pytest.mark.heavy

@@ -55,6 +55,17 @@ def test_a_folder_is_read_as_it_is_or_as_built(tmp_path):
     same(sources[0][0], sources[1][0])
 
 
+def test_built_and_official_folders_in_a_bucket(bucket, tmp_path):
+    write_layout("reasonvos", tmp_path / "official", num_videos=1, seed=0)
+    build("reasonvos", tmp_path / "official", tmp_path / "built")
+    addresses = [bucket.put(tmp_path / name, name) for name in ("official", "built")]
+    sources = [open_source("reasonvos", address, "test") for address in addresses]
+    assert [type(source).__name__ for source in sources] == ["IndexedSource", "BuiltSource"]
+    same(sources[0][0], sources[1][0])
+    with pytest.raises(UserError, match="--out: gs://b/built is an address"):
+        build("reasonvos", tmp_path / "official", "gs://b/built")
+
+
 def test_the_order_is_kept_and_access_is_random(tmp_path):
     write_layout("lvvis", tmp_path, num_videos=12, seed=0)
     build("lvvis_train", tmp_path, tmp_path / "built")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from virst_jax import programs
 from virst_jax.commands import config_file
+from virst_jax.commands.parser import path_or_bucket
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -31,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", metavar="DIR", help="the data set's folder, or the one above it")
     parser.add_argument("--split", help="default: the one that is scored")
     parser.add_argument(
-        "--workdir", type=Path, default=Path("runs/eval"), metavar="DIR", help="where results go (%(default)s)"
+        "--workdir",
+        type=path_or_bucket,
+        default=Path("runs/eval"),
+        metavar="DIR",
+        help="where results go (%(default)s), or an address of gs:// or s3://",
     )
 
 

@@ -79,6 +79,7 @@ def evaluate(
     overwrite: bool = False,
     progress: bool = True,
     after_video: Callable[[Video], None] | None = None,
+    exchange: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Segments and scores this process's share of the videos; the last process to finish sums up.
 
@@ -91,6 +92,7 @@ def evaluate(
       workers: processes that score; 0: this one does. Scores do not depend on it.
       overwrite: replace masks that were made with other settings.
       after_video: called when a video's masks are there.
+      exchange: called when all this process's files are there, before it looks at those of others.
 
     Raises:
       UserError: `out` holds results of other settings, or two videos share a name.
@@ -139,6 +141,7 @@ def evaluate(
             scorer.finish()
     finally:
         scorer.close()
+    exchange()
     return _conclude(source, out, fingerprint, [name for name, _ in order], tuple(computed))
 
 

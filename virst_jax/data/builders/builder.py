@@ -28,7 +28,8 @@ from virst_jax.data.datasets.source import IndexedSource, Problem
 from virst_jax.data.datasets.validate import Report, against_official, inspect
 from virst_jax.data.samples import Question, Source, Video
 from virst_jax.errors import UserError
-from virst_jax.io import atomic, lock
+from virst_jax.io import atomic, buckets, lock, remote
+from virst_jax.io.address import local
 
 VERSION = "1.1.0"
 _LAYOUT = "The official folder of the data set; docs/datasets.md shows the layouts."
@@ -154,7 +155,7 @@ def build(name: str, root: str | Path, data_dir: str | Path, split: str = "") ->
     canonical, chosen = resolve(name, split)
     builder_class = VirstQuestions if DATASETS[canonical].group == "video_vqa" else VirstVideos
     config = SplitConfig(config_name(canonical, chosen), VERSION, data_set=canonical, split=chosen)
-    folder = built_folder(canonical, chosen, data_dir)
+    folder = built_folder(canonical, chosen, local(data_dir, "--out"))
     if folder.is_dir():
         return folder, None
     open_dataset(canonical, root, chosen)  # before TFDS starts, so that a wrong folder is one clear line
@@ -196,7 +197,7 @@ def open_built(name: str, data_dir: str | Path, split: str = "") -> BuiltSource:
       UserError: unknown name or split, or it is not built there.
     """
     canonical, chosen = resolve(name, split)
-    folder = built_folder(canonical, chosen, data_dir)
+    folder = remote.local_copy(built_folder(canonical, chosen, data_dir))  # its files are mapped into memory
     if not folder.is_dir():
         split_option = f" --split {chosen}" if chosen else ""
         raise UserError(
@@ -213,7 +214,8 @@ def open_source(name: str, root: str | Path, split: str = "") -> Source:
     Raises UserError: as they do.
     """
     canonical, chosen = resolve(name, split)
-    is_built = built_folder(canonical, chosen, root).is_dir()
+    folder = built_folder(canonical, chosen, root)
+    is_built = bool(buckets.folders(folder.parent)) if buckets.is_bucket(root) else folder.is_dir()
     return open_built(name, root, split) if is_built else open_dataset(name, root, split)
 
 

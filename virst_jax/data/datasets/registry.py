@@ -8,6 +8,7 @@ from pathlib import Path
 from virst_jax.data.datasets import davis, lvvis, mevis, reasonseg, reasonvos, refer, revos, semantic, vqa, ytvos
 from virst_jax.data.datasets.source import IndexedSource
 from virst_jax.errors import UserError
+from virst_jax.io import buckets, remote
 from virst_jax.io.address import local
 
 
@@ -144,7 +145,8 @@ def open_dataset(name: str, root: str | Path, split: str = "") -> IndexedSource:
 
     Args:
       name: a name of DATASETS or ALIASES.
-      root: the data set's folder, or the folder above it that holds several (the release's RVOS_ROOT or LISA).
+      root: the data set's folder, or the folder above it that holds several (the release's RVOS_ROOT or LISA). What
+        lies in a bucket is copied to this machine first.
       split: one of the data set's splits; by default the one of the alias, the one that is scored, or train.
 
     Returns:
@@ -154,4 +156,15 @@ def open_dataset(name: str, root: str | Path, split: str = "") -> IndexedSource:
       UserError: unknown name or split, a file is missing or not in the layout.
     """
     canonical, chosen = resolve(name, split)
-    return DATASETS[canonical].open(local(root, "data_root"), chosen)
+    return DATASETS[canonical].open(_local_root(canonical, root), chosen)
+
+
+def _local_root(name: str, root: str | Path) -> Path:
+    """The folder of a data set on this machine; of a bucket's folder with several video benchmarks the one alone."""
+    if not buckets.is_bucket(root):
+        return local(root, "data_root")
+    if DATASETS[name].group == "rvos":
+        for folder in buckets.folders(root):
+            if folder.lower() in _FOLDER_NAMES.get(name, ()):
+                return remote.fetch(f"{buckets.address_of(root)}/{folder}")
+    return remote.fetch(root)
