@@ -6,7 +6,6 @@ the checkout is imported as it is, and only sizes and initialisation are put ove
 
 import contextlib
 import importlib
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from virst_jax.errors import UserError
+from virst_jax.io.json_files import read_json
 
 from .state import Files, Rule, fill_by_rule, fill_from_files, manifest_of, table_rows
 from .stubs import NEEDED, first_line, require, stubbed
@@ -200,10 +200,7 @@ def build_network(
 
 def _config(release: Release, kind: Any, tiny: dict[str, Any] | None, attention: str) -> Any:
     path = release.path / "model" / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the release's configuration cannot be read ({first_line(error)})") from error
+    values = read_json(path, advice="give a checkout of the release").object()
     if tiny:
         llm = {k: v for k, v in tiny.items() if isinstance(v, int) and k != "vocab_size"}
         values.update(llm, mm_hidden_size=tiny["umt"]["dim"])

@@ -1,5 +1,6 @@
 """What a training run tells: a CSV file, TensorBoard curves and a progress line."""
 
+import contextlib
 import csv
 import io
 import math
@@ -39,21 +40,13 @@ class TrainLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / TABLE
         self.columns: list[str] = ["step"]
-        rows: list[dict[str, str]] = []
-        if self.file.is_file():
-            with self.file.open(newline="") as f:
-                reader = csv.DictReader(f)
-                # a kill may have cut the last line short
-                rows = [row for row in reader if row.get("step", "").isdigit() and int(row["step"]) <= start]
-                self.columns = list(reader.fieldnames or self.columns)
-        self._rewrite(rows)
+        self._rewrite([row for row in self._rows() if int(row["step"]) <= start])
         self.board = SummaryWriter(str(folder / BOARD), purge_step=start + 1 if start else None)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Adds a step's scalars; a new name adds a column."""
         if new := [name for name in scalars if name not in self.columns]:
-            with self.file.open(newline="") as f:
-                rows = list(csv.DictReader(f))
+            rows = self._rows()
             self.columns += new
             self._rewrite(rows)
         with self.file.open("a", newline="") as f:
@@ -84,6 +77,20 @@ class TrainLog:
         if self.mirror is not None:
             self.send()
             self.mirror.close()
+
+    def _rows(self) -> list[dict[str, str]]:
+        """The rows that are there, and their columns. What a kill or a crash has damaged is left out."""
+        rows: list[dict[str, str]] = []
+        if not self.file.is_file():
+            return rows
+        with self.file.open(newline="", encoding="utf-8", errors="replace") as f, contextlib.suppress(csv.Error):
+            reader = csv.DictReader(f)
+            if reader.fieldnames and reader.fieldnames[0] == "step":
+                self.columns = list(reader.fieldnames)
+                for row in reader:
+                    if row["step"].isascii() and row["step"].isdigit() and len(row["step"]) < 16:
+                        rows.append(row)
+        return rows
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         table = io.StringIO(newline="")
