@@ -6,6 +6,7 @@ A run of one process pays nothing for this: every function returns at once.
 import atexit
 import contextlib
 import itertools
+import json
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from virst_jax.errors import UserError
+from virst_jax.parallel import hosts
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
@@ -43,8 +45,9 @@ def start() -> None:
     need nothing more; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
 
     Raises:
-      UserError: they are not to be found.
+      UserError: they are not to be found, or their hosts do not fit together.
     """
+    hosts.check_environment()
     # its handler of SIGTERM would swallow the signal until ours is installed
     jax.config.update("jax_enable_preemption_service", False)
     given: dict[str, Any] = {}
@@ -64,7 +67,24 @@ def start() -> None:
             f"jax.distributed.initialize knows, or set {COORDINATOR}, {COUNT} and {INDEX}"
         ) from error
     if jax.process_count() > 1:
+        _check_hosts()
         _watch.start()
+
+
+def _check_hosts() -> None:
+    """Compares what the processes run; raises UserError in all of them if they do not fit together."""
+    client = _client()
+    devices = jax.local_devices()
+    client.key_value_set(f"virst/host/{jax.process_index()}", hosts.facts(devices[0].device_kind, len(devices)))
+    verdict = None
+    if is_main():
+        told = [client.blocking_key_value_get(f"virst/host/{i}", 600_000) for i in range(jax.process_count())]
+        verdict = json.dumps(hosts.compare(told))
+    error, notes = json.loads(from_main("hosts", verdict))
+    if error:
+        raise UserError(error)
+    for note in notes if is_main() else ():
+        _say(f"note: {note}")
 
 
 def is_main() -> bool:
