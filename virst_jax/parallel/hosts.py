@@ -36,7 +36,7 @@ def check_environment(environment: Mapping[str, str] = os.environ) -> None:
     if missing := [name for name in MULTI_SLICE if name not in there]:
         raise UserError(
             f"{', '.join(there)} of a run over several TPU slices is set and {', '.join(missing)} is not; unset what an"
-            "earlier run has left, or set all of them"
+            " earlier run has left, or set all of them"
         )
     count, index = (environment[name] for name in MULTI_SLICE[1:])
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
