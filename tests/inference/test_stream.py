@@ -14,7 +14,7 @@ import pytest
 from helpers.network import CFG
 from helpers.segmenting import CAR, CAT, DOG, video
 from virst_jax.errors import UserError
-from virst_jax.inference import resume
+from virst_jax.inference import resume, stream
 from virst_jax.inference.steps import Network
 from virst_jax.io.video import Reader, VideoWriter
 
@@ -174,3 +174,18 @@ def test_interleaved_streams(model, three):
     gone = weakref.ref(a)
     del a
     assert gone() is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_not_called_nothing_found(model, monkeypatch, value):
+    def propagated(*args, **kwargs):
+        scores = np.zeros((1, 2), np.float32)
+        yield stream.Chunk(0, np.zeros((1, 2, 40, 56), bool), scores, ())
+        yield stream.Chunk(2, np.zeros((1, 2, 40, 56), bool), scores + np.array([0, value], np.float32), ())
+
+    monkeypatch.setattr(stream, "propagate", propagated)
+    monkeypatch.setattr(stream._Run, "prepare", lambda self: None)
+    found = []
+    with pytest.raises(UserError, match="the network gives no numbers for frame 3"):
+        found.extend(model.segment_stream(video(4), DOG))
+    assert [frame.index for frame in found] == [0, 1]

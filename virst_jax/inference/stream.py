@@ -375,10 +375,20 @@ class _Run:
                 if out is None:
                     return
                 count = out.masks.shape[1]
+                self._check_numbers(out)
                 for i in range(count):
                     self.progress("track", out.start + i + 1, self.num_frames)
                     yield FrameMasks(out.start + i, out.masks[:, i], out.scores[:, i])
                 self._reached = (out.start + count, list(out.banks))
+
+    def _check_numbers(self, out: Chunk) -> None:
+        """Raises UserError: the network computed no numbers, whose masks would be empty as if nothing was there."""
+        bad = np.flatnonzero(~np.isfinite(out.scores).all(axis=0))
+        if len(bad):
+            raise UserError(
+                f"{self.reader.name}: the network gives no numbers for frame {out.start + int(bad[0])}; the model "
+                f"is damaged, or its numbers overflow in {self.network.cfg.compute.dtype} (try float32)"
+            )
 
     def state(self) -> dict[str, np.ndarray]:
         after, banks = self._reached
