@@ -127,6 +127,7 @@ class Case:
     checks: list[Check] = field(default_factory=list)
     detailed: bool = False  # whether `details` are wanted
     details: list[Detail] = field(default_factory=list)
+    kept: dict[str, np.ndarray] | None = None  # given a dictionary, a runner puts its own outputs there
 
     @property
     def salt(self) -> int:

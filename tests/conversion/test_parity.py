@@ -3,17 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from conversion import parity
+from conversion.cases import network
 from conversion.cases.case import Case, case_names, load_case
 from conversion.cases.training import ellipse_targets
 from helpers.places import PARITY as CASES
 
 FIELDS = ("shapes", "clip", "clip_frames", "memory_frames", "pointer_tokens", "image_size", "n_frames", "hw", "t_vlm")
-HEAVY = ("e2e_", "train_loss")
+HEAVY = ("e2e_", "train_loss", "loss_curve")
 NAMES = case_names(CASES)
 
 
@@ -114,6 +116,24 @@ def test_another_salt_fails(tmp_path):
     meta = json.loads((tmp_path / "token_merge.json").read_text())
     (tmp_path / "token_merge.json").write_text(json.dumps({**meta, "salt": 1}))
     assert len(failures("token_merge", tmp_path)) == 5
+
+
+def test_memories_are_thinned_once():
+    """As the recorder writes them: every eighth value of each axis, and the case says so."""
+    side, depth = 16, 24
+    memory = np.random.default_rng(0).normal(size=(1, 1, side * side, depth)).astype(np.float32)
+    ones = np.ones((1, 1), np.float32)
+    prediction = SimpleNamespace(low_res=np.ones((1, 1, 4, 4), np.float32), pointer=np.ones((1, 1, 5), np.float32))
+    masks = np.ones((1, 1, 6, 8), bool)
+    tracked = SimpleNamespace(prediction=prediction, memory=memory)
+    chunk = SimpleNamespace(tracked=(tracked,), masks=masks, scores=ones, start=0)
+    outputs = {"low_res_masks": prediction.low_res[0], "obj_ptr": prediction.pointer[0], "object_score_logits": ones[0]}
+    outputs["video_mask_bits"] = np.packbits(masks[0], axis=-1)
+    outputs["memory_0"] = memory.reshape(side, side, depth).transpose(2, 0, 1)[::8, ::8, ::8]
+    case = Case("e2e_a", {"strides": {"memory_0": [8, 8, 8]}}, outputs)
+    cfg = SimpleNamespace(sam2=SimpleNamespace(feature_size=side))
+    network._tracking(network.Comparison(case), cfg, [chunk], (6, 8))
+    assert {c.output: c.passed for c in case.checks}["memory_0"]
 
 
 @pytest.mark.parametrize(
