@@ -22,7 +22,7 @@ from virst_jax import cli
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 
-from .cases import modules, network, tables, training
+from .cases import curve, modules, network, tables, training
 from .cases.case import Case, Check, Runner, case_names, load_case
 
 RUNNERS: list[tuple[str, Runner]] = [
@@ -42,6 +42,7 @@ RUNNERS: list[tuple[str, Runner]] = [
     (r"transforms.*", tables.run_transforms),
     (r"e2e_.*", network.run_e2e),
     (r"train_loss.*", training.run_train_loss),
+    (r"loss_curve.*", curve.run_loss_curve),
 ]
 
 

@@ -39,9 +39,11 @@ INPUTS = (
 )
 
 
+WITHIN = {"training": "conversion.record_training"}
 HELP = "Record a parity case with the PyTorch release: the numbers that the converted network has to give."
 EXAMPLES = """examples:
   virst record --release VIRST --checkpoint VIRST/checkpoints --video dog.mp4 --expression "the dog" --out cases
+  virst record training tests/data/parity/train_loss.json --release VIRST --out cases      # gradients
 
 Runs in the Python environment of the release (torch; JAX is not needed)."""
 

@@ -42,7 +42,14 @@ LAYERS: dict[str, set[str]] = {
 }
 # what runs where JAX may be missing, or must start fast
 WITHOUT_JAX = [TOP, "virst_jax.config", "virst_jax.errors", "virst_jax.data", "virst_jax.evaluation"]
-WITHOUT_JAX += ["conversion.record", "conversion.recording", "conversion.weights_rule", "conversion.formats"]
+WITHOUT_JAX += [
+    "conversion.record",
+    "conversion.record_training",
+    "conversion.targets",
+    "conversion.recording",
+    "conversion.weights_rule",
+    "conversion.formats",
+]
 RENAMED = {"configs", "conversion"}  # in a wheel: virst_jax.configs and virst_jax.conversion
 JAX = {"jax", "flax", "optax", "orbax"}
 

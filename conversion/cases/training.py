@@ -5,34 +5,35 @@ Axes: T frames, R side of the tracker's image.
 
 import dataclasses
 import re
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from virst_jax.config import VirstConfig
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import sam_pixels
+from virst_jax.errors import UserError
 from virst_jax.models.tree import flatten
 from virst_jax.training.losses import VideoBatch, video_losses
 
 from ..assemble import take_apart
 from ..rules import rule_table
+from ..targets import ellipse_masks, thinned
 from ..weights_rule import make_video
-from .case import Case, Check, close, within
+from .case import GRADIENTS, Case, Check, close, within
 from .network import network_config, rule_clips, rule_params
 
+GRADIENT = 1e-3  # relative L2 error of a gradient: sums of many terms of both signs
+CANCELLED = 1e-6  # of the largest norm: what float32 leaves of a sum that cancels
 ELLIPSE = re.compile(r"\(\(y-(\d+)-(\d+)t\)/(\d+)\)\^2\+\(\(x-(\d+)-(\d+)t\)/(\d+)\)\^2")
 
 
 def ellipse_targets(case: Case, count: int, size: int) -> np.ndarray:
     """The targets, bool[T, R, R]: a drifting ellipse, absent on some frames. Numbers are pairs of y and x."""
-    given = case.meta.get("ellipse") or _ellipse_in_words(case)
-    (y0, x0), (dy, dx), (height, width) = (given[key] for key in ("center", "velocity", "radii"))
-    y, x = np.mgrid[:size, :size]
-    masks = [((y - y0 - dy * t) / height) ** 2 + ((x - x0 - dx * t) / width) ** 2 < 1 for t in range(count)]
-    return np.stack([mask & (t not in given["absent"]) for t, mask in enumerate(masks)])
+    return ellipse_masks(case.meta.get("ellipse") or _ellipse_in_words(case), count, size)
 
 
 def _ellipse_in_words(case: Case) -> dict[str, Any]:
@@ -90,15 +91,50 @@ def run_train_loss(case: Case) -> None:
     stride = cfg.sam2.image_size // out["pred_mask"].shape[-1]
     probability = jax.nn.sigmoid(parts["masks"][0, :, ::stride, ::stride])
     case.checks.append(close("pred_mask", probability, out["pred_mask"], 1e-3))
-    case.checks.append(_gradient_norms(case, cfg, gradients))
+    tensors = {name: read() for name, read in take_apart(rule_table(cfg), flatten(gradients).items())}
+    case.checks.append(_gradient_norms(case, tensors))
+    beside = case.folder / f"{case.name}{GRADIENTS}" if case.folder else None
+    if beside and beside.is_file():
+        case.checks += _gradients(beside, tensors)
 
 
-def _gradient_norms(case: Case, cfg: VirstConfig, gradients: Any) -> Check:
+def _gradients(path: Path, ours: dict[str, np.ndarray]) -> list[Check]:
+    """Every recorded gradient as a tensor, a check for each part of the network.
+
+    Where a sum cancels (a key's bias before a softmax), the true gradient is zero and both are rounding errors of its
+    terms: those below CANCELLED of the largest norm are counted and named, and only have to be as small.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            theirs = {name: arrays[name] for name in arrays.files}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged ({error}); copy it again") from error
+    largest = max(float(np.linalg.norm(value)) for value in theirs.values())
+    parts: dict[str, list[tuple[float, float, float, str]]] = {}
+    for name, value in theirs.items():
+        if name not in ours:
+            raise UserError(f"{path}: the network has no parameter {name}; it belongs to another case")
+        difference = thinned(ours[name]).astype(np.float64) - value
+        norm = float(np.linalg.norm(value))
+        relative = float(np.linalg.norm(difference)) / (norm + CANCELLED / GRADIENT * largest)
+        part = ".".join(name.split(".")[: 3 if name.startswith("model.seg_model") else 2])
+        parts.setdefault(part, []).append((relative, float(np.abs(difference).max()), norm, name))
+    checks = []
+    for part, rows in parts.items():
+        zero = [name for _, _, norm, name in rows if norm <= CANCELLED * largest]
+        worst, _, _, name = max(rows)
+        note = f"{len(rows)} gradients, worst {name}"
+        if zero:
+            told = ", ".join(zero[:4]) + (", ..." if len(zero) > 4 else "")
+            note += f"; zero but for rounding: {len(zero)} ({told})"
+        most = max(row[1] for row in rows)
+        checks.append(Check(f"grad {part.split('.')[-1]}", worst <= GRADIENT, most, worst, note=note))
+    return checks
+
+
+def _gradient_norms(case: Case, gradients: dict[str, np.ndarray]) -> Check:
     """Every parameter's gradient norm within 1e-3; parameters without a gradient in the release are passed over."""
-    norms = {
-        name: float(np.linalg.norm(read().astype(np.float64)))
-        for name, read in take_apart(rule_table(cfg), flatten(gradients).items())
-    }
+    norms = {name: float(np.linalg.norm(value.astype(np.float64))) for name, value in gradients.items()}
     names = [name for name, value in case.meta["grad_norms"].items() if value is not None]
     theirs, ours = case.outputs["grad_norms"], np.array([norms[name] for name in names])
     # a sum that cancels (a key's bias before a softmax) leaves float32 rounding of its terms: 1e-6 of the largest norm

@@ -56,12 +56,13 @@ CONFIG: dict[str, Any] = {
 
 def _config() -> VirstConfig:
     """The sizes of TINY and those that a case's manifest tells."""
-    umt, hiera = TINY["umt"], TINY["hiera"]
+    umt: dict[str, Any] = TINY["umt"]
+    hiera: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in TINY["hiera"].items()}
     return VirstConfig(
         llm=QwenConfig(30, 32, 48, num_layers=3, num_heads=4, num_kv_heads=2, lora=LoraConfig(rank=0)),
         vision=VisionConfig(umt["dim"], umt["depth"], num_heads=umt["heads"], image_size=umt["image"]),
         sam2=Sam2Config(
-            hiera=HieraConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in hiera.items()}),
+            hiera=HieraConfig(**hiera),
             image_size=CONFIG["image_size"],
             hidden_size=64,
             memory_dim=16,

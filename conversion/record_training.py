@@ -1,0 +1,124 @@
+"""Records how the PyTorch release trains: the gradients of a train_loss case, or a loss_curve case.
+
+    python -m conversion.record training CASE.json --release VIRST --out cases
+
+Runs in the Python environment of the release (torch, no JAX). The parameters are those of the case's rule.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from virst_jax.errors import UserError
+from virst_jax.io import atomic
+
+from .recording.checkout import Release, build_network, open_checkout
+from .recording.state import Rule
+from .recording.training import run_curve, run_training
+from .targets import ellipse_masks
+
+GRADIENTS = ".gradients.npz"  # behind the name of a train_loss case
+HELP = "Record how the PyTorch release trains: gradients of a train_loss case, or a loss_curve case."
+EXAMPLES = """examples:
+  virst record training tests/data/parity/train_loss.json --release VIRST --out cases
+  virst record training tests/data/parity/loss_curve.json --release VIRST --out cases
+
+Runs in the Python environment of the release (torch; JAX is not needed)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("case", type=Path, metavar="CASE.json", help="a case train_loss* or loss_curve*")
+    parser.add_argument("--release", type=Path, required=True, metavar="DIR", help="checkout of the release")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of cases")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Records and prints the names of the files.
+
+    Raises:
+      UserError: no such case, a case of another kind, or a run that fails.
+    """
+    facts = _read(args.case)
+    name = args.case.stem
+    with contextlib.ExitStack() as stack:
+        quiet = stack.enter_context(open(os.devnull, "w"))
+        printed = sys.stdout
+        stack.enter_context(contextlib.redirect_stdout(quiet))  # the release prints much
+        release = stack.enter_context(open_checkout(args.release.resolve(), lambda line: print(line, file=sys.stderr)))
+        virst = _network(release, facts)
+        if name.startswith("train_loss"):
+            targets = ellipse_masks(facts["ellipse"], facts["n_frames"], int(facts["image_size"]))
+            with release.blaming("its training fails"):
+                done = run_training(release, virst, facts, targets)
+            for key, value in done.losses.items():
+                print(f"{key:16} {value:.7g}  recorded {facts['losses'].get(key, float('nan')):.7g}", file=printed)
+            path = args.out / f"{name}{GRADIENTS}"
+            atomic.write_npz(path, done.values, compressed=True)
+        else:
+            with release.blaming("its training fails"):
+                curve = run_curve(virst, facts)
+            arrays = {"losses": curve.losses, "rates": np.asarray(curve.rates)}
+            for step, parameters in curve.parameters.items():
+                arrays |= {f"{step}/{key}": value for key, value in parameters.items()}
+            path = args.out / f"{name}.npz"
+            atomic.write_npz(path, arrays, compressed=True)
+            atomic.write_json(args.out / args.case.name, facts | {"versions": _versions()})
+        print(path, file=printed)
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the JSON of a case") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); copy the case again") from error
+    kinds = {"train_loss": ("losses", "cond_frames", "ellipse"), "loss_curve": ("optim", "batches", "groups")}
+    needed = next((keys for kind, keys in kinds.items() if path.stem.startswith(kind)), None)
+    if needed is None:
+        raise UserError(f"{path}: give a case whose name begins with train_loss or loss_curve")
+    missing = [key for key in (*needed, "config", "salt") if not isinstance(facts, dict) or key not in facts]
+    if missing:
+        raise UserError(f"{path}: {missing[0]!r} is missing; copy the case again")
+    return facts
+
+
+def _network(release: Release, facts: dict[str, Any]) -> Any:
+    """The release's network with the case's sizes and parameters by the rule."""
+    sizes = facts["config"]["tiny"]
+    release.module(
+        "model.videochat.vision_tower_builder"
+    ).use_flash_attn = False  # it knows half precision on GPUs only
+    rows = int(sizes["vocab_size"])
+    fusion = bool(facts["config"].get("initial_seg_fusion"))
+    network = build_network(
+        release,
+        Rule(int(facts["salt"])),
+        tiny={key: value for key, value in sizes.items() if key != "vocab_size"},
+        vocab_size=rows,
+        seg_token_id=int(facts["config"].get("seg_token_id", rows - 1)),
+        initial_fusion=fusion,
+        attention="eager",
+    )
+    return network.virst
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }

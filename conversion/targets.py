@@ -1,0 +1,25 @@
+"""What recording and replaying training share. Needs no JAX."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+KEPT = 4096  # values of a tensor, at most
+
+
+def thinned(tensor: np.ndarray) -> np.ndarray:
+    """At most KEPT values of a tensor, evenly spaced in row-major order."""
+    flat = tensor.reshape(-1)
+    return np.ascontiguousarray(flat[:: max(1, -(-flat.size // KEPT))])
+
+
+def ellipse_masks(ellipse: Mapping[str, Any], count: int, size: int) -> np.ndarray:
+    """A drifting ellipse, absent on some frames, bool[count, size, size].
+
+    ellipse: pairs of y and x in pixels, center, velocity (a frame) and radii; absent, numbers of frames.
+    """
+    (y0, x0), (dy, dx), (height, width) = (ellipse[key] for key in ("center", "velocity", "radii"))
+    y, x = np.mgrid[:size, :size]
+    masks = [((y - y0 - dy * t) / height) ** 2 + ((x - x0 - dx * t) / width) ** 2 < 1 for t in range(count)]
+    return np.stack([mask & (t not in ellipse["absent"]) for t, mask in enumerate(masks)])
