@@ -111,12 +111,13 @@ def _row(name: str, check: Check, seconds: float | None) -> str:
     )
 
 
-WITHIN = {"bisect": "conversion.bisect"}
+WITHIN = {"bisect": "conversion.bisect", "ratio": "conversion.ratio"}
 HELP = "Compare the network with recorded outputs of the PyTorch release, case by case."
 EXAMPLES = """examples:
   virst parity cases
   virst parity cases --case e2e_dog --checkpoint virst_7b
   virst parity bisect cases/e2e_dog --checkpoint virst_7b      # which operation differs first? (bisect --help)
+  virst parity ratio cases/e2e_dog --low bf16/e2e_dog --checkpoint virst_7b      # bfloat16, against the release's own
 
 Exit status: 0 all outputs pass; 1 an output fails, a case is unknown or a file is damaged; 2 bad arguments."""
 
