@@ -65,6 +65,32 @@ def test_a_correction_and_undo(told: TextSession) -> None:
     assert (shown(told) == before).all()
 
 
+def test_what_a_correction_sees(told: TextSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The anchors there were when tracking began last, and the mask so far: no earlier try on its own frame."""
+    frame = next(i for i in range(COUNT) if i not in told.anchors[1])
+    kept, seen = told.network.prompt_objects, []
+
+    def spy(features: Any, tokens: Any, mask: Any, has_mask: bool, past: Any = None) -> Any:
+        frames = set() if past is None else set(np.asarray(past[0].frames)[np.asarray(past[0].valid)].tolist())
+        seen.append((frames, np.array(mask), has_mask))
+        return kept(features, tokens, mask, has_mask, past)
+
+    monkeypatch.setattr(told.network, "prompt_objects", spy)
+    before = told.logits(1, frame)
+    told.add_points(1, frame, [(20, 30)])
+    first = told.logits(1, frame)
+    told.add_points(1, frame, [(3, 3)], [0], replace=False)
+    assert [frames for frames, _, _ in seen] == [set(told.anchors[1]) - {frame}] * 2
+    assert all(has_mask for _, _, has_mask in seen)
+    assert (seen[0][1] == before).all()
+    assert (seen[1][1] == first).all()
+    # before tracking has passed it, the anchor can be taken back without a trace
+    told.clear(1, frame)
+    assert (told.logits(1, frame) == before).all()
+    for _ in range(3):
+        told.undo()
+
+
 def test_objects_are_removed_cleared_and_brought_back(told: TextSession) -> None:
     before, frame = shown(told), told.anchors[1][0]
     told.clear(1, frame)
@@ -186,3 +212,23 @@ def test_a_mask_at_the_networks_size() -> None:
     # twice as wide, four times as high; half of a pixel's edge may fall on either side
     assert abs(scaled.mean() - mask.mean()) < 0.01
     assert (mask_for_network(mask[:, :40], 40)[0] == mask[:, :40]).all()
+
+
+def test_nothing_is_compiled_for_another_video_or_number(model: Model, told: TextSession) -> None:
+    """Buckets of clicks, objects and anchors that were there before; `told` has had those of its first prompts."""
+
+    def use(count: int, height: int, width: int, clicks: int, objects: int) -> None:
+        session = model.session(video(count, height, width))
+        for object_id in range(1, objects + 1):
+            points = [(3 + i, 5) for i in range(clicks)]
+            session.add_points(object_id, min(object_id, count - 1), points)
+        assert len(list(session.propagate())) == count
+
+    for objects in (1, 2):
+        use(4, 40, 56, 1, objects)
+    before = model.network.num_compiled
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        height, width = (int(x) for x in rng.integers(16, 300, 2))
+        use(int(rng.integers(2, 9)), height, width, int(rng.integers(1, 5)), int(rng.integers(1, 3)))
+    assert model.network.num_compiled == before

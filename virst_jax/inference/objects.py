@@ -43,7 +43,9 @@ class ObjectState:
       by_sentence: whether a sentence has begun it.
       prompts: by frame.
       anchors: the outcomes of prompted frames, by frame.
-      tracked: those of the other frames.
+      settled: the anchors there were when tracking began last. A correction sees these: others that were given since
+        are not seen by it, nor is an earlier try on its own frame, but for the mask that it gave.
+      tracked: the outcomes of tracked frames, of those prompted since the last tracking, too.
       backward: of every frame that was tracked over, whether backward.
     """
 
@@ -52,6 +54,7 @@ class ObjectState:
     by_sentence: bool = False
     prompts: dict[int, Prompt] = field(default_factory=dict)
     anchors: dict[int, Outcome] = field(default_factory=dict)
+    settled: dict[int, Outcome] = field(default_factory=dict)
     tracked: dict[int, Outcome] = field(default_factory=dict)
     backward: dict[int, bool] = field(default_factory=dict)
 
@@ -61,6 +64,7 @@ class ObjectState:
             self,
             prompts=dict(self.prompts),
             anchors=dict(self.anchors),
+            settled=dict(self.settled),
             tracked=dict(self.tracked),
             backward=dict(self.backward),
         )
@@ -69,9 +73,28 @@ class ObjectState:
         """The outcome of a frame; None: it has none yet."""
         return self.anchors.get(frame) or self.tracked.get(frame)
 
+    def settle(self) -> None:
+        """Tracking begins: all anchors are seen from now on, and what was tracked on their frames is forgotten."""
+        self.settled = dict(self.anchors)
+        for frame in self.anchors:
+            self.tracked.pop(frame, None)
+
+    def before_prompts(self) -> "ObjectState":
+        """As tracking has left the object: what a correction sees."""
+        return dataclasses.replace(self, anchors=self.settled)
+
+    def clear(self, frame: int) -> None:
+        """Forgets the prompt of a frame. What tracking has seen of its anchor stays as a tracked frame's outcome."""
+        del self.prompts[frame], self.anchors[frame]
+        seen = self.settled.pop(frame, None)
+        if seen is not None:
+            self.tracked[frame] = seen
+            self.backward.pop(frame, None)
+
     @property
     def num_bytes(self) -> int:
-        return sum(outcome.num_bytes for kept in (self.anchors, self.tracked) for outcome in kept.values())
+        kept = (*self.anchors.values(), *self.settled.values(), *self.tracked.values())
+        return sum(outcome.num_bytes for outcome in {id(outcome): outcome for outcome in kept}.values())
 
 
 def gather_anchors(objects: Sequence[ObjectState]) -> ObjectAnchors:

@@ -219,11 +219,7 @@ class Session:
                 f"object {object_id} has no prompt on frame {frame}; it has some on {sorted(state.prompts)}"
             )
         with self._change():
-            state = self._state(object_id)
-            del state.prompts[frame]
-            # SAM 2 keeps what the anchor showed as the outcome of a tracked frame
-            state.tracked[frame] = state.anchors.pop(frame)
-            state.backward.pop(frame, None)
+            self._state(object_id).clear(frame)
         return self.masks(frame)
 
     def remove(self, object_id: int) -> None:
@@ -341,6 +337,8 @@ class Session:
     def _track(self, frames: range, sign: int) -> Iterator[ObjectMasks]:
         """Tracks one way."""
         states = list(self._objects.values())
+        for state in states:
+            state.settle()
         groups = [self._padded(states[i : i + self.group_size]) for i in range(0, len(states), self.group_size)]
         anchors = [store.gather_anchors(group) for group in groups]
         cfg = self.network.tracker_cfg
@@ -377,11 +375,11 @@ class Session:
         earlier = state.on(frame) if self.keep_previous else None
         prompt = np.zeros((cfg.low_res_size,) * 2, np.float32) if earlier is None else earlier.low_res
         past: Past | None = None
-        if frame in state.backward and state.anchors:
-            sign = -1 if state.backward[frame] else 1
-            bank = store.gather_bank(cfg, [state], frame, sign)
+        if frame in state.backward and state.settled:
+            sign, seen = -1 if state.backward[frame] else 1, [state.before_prompts()]
+            bank = store.gather_bank(cfg, seen, frame, sign)
             numbers = [jnp.asarray(x, jnp.int32) for x in (frame, sign, self.num_frames)]
-            past = (store.gather_anchors([state]), bank, numbers[0], numbers[1], numbers[2])
+            past = (store.gather_anchors(seen), bank, numbers[0], numbers[1], numbers[2])
         tokens = clicks.tokens(self.reader.size, cfg.image_size)
         out = self.network.prompt_objects(self.features.get(frame), tokens, prompt[None], earlier is not None, past)
         return _outcomes(out)[0]
@@ -389,7 +387,6 @@ class Session:
     def _set_anchor(self, state: ObjectState, frame: int, prompt: Prompt, outcome: Outcome) -> None:
         state.prompts[frame] = prompt
         state.anchors[frame] = outcome
-        state.tracked.pop(frame, None)
         self._objects[state.object_id] = state
 
     def _shown(
