@@ -1,4 +1,4 @@
-"""One's own videos, in MeViS layout (docs/datasets.md), from a trained model.
+"""One's own videos (docs/datasets.md says how they are laid out), from a trained model.
 
 python train.py --config=configs/finetune.py --workdir=runs/mine --config.model.init=virst_7b --config.data_root=MINE
 

@@ -12,7 +12,7 @@ from virst_jax.io import atomic
 HELP = "check a data set, show some of it, build it for training"
 
 _EXAMPLES = """examples:
-  virst data check my_videos                                 a folder in MeViS layout
+  virst data check my_videos                                 your own videos (docs/datasets.md)
   virst data check RVOS_ROOT --dataset mevis --split valid_u
   virst data show RVOS_ROOT --dataset revos --out sheet.png
   virst data build LISA --dataset refcoco --split train val --out built

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from virst_jax.data.datasets import plain
 from virst_jax.data.datasets.files import find_folder, first_file
 from virst_jax.data.datasets.json_index import JsonMembers, index_members
 from virst_jax.data.datasets.layout import Entry, Layout, VideoRecord, index_videos, read_videos
@@ -48,11 +49,15 @@ def open_mevis_v2(root: Path, split: str) -> IndexedSource:
 
 
 def open_custom(root: Path, split: str) -> IndexedSource:
-    """One's own videos in MeViS layout: in `root` itself, or in root/SPLIT if a split is named.
+    """One's own videos in MeViS layout, or with a table of sentences (see plain): in `root` itself, or in root/SPLIT if
+    a split is named.
 
     Raises UserError: a file is missing or not in this layout.
     """
-    return open_layout("custom", root / split if split else root, split, (*META, *META_V2))
+    folder = root / split if split else root
+    if (folder / plain.TABLE).is_file():
+        return plain.open_plain("custom", folder, split)
+    return open_layout("custom", folder, split, (*META, *META_V2, plain.TABLE))
 
 
 def open_layout(

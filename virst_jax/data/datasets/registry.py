@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from virst_jax.data.datasets import davis, lvvis, mevis, reasonseg, reasonvos, refer, revos, semantic, vqa, ytvos
+from virst_jax.data.datasets import davis, lvvis, mevis, plain, reasonseg, reasonvos, refer, revos, semantic, vqa, ytvos
 from virst_jax.data.datasets.source import IndexedSource
 from virst_jax.errors import UserError
 from virst_jax.io import buckets, remote
@@ -38,9 +38,7 @@ DATASETS: dict[str, DataSet] = {
         *("MeViS v2", "rvos", mevis.open_mevis_v2, mevis.SPLITS, "valid_u"),
         official=(("valid_u", None, 907), ("valid", None, 2523)),
     ),
-    "custom": DataSet(
-        "one's own videos in MeViS layout", "rvos", mevis.open_custom, ("", *mevis.SPLITS, "val", "test")
-    ),
+    "custom": DataSet("one's own videos", "rvos", mevis.open_custom, ("", *mevis.SPLITS, "val", "test")),
     "ref_youtube_vos": DataSet(
         *("Ref-YouTube-VOS", "rvos", ytvos.open_ytvos, ytvos.SPLITS, "valid"),
         official=(("valid", ytvos.NUM_VALID, None), ("test", 305, None)),
@@ -124,7 +122,7 @@ _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def guess_name(root: str | Path) -> str:
-    """The data set that a folder holds, by the folder's name; "custom" for any other with a meta_expressions.json.
+    """The data set that a folder holds, by the folder's name; "custom" for any other with expressions.
 
     Raises:
       UserError: it cannot be told.
@@ -135,7 +133,7 @@ def guess_name(root: str | Path) -> str:
     for name, folders in _FOLDER_NAMES.items():
         if folder.name.lower() in folders:
             return name
-    if any((folder / file).is_file() for file in (*mevis.META, *mevis.META_V2)):
+    if any((folder / file).is_file() for file in (*mevis.META, *mevis.META_V2, plain.TABLE)):
         return "custom"
     raise UserError(f"{root}: cannot tell which data set this is; name it with --dataset ({', '.join(DATASETS)})")
 
