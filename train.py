@@ -37,6 +37,7 @@ from virst_jax.models.virst import Virst
 from virst_jax.parallel import processes, sharding
 from virst_jax.pretraining import tasks as _pretraining  # noqa: F401, adds its kinds of batch
 from virst_jax.pretraining.mimetic import mimic_attention
+from virst_jax.profiling.trace import Trace
 from virst_jax.training import recipe
 from virst_jax.training.checkpoints import METRIC, TrainCheckpoints
 from virst_jax.training.evaluate import evaluate, held_out_videos
@@ -46,6 +47,7 @@ from virst_jax.training.start import Start, StateLayout
 from virst_jax.training.step import TrainState, make_train_step
 from virst_jax.training.streams import Stream, choose_stream, open_streams, stage_seed
 from virst_jax.training.tasks import Batch
+from virst_jax.training.time_use import STEPS, TimeUse
 from virst_jax.types import PyTree
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ class Run:
 def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | None) -> None:
     """Trains one stage from the model in `start` (None: random parameters), or from the stage's last checkpoint."""
     config, cfg, mesh = run.config, run.cfg, run.mesh
+    use = TimeUse()
     seed = stage_seed(int(config.seed), stage.name)
     layout = StateLayout.of(cfg, stage, mesh)
     checkpoints = TrainCheckpoints(folder / "checkpoints", config.checkpoint.keep)
@@ -146,8 +149,12 @@ def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | No
         if not summary:
             raise processes.Stopped
         checkpoints.add_score(step, summary[METRIC])
+        use.lap("evaluation")
 
-    meter = Meter(folder, count_flops, bar, log)
+    meter = Meter(folder, count_flops, bar, log, use)
+    trace = open_trace(config, folder)
+    compiled: set[str] = set()
+    use.lap("start")
     try:
         with processes.together(), processes.Stop() as stop:
             if begin and is_due(begin) and checkpoints.score(begin) is None:  # a stop or a kill cut it short
@@ -156,9 +163,14 @@ def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | No
             for step in range(begin, stage.steps):
                 stream = streams[choose_stream(stage, seed, step)]
                 arrays = stream.next()
+                use.lap("data")
+                trace.before(step - begin)
                 batch = stream.batch(sharding.global_batch(arrays, mesh))
                 state, metrics = steps[stream.name](state, batch)
                 meter.add(step + 1, stream, metrics, arrays, batch)
+                trace.after(step + 1 - begin, state)
+                use.lap(STEPS if stream.name in compiled else "compile")
+                compiled.add(stream.name)
 
                 done, stopped = step + 1 == stage.steps, stop.at_step()
                 if not (done or stopped or _divides(config.checkpoint.every, step + 1)):
@@ -167,6 +179,7 @@ def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | No
                 if log:
                     log.send()  # rows of all steps that no later run takes again
                 checkpoints.save(state, wait=stopped or done)  # before the evaluation, which may take long
+                use.lap("checkpoint")
                 if stopped:
                     raise processes.Stopped
                 if is_due(step + 1):
@@ -174,12 +187,30 @@ def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | No
                 meter.restart()
             # what virst_jax.load and the next stage read
             model_folder.save_model(folder / EXPORT, cfg, state.all_params(averaged=True), run.tokenizer_folder)
+            use.lap("export")
             stop.check()
     finally:
+        trace.close()
         bar.close()
         if log:
+            tqdm.write(f"{stage.name}: {use.summary()}", file=sys.stderr)
             log.close()
         checkpoints.close()
+
+
+def open_trace(config: ConfigDict, folder: "Place") -> Trace:
+    """The trace that a recipe asks for; recipes of before ask for none.
+
+    Raises:
+      UserError: it would lie in a bucket.
+    """
+    asked = config.get("profile") or {"first": 0, "steps": 0, "folder": ""}
+    place = Path(asked["folder"]) if asked["folder"] else folder / "profile"
+    if asked["steps"] and not isinstance(place, Path):
+        raise UserError(
+            f"{place}: traces cannot be written into a bucket; set --config.profile.folder to a local folder"
+        )
+    return Trace(Path(place), int(asked["first"]), int(asked["steps"]))
 
 
 def compile_step(run: Run, stage: recipe.Stage, layout: StateLayout, stream: Stream, seed: int) -> Any:

@@ -41,6 +41,7 @@ def base() -> ConfigDict:
     c.distributed = False  # several processes, started by a launcher that jax.distributed.initialize() knows
     c.threads, c.workers = 8, 0
     c.checkpoint = {"every": 500, "keep": 2}
+    c.profile = {"first": 10, "steps": 0, "folder": ""}  # steps: how many are traced; folder: STAGE/profile
     c.data_root = ""  # the folder that holds the data sets' folders; sources may name a root of their own
     c.eval = {"source": {"kind": "mevis", "split": "valid_u"}, "videos": 8, "every": 1000}
     return c

@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     c.data_root = ""
     c.distributed = False
     c.checkpoint = {"every": 500, "keep": 2}
+    c.profile = {"first": 10, "steps": 0, "folder": ""}  # steps: how many are traced; folder: STAGE/profile
     c.eval = {
         "source": {"kind": "synthetic", "num_videos": 40, "seed": 10**6, "expressions": 6},
         "videos": 40,

@@ -31,7 +31,9 @@ def run(arguments, **kwargs):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    train.train(recipe(), workdir)
+    config = recipe()
+    config.profile.steps = 2
+    train.train(config, workdir)
     return workdir
 
 
@@ -50,6 +52,24 @@ def test_it_learns_and_leaves_a_model(undisturbed):
     assert cfg.llm.hidden_size == 32
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
     assert virst_jax.load(model).cfg.name == "tiny"
+
+
+def test_steps_are_traced_where_asked(undisturbed):
+    folder = undisturbed / "stage" / "profile"
+    (trace,) = folder.glob("plugins/profile/*/*.xplane.pb")
+    assert b"train_step" in trace.read_bytes()
+    assert (folder / "memory.prof").stat().st_size
+
+
+def test_a_stage_says_where_its_time_went(start, tmp_path, capsys):
+    config = recipe(steps=2)
+    config.model.init = str(start)
+    train.train(config, tmp_path)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "(goodput)" in line]
+    assert line.startswith("stage: ")
+    for kind in ("steps", "compile", "data", "checkpoint", "export", "start"):
+        assert f"{kind} " in line
+    assert not (tmp_path / "stage" / "profile").exists()
 
 
 # in six steps patches learn which words are common; the language model, which has layers to go through, is slower

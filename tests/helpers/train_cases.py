@@ -30,6 +30,7 @@ def recipe(kind: str = "image_text", steps: int = 6, **optim: float) -> ConfigDi
     c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     c.seed, c.threads, c.workers, c.data_root, c.distributed = 0, 1, 0, "", False
     c.checkpoint = {"every": 2, "keep": 2}
+    c.profile = {"first": 1, "steps": 0, "folder": ""}
     c.eval = {"source": {"kind": "synthetic", "num_videos": 1, "seed": 9, "expressions": 2}, "videos": 0, "every": 0}
     c.stages = ("stage",)
     source = {"kind": "synthetic", "num_videos": 50, "seed": 1, "expressions": 2}

@@ -15,6 +15,7 @@ from virst_jax.profiling import flops
 from virst_jax.training.log import TrainLog
 from virst_jax.training.streams import Stream
 from virst_jax.training.tasks import Batch
+from virst_jax.training.time_use import TimeUse
 
 if TYPE_CHECKING:
     from virst_jax.io.buckets import Place
@@ -28,10 +29,18 @@ class Meter:
       count_flops: a stream and a batch of it -> operations of a step.
       bar: the progress line.
       log: None: another process logs.
+      use: shown is the share of time that went into waiting for data.
     """
 
-    def __init__(self, folder: "Place", count_flops: Callable[[Stream, Batch], float], bar: tqdm, log: TrainLog | None):
-        self.folder, self.count_flops, self.bar, self.log = folder, count_flops, bar, log
+    def __init__(
+        self,
+        folder: "Place",
+        count_flops: Callable[[Stream, Batch], float],
+        bar: tqdm,
+        log: TrainLog | None,
+        use: TimeUse,
+    ):
+        self.folder, self.count_flops, self.bar, self.log, self.use = folder, count_flops, bar, log, use
         self.pending: tuple[int, Stream, Mapping[str, jax.Array], Arrays] | None = None
         self.flops: dict[str, float] = {}  # of a step, by stream
         device = jax.devices()[0]
@@ -80,6 +89,7 @@ class Meter:
             self.log.write(step, {**scalars, f"{name}/seconds": seconds, f"{name}/mfu": mfu})
         frames = int(np.prod(arrays["clips"].shape[:3])) * jax.process_count() if "clips" in arrays else 0
         self.bar.set_postfix_str(
-            f"{name} loss {values['loss']:.3f}, {seconds:.2f} s/step, {frames / seconds:.1f} frames/s, MFU {mfu:.1%}"
+            f"{name} loss {values['loss']:.3f}, {seconds:.2f} s/step, {frames / seconds:.1f} frames/s, MFU {mfu:.1%}, "
+            f"data {self.use.share('data'):.0%}"
         )
         self.bar.update()
