@@ -322,6 +322,19 @@ def test_masks_that_are_gone_are_computed_again(finished, model, frames, tmp_pat
     ).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["result.json", "overlay.mp4", "preview.png"])
+def test_a_place_that_is_taken_is_known_before_tracking(finished, model, frames, tmp_path, monkeypatch, capsys, name):
+    out = tmp_path / "masks"
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    (out / name).unlink(missing_ok=True)
+    (out / name).mkdir()
+    monkeypatch.setattr(segment_run, "_MaskFiles", None)  # nothing is tracked
+    arguments = ["segment", str(frames), "the dog", "what? a cat!", "--model", str(model), "--out", str(out)]
+    assert cli.main([*arguments, "--resume"]) == 2
+    assert f"{name}: cannot be written (Is a directory)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["cut", "scores", "fit"])
 def test_a_damaged_state_is_told_and_tracking_begins_again(
     finished, model, frames, tmp_path, monkeypatch, capsys, damage

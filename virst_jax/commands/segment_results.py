@@ -19,6 +19,7 @@ from virst_jax.io.masks import encode_mask
 if TYPE_CHECKING:
     from virst_jax.io.reader import Reader
 
+OVERLAY, PREVIEW = "overlay.mp4", "preview.png"
 SHEET_FRAMES = 8
 _WHOLE = ("expressions", "frames", "frame_names", "objects")
 
@@ -42,7 +43,7 @@ def read(path: Path) -> dict[str, Any] | None:
 def is_there(out: Path, result: Mapping[str, Any]) -> bool:
     """Whether all files that a result speaks of are in its folder."""
     masks = (f"{record['folder']}/{name}.png" for record in result["objects"] for name in result["frame_names"])
-    return all((out / name).is_file() for name in ("overlay.mp4", "preview.png", *masks))
+    return all((out / name).is_file() for name in (OVERLAY, PREVIEW, *masks))
 
 
 def findings(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -104,7 +105,7 @@ def write_images(
             yield masks, visualize.overlay(frame, masks)
 
     with (
-        VideoWriter(out / "overlay.mp4", size, reader.fps, reader.format) as video,
+        VideoWriter(out / OVERLAY, size, reader.fps, reader.format) as video,
         contextlib.closing(prefetch(painted(), 4)) as frames,
     ):
         for i, (masks, image) in enumerate(frames):
@@ -115,7 +116,7 @@ def write_images(
                 _measure(record, mask)
             progress("overlay", i + 1, len(names))
     labels = [_label(names[i], None if times is None else times[i]) for i in sorted(shown)]
-    with atomic.new_file(out / "preview.png") as file:
+    with atomic.new_file(out / PREVIEW) as file:
         Image.fromarray(visualize.contact_sheet(sheet, labels, expressions)).save(file, format="PNG")
     return objects, video.sound_fault
 

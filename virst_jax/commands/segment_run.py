@@ -167,6 +167,8 @@ class SegmentRun:
             clear_folder(self.out)
         if any(entry.name != STATE for entry in self.out.iterdir()) or settings_file.exists():
             _check_settings(self.out, settings_file, self.settings)
+        for name in (RESULT, segment_results.OVERLAY, segment_results.PREVIEW):  # what is written last
+            atomic.check_place(self.out / name)
         segment_results.write(settings_file, self.settings)
         for folder in self.folders:
             folder.mkdir(exist_ok=True)
