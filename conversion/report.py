@@ -4,7 +4,9 @@ It is written anew after every case, so that a run that ends early leaves the pa
 """
 
 import base64
+import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +96,11 @@ def facts_of(case: Case) -> list[tuple[str, str]]:
         told.append(("release", str(meta["release"].get("commit", ""))))
     if meta.get("expression"):
         told.append(("expression", str(meta["expression"])))
+    files = (case.folder / f"{case.name}{suffix}" for suffix in (".json", ".npz")) if case.folder else ()
+    for path in files:
+        if path.is_file():
+            with path.open("rb") as file:
+                told.append((f"SHA-256 of {path.name}", hashlib.file_digest(file, "sha256").hexdigest()))
     return told
 
 
@@ -103,7 +110,8 @@ def write_page(path: Path, title: str, sections: Sequence[Section], conclusion: 
 
     machine = [*_common.versions().items(), *((str(d), d.device_kind) for d in jax.devices())]
     page = Environment(autoescape=True).from_string(_PAGE)
-    text = page.render(title=title, sections=sections, machine=machine, conclusion=conclusion)
+    is_number = re.compile(r"[\d.]+(e[+-]\d+)?|inf").fullmatch
+    text = page.render(title=title, sections=sections, machine=machine, conclusion=conclusion, is_number=is_number)
     atomic.write_bytes(path, text.encode("utf-8", "backslashreplace"), parents=True)
 
 
@@ -187,8 +195,9 @@ _PAGE = """<!doctype html>
 <style>
 body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 1100px; padding: 0 1em; }
 table { border-collapse: collapse; font-size: 13px; margin: .5em 0; } th { text-align: left; }
-td, th { padding: .1em .8em .1em 0; } tr.wrong { color: #c00; font-weight: bold; }
-td.number { text-align: right; font-family: monospace; }
+td, th { padding: .1em .8em .1em 0; vertical-align: top; } td:last-child { overflow-wrap: anywhere; }
+tr.wrong { color: #c00; font-weight: bold; }
+td.number { text-align: right; font-family: monospace; white-space: nowrap; }
 figure { margin: .8em 0; } img { max-width: 100%; } figcaption, .facts { color: #666; font-size: 13px; }
 h2 { margin: 1.6em 0 .2em; font-size: 19px; }
 </style></head><body>
@@ -202,8 +211,7 @@ h2 { margin: 1.6em 0 .2em; font-size: 19px; }
 {% if section.conclusion %}<p><strong>{{ section.conclusion }}</strong></p>{% endif %}
 <table><tr>{% for name in section.header %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for cells, passed in section.rows %}<tr{% if not passed %} class="wrong"{% endif %}>
-{%- for cell in cells %}<td{% if not loop.first and cell and cell[0] in "0123456789-in" %} class="number"{% endif %}>
-{{- cell }}</td>{% endfor %}</tr>
+{%- for cell in cells %}<td{% if is_number(cell) %} class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% for picture in section.pictures %}<figure><img src="{{ picture.uri }}" alt="{{ picture.caption }}">
 <figcaption>{{ picture.caption }}</figcaption></figure>{% endfor %}
