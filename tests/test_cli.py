@@ -207,10 +207,13 @@ def test_chat_and_info(model, frames, capsys):
         (["segment", "FRAMES", "a [SEG]", "--out", "OUT", "--model", "MODEL"], "contains the control token [SEG]"),
         (["segment", "FRAMES", "x", "--out", "OUT", "--every", "0"], "give 1 or more"),
         (["segment", "FRAMES", "x"], "the following arguments are required: --out"),
-        (["segment", "FRAMES", "x", "--out", "FRAMES", "--resume", "--model", "MODEL"], "holds no run to go on with"),
+        (
+            ["segment", "FRAMES", "x", "--out", "FRAMES", "--resume", "--model", "MODEL"],
+            "holds files that virst segment",
+        ),
         (["chat", "FRAMES", "", "--model", "MODEL"], "the question is empty"),
         (["info", "--model", "none"], "none: no model there"),
-        (["dance"], "unknown command 'dance': choose one of segment, chat,"),
+        (["dance"], "unknown command 'dance': choose one of segment, "),
     ],
 )
 def test_bad_input_takes_one_line(model, frames, tmp_path, capsys, arguments, message):
@@ -384,8 +387,14 @@ def test_overwriting(model, frames, tmp_path, capsys):
     assert (out / "result.json").is_file()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("")
-    assert segmented(frames, model, tmp_path / "photos", "--overwrite") == 2
-    assert "was not written by virst segment" in capsys.readouterr().err
+    for more in ([], ["--resume"], ["--overwrite"]):
+        assert segmented(frames, "none", tmp_path / "photos", *more) == 2  # before the model is loaded
+        error = capsys.readouterr().err
+        assert "photos: holds files that virst segment has not written" in error
+        assert "--resume" not in error
+    (out / ".virst" / "settings.json").unlink()
+    assert segmented(frames, "none", out, "--resume") == 2
+    assert "holds no run to go on with" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["a.jpg"]
 
 

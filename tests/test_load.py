@@ -110,7 +110,7 @@ def test_compiled_programs_are_kept(folder, tmp_path):
 
 
 def test_load_refuses(folder, tmp_path):
-    with pytest.raises(UserError, match="none: no model there; give a folder that `python -m conver"):
+    with pytest.raises(UserError, match="none: no model there; give a folder that `virst convert`"):
         load(tmp_path / "none")
     with pytest.raises(UserError, match="unknown dtype 'int8': choose float32 or bfloat16"):
         load(folder, dtype="int8")

@@ -164,7 +164,7 @@ def find_model(path: str | os.PathLike[str]) -> Path:
         )
     if not (folder / model_folder.CONFIG).is_file():
         raise UserError(
-            f"{str(path)!r}: no model there; give a folder that `virst convert` or `virst train` wrote, or "
+            f"{path}: no model there; give a folder that `virst convert` or `virst train` wrote, or "
             f"{', '.join(map(repr, EMBEDDED))}, the small one of this package"
         )
     return folder

@@ -43,10 +43,11 @@ def claimed(out: Path, *, resume: bool = False, overwrite: bool = False) -> Iter
         with lock.exclusive(out / STATE, shown=out):
             others = [entry.name for entry in out.iterdir() if entry.name != STATE]
             kept = [entry.name for entry in (out / STATE).iterdir() if entry.name != lock.LOCK]
-            if overwrite and others and not (kept or RESULT in others):
-                raise UserError(
-                    f"{out}: was not written by virst segment, so --overwrite leaves it alone; choose another folder"
-                )
+            if others and not (kept or RESULT in others):
+                asked = "so --overwrite leaves it alone; " if overwrite else ""
+                raise UserError(f"{out}: holds files that virst segment has not written; {asked}choose another folder")
+            if resume and not (out / STATE / SETTINGS).is_file() and (others or kept):
+                raise UserError(f"{out}: holds no run to go on with; choose another folder, or --overwrite")
             if (others or kept) and not (resume or overwrite):
                 raise UserError(
                     f"{out}: exists already; choose another folder, --resume to go on with it, or --overwrite to "
@@ -274,7 +275,7 @@ def _check_settings(out: Path, file: Path, settings: Mapping[str, Any]) -> None:
     try:
         before = read_json(file).object()
     except UserError as error:
-        raise UserError(f"{out}: holds no run to go on with ({error}); choose another folder") from error
+        raise UserError(f"{error}; without it no run can go on: choose another folder, or --overwrite") from error
 
     def known(run: Mapping[str, Any]) -> dict[str, Any]:
         video = run.get("video")

@@ -15,7 +15,7 @@ import numpy as np
 
 from virst_jax.errors import UserError
 from virst_jax.io import arrays, images
-from virst_jax.io.names import find_entry, natural_key, same_name
+from virst_jax.io.names import find_entry, natural_key, other_spelling, same_name
 from virst_jax.io.reader import Reader, check_indices
 from virst_jax.io.regular import require_file
 from virst_jax.io.video_file import FileReader
@@ -88,6 +88,8 @@ def _open_path(given: str | bytes, allow_damaged: bool) -> Reader:
     path = Path(_found(given))
     if os.path.isdir(path):
         return FolderReader(path)
+    if not os.path.exists(path) and not other_spelling(path):
+        raise UserError(f"{path}: no such video; give a file or a folder of frames")
     require_file(path, "give a video file, an image, or a folder of frames")
     if path.suffix.lower() in FRAME_SUFFIXES:
         return AnimationReader(path) if images.num_frames(path) > 1 else FolderReader.of_files([path], still=True)
