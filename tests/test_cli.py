@@ -478,8 +478,8 @@ def test_damaged_videos(model, tmp_path, capsys):
 
 
 def test_a_device_that_is_not_there_takes_one_line(tmp_path):
-    for arguments in (["info"], ["info", "--device", "cuda"], ["chat", "VIDEO", "x", "--model", "MODEL"]):
-        known = {"VIDEO": str(demo.CLIP), "MODEL": str(EMBEDDED["tiny"])}
+    for arguments in (["info"], ["info", "--device", "cuda"], ["segment", "VIDEO", "x", "--out", "OUT"]):
+        known = {"VIDEO": str(demo.CLIP), "OUT": str(tmp_path / "out")}
         run = subprocess.run(
             [sys.executable, "-m", "virst_jax.cli", *(known.get(a, a) for a in arguments)],
             env={**os.environ, "JAX_PLATFORMS": "cpu" if "--device" in arguments else "cuda"},

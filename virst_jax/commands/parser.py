@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from virst_jax.errors import UserError
-from virst_jax.io import buckets
 from virst_jax.io.address import local
 
 
@@ -101,6 +100,8 @@ def _path(text: str) -> Path:
 
 def path_or_bucket(text: str) -> Path:
     """For commands that write to buckets: a path of this machine, or an address for `buckets.place`."""
+    from virst_jax.io import buckets  # imports more than `virst --help` may
+
     return Path(text) if buckets.is_bucket(text) else _path(text)
 
 
