@@ -69,13 +69,13 @@ def test_rows_are_printed_as_they_come(tmp_path, capsys, monkeypatch):
     for path in tmp_path.glob("losses.*"):
         shutil.copy(path, tmp_path / path.name.replace("losses", "losses_again"))
     seen: list[str] = []
-    run_case = parity.run_case
+    run_whole_case = parity.run_whole_case
 
     def spy(folder: Path, name: str, **given):
         seen.append(capsys.readouterr().out)
-        return run_case(folder, name, **given)
+        return run_whole_case(folder, name, **given)
 
-    monkeypatch.setattr(parity, "run_case", spy)
+    monkeypatch.setattr(parity, "run_whole_case", spy)
     assert parity.main([str(tmp_path)]) == 0
     assert "losses" not in seen[0]
     assert "losses" in seen[1]
