@@ -320,7 +320,7 @@ def test_bad_arguments(fake, video, tmp_path, monkeypatch, capsys, options, more
             "no such folder; give it as --videochat",
         ),
         (["--video=v", "--expression=x", "--rule-weights=0"], "add --tiny"),
-        (["--rule-weights=0", "--like=none.json"], "none.json: cannot be read"),
+        (["--rule-weights=0", "--like=none.json"], "none.json: no such file; give the JSON of a case"),
         (["--rule-weights=0", "--like=bad.json"], "bad.json: not valid JSON"),
         (["--rule-weights=0", "--like=other.json"], "other.json: not an end-to-end case ('config' is missing)"),
     ],
