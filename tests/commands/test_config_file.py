@@ -8,6 +8,7 @@ import pytest
 from virst_jax.commands import config_file, eval, train
 from virst_jax.commands.parser import Parser
 from virst_jax.errors import UserError
+from virst_jax.io import buckets
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +49,11 @@ def test_settings():
     short = parsed(eval, "--data_root=D", "--model", "m", "--config.dataset=mevis", "--config.png=True")
     config = eval.config_of(short)
     assert (config.data_root, config.model, config.dataset, config.png) == ("D", "m", "mevis", True)
+
+
+def test_work_folders_may_be_in_buckets():
+    assert buckets.address_of(parsed(eval, "--workdir=s3://bucket/runs").workdir) == "s3://bucket/runs"
+    assert buckets.address_of(parsed(train, "--workdir", "gs://bucket/runs/").workdir) == "gs://bucket/runs"
 
 
 def test_steps_cut_every_stage_short():

@@ -54,6 +54,10 @@ class Group:
     def output(self, index: int = 0) -> str:
         return self.logs[index].read_text(errors="replace")
 
+    def outputs(self) -> str:
+        """The ends of what all processes have printed."""
+        return "\n".join(f"process {i}:\n{self.output(i)[-2000:]}" for i in range(len(self.logs)))
+
     def until(self, pattern: str | Callable[[], bool], index: int = 0, seconds: float = 300) -> None:
         """Waits until a process has printed something, or something holds."""
         deadline = time.monotonic() + seconds
