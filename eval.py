@@ -31,7 +31,7 @@ from virst_jax.evaluation.predictions import StoredReader
 from virst_jax.evaluation.report import write_report
 from virst_jax.evaluation.runner import Outcome, Predict, evaluate
 from virst_jax.evaluation.submission import ROOTS, write_pngs
-from virst_jax.io import buckets
+from virst_jax.io import buckets, small_model
 from virst_jax.io.address import local
 from virst_jax.io.buckets import Mirror
 
@@ -159,6 +159,8 @@ def run(config: ConfigDict, workdir: Path) -> int:
 
 def _run(config: ConfigDict, workdir: Path) -> int:
     source = open_source(config)
+    if config.predictor == "model" and small_model.is_small(config.model):
+        print(f"note: {small_model.NOTE}", file=sys.stderr)
     name = "-".join(filter(None, (source.name, source.split)))
     if not buckets.is_bucket(workdir):
         return _evaluate(config, source, workdir / name)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -226,3 +227,12 @@ def test_a_network_on_every_benchmark(name, small_model, load_once, tmp_path, ca
     config.seed = 1
     with pytest.raises(Exception, match="other settings"):
         program.run(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("predictor", "is_told"), [("model", True), ("truth", False)])
+def test_scores_of_the_small_model_are_not_taken_for_more(data, tmp_path, capsys, monkeypatch, predictor, is_told):
+    program = runpy.run_path(str(ROOT / "eval.py"))
+    monkeypatch.setitem(program["_run"].__globals__, "_evaluate", lambda *_: 0)
+    config = get_config(dataset="mevis", data_root=str(data), split="valid_u", predictor=predictor)
+    assert program["run"](config, tmp_path) == 0
+    assert ('note: the model "tiny" of this package is a demonstration' in capsys.readouterr().err) == is_told

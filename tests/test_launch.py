@@ -58,7 +58,8 @@ def ssh(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     (folder / "hosts").write_text("# the two hosts\nuser@first\n\nsecond\n")
     (folder / "job.sh").write_text(JOB)
     env = {**os.environ, "SSH": f"bash {ROOT / 'tests' / 'helpers' / 'local_ssh.sh'}", "PORT": "4321"}
-    command = ["bash", str(LAUNCH / "ssh.sh"), "hosts", "bash", "job.sh", *arguments]
+    # what starts the tests may ignore Ctrl-C, which a shell cannot take back
+    command = ["env", "--default-signal=INT", "bash", str(LAUNCH / "ssh.sh"), "hosts", "bash", "job.sh", *arguments]
     return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, text=True)
 
 
