@@ -15,6 +15,7 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from virst_jax.commands import _common
@@ -148,7 +149,7 @@ def _along_frames(details: Sequence[Detail]) -> str:
         assert detail.frames is not None
         axis.plot(np.maximum(detail.frames, 1e-9), marker=".", label=detail.output)
     axis.set(yscale="log", xlabel="frame", ylabel="relative L2 error")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
     return _png(figure)
