@@ -1,12 +1,12 @@
-"""Two steps of a small language model on a mesh; arguments as launch.py says."""
+"""Two steps of a small language model on a mesh; arguments as on_meshes.py says."""
 
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
-import launch
 import numpy as np
+import on_meshes
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -52,7 +52,7 @@ def program(mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     opt_shardings = sharding.state_shardings(jax.eval_shape(OPTIMIZER.init, params), shardings, params, mesh)
     placed = sharding.put_global(host, shardings)
     opt_state = jax.jit(OPTIMIZER.init, out_shardings=opt_shardings)(placed)
-    local = launch.rows_of_process(batch, mesh)
+    local = on_meshes.rows_of_process(batch, mesh)
     run = jax.jit(step, out_shardings=(shardings, opt_shardings, sharding.replicated(mesh)))
     for _ in range(2):
         placed, opt_state, value = run(placed, opt_state, sharding.global_batch(local, mesh))
@@ -61,4 +61,4 @@ def program(mesh: Mesh) -> tuple[Any, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    launch.run(program)
+    on_meshes.run(program)

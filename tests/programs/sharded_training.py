@@ -1,11 +1,11 @@
-"""A training step of the whole network on a mesh, with tracking; arguments as launch.py says."""
+"""A training step of the whole network on a mesh, with tracking; arguments as on_meshes.py says."""
 
 import dataclasses
 from typing import Any
 
 import jax
-import launch
 import numpy as np
+import on_meshes
 from jax.sharding import Mesh
 
 from virst_jax.config import Compute, VirstConfig, tiny
@@ -73,7 +73,7 @@ def program(mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     draw = np.random.default_rng(1)
     host = jax.tree.map(lambda x: (0.05 * draw.standard_normal(x.shape)).astype(np.float32), shapes)
     state = jax.jit(begin, out_shardings=shardings)(sharding.put_global(host, parameters))
-    local = launch.rows_of_process(make_batch(), mesh)
+    local = on_meshes.rows_of_process(make_batch(), mesh)
     placed = VideoBatch(**sharding.global_batch(local, mesh), prefix_len=SHARED)
     run = jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)))
     state, metrics = run(state, placed)
@@ -83,4 +83,4 @@ def program(mesh: Mesh) -> tuple[Any, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    launch.run(program)
+    on_meshes.run(program)
