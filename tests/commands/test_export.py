@@ -57,7 +57,7 @@ def test_formats(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("kind", "spoiled", "message"),
     [
         ("csv", '{"frames"', "holds no whole result.json"),
-        ("webm-alpha", None, "films/dog.mp4: no such file"),
+        ("webm-alpha", None, "films/dog.mp4: no such video"),
         ("coco", "damaged", "result.json, 'the dog'"),
     ],
 )

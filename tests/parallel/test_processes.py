@@ -119,3 +119,8 @@ def test_the_main_process_is_killed(tmp_path):
         group.processes[0].kill()
         assert 0 not in group.wait(60)
         assert ends(group, 1) or "JAX distributed service detected fatal errors" in group.output(1)
+
+
+def test_our_line_comes_before_the_trace_of_jax():
+    """JAX's signs of life are half of its limit apart, so that much may have passed when a process is killed."""
+    assert processes.JAX_SILENCE / 2 > processes.SILENCE + 4 * processes.BEAT

@@ -28,8 +28,9 @@ COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX
 
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as dead
-# JAX's own limit ends a process with a stack trace; it is there for what ours cannot see
-JAX_SILENCE = 50
+# JAX's own limit ends a process with a stack trace; it is there for what ours cannot see. JAX gives a sign of life in
+# half of that time, so it may find a process dead after half of it: later than we do, with the time for our line
+JAX_SILENCE = 100
 STALL = 1800.0  # seconds that a step, with its compilation, may take
 LOST = 4  # exit status of a process that ends because another one did
 
