@@ -390,7 +390,8 @@ def test_colours_survive_the_way_through_an_overlay(tmp_path):
         with VideoWriter(tmp_path / f"{number}_out.mp4", video.size, 10, video.format) as out:
             out.write(before[0])
         after = open_video(tmp_path / f"{number}_out.mp4").read([0])
-        assert np.abs(after.astype(int) - before).max() <= 4, colours
+        # coding again moves a pixel by up to 5; BT.601 read as BT.709 moves this red by 12, a wrong range by more
+        assert np.abs(after.astype(int) - before).max() <= 8, colours
 
 
 def test_ranges():
