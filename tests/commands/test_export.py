@@ -1,6 +1,7 @@
 """`virst export` of a result on the disk."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,52 @@ def test_formats(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     with Image.open(tmp_path / "davis" / "Annotations" / "dog" / "a.png") as image:
         assert np.asarray(image).sum() == 18
     assert capsys.readouterr().out.count("wrote") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(frame_names=["../../a", "b"]), "the frame's name '../../a' holds a slash"),
+        (lambda r: r.update(frame_names=["/a", "b"]), "holds a slash"),
+        (lambda r: r.update(frame_names=["..", "b"]), "leads out of its folder"),
+        (lambda r: r.update(frame_names=["a", "a"]), "two frames are named 'a'"),
+        (lambda r: r.update(frame_names=["a", 7]), "frame_names[1]: expected text"),
+        (lambda r: r.update(size={"height": "8", "width": 12}), "size.height: expected a whole number"),
+        (lambda r: r.update(size=[8, 12]), "size: expected an object"),
+        (lambda r: r.update(size={"height": 1 << 40, "width": 12}), "from 1 to 65536"),
+        (lambda r: r.update(fps="5"), "fps: expected a number"),
+        (lambda r: r.update(times=[0.0]), "times: expected 2 numbers"),
+        (lambda r: r.update(video="dog.mp4"), "video: expected an object"),
+        (lambda r: r["objects"][0].update(object_id=0), "object_id: expected a whole number of 1 or more"),
+        (lambda r: r["objects"][0].update(object_id=1 << 20), "numbers from 1 to 65535 can be written"),
+        (lambda r: r["objects"][0].update(scores=[2.5, "x"]), "scores[1]: expected a number"),
+        (lambda r: r["objects"][0].update(rle=[None, 3]), "result.json, 'the dog'"),
+    ],
+)
+def test_a_result_of_others_leads_nowhere_else(
+    result: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Any]], None],
+    message: str,
+) -> None:
+    file = result / "result.json"
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["export", str(result), "--format", "png-ids", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_video_of_a_name_that_makes_no_file(result: Path, tmp_path: Path) -> None:
+    file = result / "result.json"
+    file.write_text(file.read_text().replace("films/dog.mp4", "films/aux.mp4"))
+    assert cli.main(["export", str(result), "--format", "davis", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "Annotations" / "video" / "a.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,11 @@ from PIL import Image
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 from virst_jax.io.masks import encode_mask
+from virst_jax.io.names import check_name, repeated, shown
 from virst_jax.io.reader import Reader
 
 FEWEST_CORNERS = 3
+LARGEST_ID = (1 << 16) - 1  # of an object: images of numbers have 16 bits
 ALPHA_CRF = "18"
 
 
@@ -78,12 +80,21 @@ def export(kind: str, masks: MaskSet, out: Path, video: Reader | None = None) ->
       video: for "webm-alpha".
 
     Raises:
-      UserError: an unknown kind, a folder that exists already, no video where one is needed, or one of another size.
+      UserError: an unknown kind, a folder that exists already, no video where one is needed, one of another size, names
+        that make no files, or an object's number out of range.
     """
     if kind not in FORMATS:
         raise UserError(f"unknown format {kind!r}: choose {', '.join(FORMATS)}")
     if out.exists():
         raise UserError(f"{out}: exists already; choose another folder")
+    check_name(masks.name, "the video's name")
+    for frame_name in masks.frame_names:
+        check_name(frame_name, "the frame's name")
+    if (twice := repeated(masks.frame_names)) is not None:
+        raise UserError(f"two frames are named{shown(twice)}, so one file would take the other's place; rename one")
+    for object_id in masks.object_ids:
+        if not 1 <= object_id <= LARGEST_ID:
+            raise UserError(f"an object has the number {object_id}; numbers from 1 to {LARGEST_ID} can be written")
     if kind in NEED_VIDEO:
         if video is None:
             raise UserError(f"the format {kind} shows the video itself; say where it is with --video")
@@ -285,8 +296,8 @@ def _webm_alpha(masks: MaskSet, out: Path, video: Reader | None) -> None:
         stream.options = {"crf": ALPHA_CRF, "b": "0"}
         for frame, pixels in enumerate(video):
             alpha = np.where(masks.masks(frame).any(axis=0), 255, 0).astype(np.uint8)
-            picture = av.VideoFrame.from_ndarray(np.dstack([pixels, alpha]), format="rgba")
-            container.mux(stream.encode(picture.reformat(format="yuva420p")))
+            image = av.VideoFrame.from_ndarray(np.dstack([pixels, alpha]), format="rgba")
+            container.mux(stream.encode(image.reformat(format="yuva420p")))
         container.mux(stream.encode(None))
 
 

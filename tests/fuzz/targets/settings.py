@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from fuzz.mutate import ODD, byte_edits, edit_bytes, edit_json, json_edits
 from fuzz.target import Target
-from virst_jax.commands import config_file, segment_results
+from virst_jax.commands import config_file, export, segment_results
 from virst_jax.config import from_json, get_preset, to_json
 from virst_jax.errors import UserError
-from virst_jax.io import atomic, digests
+from virst_jax.io import atomic, digests, exports
+from virst_jax.io.json_files import Json
 from virst_jax.io.npz import read_npz
 
 STATE = {
@@ -31,6 +32,7 @@ RECORD: dict[str, Any] = {
 }
 RECORD |= {"scores": [1.5, -2.0], "folder": "01-x", "expression": "x"}
 RESULT = {"expressions": ["x"], "frames": [0, 1], "frame_names": ["0", "1"], "objects": [RECORD], "notes": []}
+RESULT |= {"size": {"height": 4, "width": 4}, "fps": 5.0, "times": [0.0, 0.2], "video": {"path": "a.mp4"}}
 DIGESTS = {"tensors": {"a/b": "00"}, "files": {"config.json": "00"}}
 
 
@@ -63,6 +65,10 @@ def read_result(case: tuple[Any, Any]) -> bool:
             raise UserError("no result")
         segment_results.is_there(path.parent, result)
         segment_results.findings(result)
+        out = path.parent / "a" / "b"
+        out.parent.mkdir()
+        exports.export("png-ids", export.mask_set(Json(result, "result.json")), out)
+        assert all(x in (path, out.parent, out) or x.parent == out for x in path.parent.rglob("*")), "left its folder"
     return True
 
 
