@@ -111,3 +111,20 @@ def test_two_videos_of_one_name(folder: Path) -> None:
     (folder / "videos" / "cat.avi").write_bytes(b"")
     with pytest.raises(UserError, match=r"cat\.avi and cat\.mp4"):
         open_dataset("custom", folder)[1]
+
+
+def test_numbers_and_cells_of_any_length(folder: Path) -> None:
+    line = f'dogs,the dog,{"9" * 5000}\ndogs,"the dog\nthat runs",1\ndogs,the\u2028cat\x0bnear it,2\n'
+    (folder / "sentences.csv").write_text(TABLE + line, encoding="utf-8")
+    source = open_dataset("custom", folder)
+    (problem,) = source.problems
+    assert "line 5" in problem.where
+    assert "give numbers from 1 to 254" in str(problem)
+    assert [len(video.expressions) for video in source] == [4, 1]
+
+
+def test_a_table_that_is_no_text(folder: Path) -> None:
+    table = folder / "sentences.csv"
+    table.write_bytes(TABLE.encode() + b"dogs,caf\xe9,1\n")
+    with pytest.raises(UserError, match=r"no text in UTF-8.*save it as CSV in UTF-8"):
+        open_dataset("custom", folder)

@@ -9,6 +9,7 @@ A sentence with several objects ("both dogs") takes several numbers, with spaces
 """
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from virst_jax.data.samples import Expression, Video
 from virst_jax.errors import UserError
 from virst_jax.io.images import SUFFIXES
 from virst_jax.io.names import check_name, natural_key
+from virst_jax.io.regular import read_text
 from virst_jax.io.video import open_video
 
 TABLE = "sentences.csv"
@@ -73,15 +75,10 @@ def open_plain(name: str, folder: Path, split: str) -> IndexedSource:
 
 def _records(folder: Path, problems: list[Problem]) -> list[PlainRecord]:
     file = folder / TABLE
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # spreadsheets put a mark before it
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file}: cannot be read; save it as CSV in UTF-8, with the columns {', '.join(COLUMNS)}"
-        ) from error
+    text = read_text(file, f"save it as CSV in UTF-8, with the columns {', '.join(COLUMNS)}")
     # some spreadsheets write ";" or tabs
     first = text.partition("\n")[0]
-    rows = csv.DictReader(text.splitlines(), delimiter=max(",;\t", key=first.count))
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
     columns = [str(column).strip() for column in rows.fieldnames or ()]
     rows.fieldnames = columns
     if not {"video", "sentence"} <= set(columns):
@@ -115,7 +112,7 @@ def _row(row: dict[str, str], where: str) -> tuple[str, str, tuple[int, ...]]:
     sentence = (row.get("sentence") or "").strip()
     normalize_expression(sentence)  # raises for what cannot be read
     stated = (row.get("object") or "").split()
-    if not all(part.isascii() and part.isdecimal() and 0 < int(part) < 255 for part in stated):
+    if not all(part.isascii() and part.isdecimal() and len(part) < 4 and 0 < int(part) < 255 for part in stated):
         raise UserError(f"{where}: the object is {' '.join(stated)[:40]!r}; give numbers from 1 to 254, or nothing")
     return video, sentence, tuple(int(part) for part in stated)
 
