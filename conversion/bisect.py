@@ -8,7 +8,6 @@ same. docs/parity.md tells how to read the table.
 
 import argparse
 import dataclasses
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ from rich.console import Console
 
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
+from virst_jax.io.npz import read_npz
 
 from .bisection.operation import epsilon
 from .bisection.walk import Row, Walk, operations
 from .cases.case import BLOCKS, Case, load_case
 from .cases.network import open_network
 
+MAX_BLOCKS = 1 << 36  # bytes; the full network gives 2 GB and 40 MB a frame
 HELP = "Find the first operation of the network that differs from a recorded run."
 EXAMPLES = """examples:
   virst parity bisect cases/e2e_dog --checkpoint virst_7b
@@ -72,15 +73,7 @@ def load_blocks(path: Path) -> dict[str, np.ndarray]:
     Raises:
       UserError: no such file, or it is damaged.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: no such file; record the case with --blocks, or name one that --save wrote"
-        ) from error
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged ({error}); copy it again") from error
+    return read_npz(path, "record the case with --blocks, or name a file that --save wrote", MAX_BLOCKS)
 
 
 def recorded_tensors(case: Case, blocks: Path | None, folder: Path) -> dict[str, np.ndarray]:

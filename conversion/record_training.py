@@ -7,7 +7,6 @@ Runs in the Python environment of the release (torch, no JAX). The parameters ar
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
+from virst_jax.io.json_files import read_json
 
 from .recording.checkout import Release, build_network, open_checkout
 from .recording.state import Rule
@@ -75,12 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the JSON of a case") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); copy the case again") from error
+    facts = read_json(path, advice="give the JSON of a case").value
     kinds = {"train_loss": ("losses", "cond_frames", "ellipse"), "loss_curve": ("optim", "batches", "groups")}
     needed = next((keys for kind, keys in kinds.items() if path.stem.startswith(kind)), None)
     if needed is None:

@@ -5,7 +5,6 @@ Axes: T frames, R side of the tracker's image.
 
 import dataclasses
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import sam_pixels
 from virst_jax.errors import UserError
+from virst_jax.io.npz import read_npz
 from virst_jax.models.tree import flatten
 from virst_jax.training.losses import VideoBatch, video_losses
 
@@ -104,11 +104,7 @@ def _gradients(path: Path, ours: dict[str, np.ndarray]) -> list[Check]:
     Where a sum cancels (a key's bias before a softmax), the true gradient is zero and both are rounding errors of its
     terms: those below CANCELLED of the largest norm are counted and named, and only have to be as small.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            theirs = {name: arrays[name] for name in arrays.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: damaged ({error}); copy it again") from error
+    theirs = read_npz(path, "copy it again")
     largest = max(float(np.linalg.norm(value)) for value in theirs.values())
     parts: dict[str, list[tuple[float, float, float, str]]] = {}
     for name, value in theirs.items():
