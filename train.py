@@ -169,13 +169,13 @@ def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | No
                 state, metrics = steps[stream.name](state, batch)
                 meter.add(step + 1, stream, metrics, arrays, batch)
                 trace.after(step + 1 - begin, state)
+                done, stopped = step + 1 == stage.steps, stop.at_step()  # waits for the step before
                 use.lap(STEPS if stream.name in compiled else "compile")
                 compiled.add(stream.name)
-
-                done, stopped = step + 1 == stage.steps, stop.at_step()
                 if not (done or stopped or _divides(config.checkpoint.every, step + 1)):
                     continue
                 meter.flush()
+                use.lap(STEPS)
                 if log:
                     log.send()  # rows of all steps that no later run takes again
                 checkpoints.save(state, wait=stopped or done)  # before the evaluation, which may take long
