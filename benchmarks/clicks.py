@@ -1,4 +1,4 @@
-"""How much clicks mend a result of a sentence: J&F on synthetic videos after 0, 1, 2, ... simulated corrections.
+"""How much clicks improve a result of a sentence: J&F on synthetic videos after 0, 1, 2, ... simulated corrections.
 
     python -m benchmarks.clicks --model tiny --videos 40 --corrections 3 --out clicks.csv
 

@@ -85,7 +85,7 @@ def random_params(cfg: VirstConfig, *parts: str, seed: int = 0) -> dict[str, Any
 
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """What a tracker remembers of an object in frames 0 to T-1, of which frame 0 was prompted."""
+    """The memories that a tracker has of an object in frames 0 to T-1, of which frame 0 was prompted."""
 
     memory: np.ndarray  # float32[T, S, D], numbers of bfloat16, in which trackers keep them
     pointers: np.ndarray  # float32[T, C]

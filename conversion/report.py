@@ -29,7 +29,7 @@ SAME, OURS, THEIRS = (235, 235, 235), (255, 70, 60), (60, 120, 255)
 
 
 @dataclass(frozen=True)
-class Picture:
+class Illustration:
     """An image as a data URI, with what it shows."""
 
     uri: str
@@ -45,7 +45,7 @@ class Section:
     header: Sequence[str] = ()
     rows: list[tuple[Sequence[str], bool]] = field(default_factory=list)  # cells, and whether they pass
     conclusion: str = ""
-    pictures: list[Picture] = field(default_factory=list)
+    illustrations: list[Illustration] = field(default_factory=list)
 
 
 def case_section(case: Case, checks: Iterable[Check], seconds: float) -> Section:
@@ -59,13 +59,15 @@ def case_section(case: Case, checks: Iterable[Check], seconds: float) -> Section
         section.rows.append(((*cells, "pass" if check.passed else "FAIL", check.note), check.passed))
     details = [detail for detail in case.details if detail.histogram is not None]
     if details:
-        section.pictures.append(Picture(_histograms(details), "error of every element, relative to the output's RMS"))
+        section.illustrations.append(
+            Illustration(_histograms(details), "error of every element, relative to the output's RMS")
+        )
     frames = [detail for detail in case.details if detail.frames is not None]
     if frames:
-        section.pictures.append(Picture(_along_frames(frames), "error along the frames"))
+        section.illustrations.append(Illustration(_along_frames(frames), "error along the frames"))
     for detail in case.details:
-        section.pictures += [
-            Picture(
+        section.illustrations += [
+            Illustration(
                 _masks(ours, theirs), f"frame {t}: ours, recorded, difference ({int((ours != theirs).sum())} pixels)"
             )
             for t, ours, theirs in detail.masks
@@ -83,7 +85,9 @@ def bisect_section(case: Case, rows: Sequence[Row], conclusion: str) -> Section:
         told = "" if row.alone is None else "rounding" if row.passed else "DIFFERS"
         section.rows.append(((row.operation, row.output, *map(number, numbers), told), row.passed))
     if any(row.accumulated is not None or row.alone is not None for row in rows):
-        section.pictures.append(Picture(_growth(rows), "error along the operations, in the order of computation"))
+        section.illustrations.append(
+            Illustration(_growth(rows), "error along the operations, in the order of computation")
+        )
     return section
 
 
@@ -178,7 +182,7 @@ def _growth(rows: Sequence[Row]) -> str:
 
 
 def _masks(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Three pictures side by side: bool[H, W] of both, and where only one of them is set."""
+    """Three images side by side: bool[H, W] of both, and where only one of them is set."""
     both = [np.where(mask[..., None], 255, 30).repeat(3, -1).astype(np.uint8) for mask in (ours, theirs)]
     difference = np.full((*ours.shape, 3), 30, np.uint8)
     difference[ours & theirs] = SAME
@@ -215,8 +219,8 @@ h2 { margin: 1.6em 0 .2em; font-size: 19px; }
 {% for cells, passed in section.rows %}<tr{% if not passed %} class="wrong"{% endif %}>
 {%- for cell in cells %}<td{% if is_number(cell) %} class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
-{% for picture in section.pictures %}<figure><img src="{{ picture.uri }}" alt="{{ picture.caption }}">
-<figcaption>{{ picture.caption }}</figcaption></figure>{% endfor %}
+{% for shown in section.illustrations %}<figure><img src="{{ shown.uri }}" alt="{{ shown.caption }}">
+<figcaption>{{ shown.caption }}</figcaption></figure>{% endfor %}
 {% endfor %}
 </body></html>
 """

@@ -492,13 +492,6 @@ def test_a_device_that_is_not_there_takes_one_line(tmp_path):
         assert "'cuda'" in lines[0]
 
 
-def test_the_sample_clip():
-    clip = open_video(demo.CLIP)
-    assert (clip.num_frames, clip.size, clip.fps) == (32, (256, 256), 8.0)
-    assert demo.CLIP.stat().st_size < 100_000
-    assert len(set(demo.EXPRESSIONS)) >= 4
-
-
 def test_the_demo_runs_with_any_model(model, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "EXPRESSIONS", demo.EXPRESSIONS[:2])
     assert cli.main(["demo", "--out", str(tmp_path / "out"), "--model", str(model), "--quiet"]) == 0

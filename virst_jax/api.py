@@ -26,11 +26,11 @@ from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError, no_device
 from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed, check_options
-from virst_jax.inference.results import Segmentation
+from virst_jax.inference.results import FrameMasks, Segmentation
 from virst_jax.inference.resume import State
 from virst_jax.inference.session import BUDGET
 from virst_jax.inference.steps import Network
-from virst_jax.inference.stream import FrameMasks, Progress, SegmentationStream
+from virst_jax.inference.stream import Progress, SegmentationStream
 from virst_jax.inference.text_session import TextSession
 from virst_jax.inference.texts import TEXT_BUCKET, check_expressions, round_up
 from virst_jax.io import arrays, model_folder, remote, tracker_folder

@@ -94,11 +94,11 @@ class _Frames:
         )
         bank = self.tracker.start(1)
         for n, (m, p) in zip(self.remembered(t), pairs[count:], strict=True):
-            bank = remember(bank, n, jnp.asarray(m)[None], jnp.asarray(p)[None])
+            bank = add_to_bank(bank, n, jnp.asarray(m)[None], jnp.asarray(p)[None])
         return anchors, bank
 
 
-def remember(bank: MemoryBank, number: int, memory: Array, pointer: Array) -> MemoryBank:
+def add_to_bank(bank: MemoryBank, number: int, memory: Array, pointer: Array) -> MemoryBank:
     """The state after frame `number`."""
     m, p = number % bank.memory_frames.shape[0], number % bank.pointer_frames.shape[0]
     return MemoryBank(
@@ -265,7 +265,7 @@ def _frame_operations(frames: _Frames, programs: _Programs, t: int) -> Iterator[
 
     def step(params: Any, *given: Array) -> tuple[Any, ...]:
         bank, out = programs.step(params, *arguments(given))
-        after = remember(arguments(given)[1], t, out.memory, out.prediction.pointer)
+        after = add_to_bank(arguments(given)[1], t, out.memory, out.prediction.pointer)
         same = jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), bank, after))
         return *_outcome(out.prediction), out.memory[0], np.asarray(same)
 

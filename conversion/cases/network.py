@@ -63,7 +63,7 @@ def network_config(case: Case) -> VirstConfig:
 def rule_params(case: Case, cfg: VirstConfig) -> dict[str, Any]:
     """The parameters that the rule gives for the case's manifest."""
     params = case.params(list(rule_table(cfg).items()))
-    # a tracker told to remember fewer frames than it was built for uses the first temporal codes
+    # a tracker with fewer memory frames than its checkpoint has temporal codes uses the first of these
     params["sam2"]["time_embed"] = params["sam2"]["time_embed"][: cfg.sam2.num_maskmem]
     return jax.tree.map(jnp.asarray, case.complete(params, Virst(cfg)))
 

@@ -16,7 +16,7 @@ from conversion.cases.case import Case, Check, Detail, detail
 from helpers.places import PARITY
 
 
-def pictures(page):
+def images_of(page):
     """The images of a page, decoded."""
     uris = re.findall(r'<img src="data:image/png;base64,([^"]+)"', page)
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))).convert("RGB")) for uri in uris]
@@ -49,7 +49,7 @@ def test_page_of_a_case(case, tmp_path):
     assert '<td class="number">2.0e-06</td>' in page
     assert "<td>5 of 6 masks</td>" in page  # a note that begins with a number
     assert "jaxlib" in page
-    histogram, frames, masks = pictures(page)
+    histogram, frames, masks = images_of(page)
     assert min(histogram.std(), frames.std()) > 5  # something is drawn
     third = masks.shape[1] // 3
     both, mine, his = (masks[round(masks.shape[0] * row / 20), -third // 2].tolist() for row in (7, 2, 12))
@@ -80,7 +80,7 @@ def test_page_of_a_bisection(case, tmp_path):
         tmp_path / "a.html", "t", [report.bisect_section(case, rows, "")], "first difference: image / block 0"
     )
     page = (tmp_path / "a.html").read_text()
-    assert len(pictures(page)) == 1
+    assert len(images_of(page)) == 1
     assert page.count('<tr class="wrong">') == 1
     assert not outside_links(page)
 

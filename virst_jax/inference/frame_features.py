@@ -5,7 +5,7 @@ Axes: R side of the tracker's image.
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -60,7 +60,7 @@ class FrameFeatures:
         self._kept.move_to_end(number)
         return self._kept[number]
 
-    def walk(self, numbers: Sequence[int]) -> Iterator[Features]:
+    def walk(self, numbers: Sequence[int]) -> Generator[Features, None, None]:
         """Of consecutive frames, rising or falling, in this order; a thread decodes ahead."""
         missing = [number for number in numbers if number not in self._kept]
         position = {number: i for i, number in enumerate(missing)}

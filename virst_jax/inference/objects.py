@@ -115,7 +115,7 @@ def gather_anchors(objects: Sequence[ObjectState]) -> ObjectAnchors:
 
 
 def gather_bank(cfg: Sam2Config, objects: Sequence[ObjectState], frame: int, sign: int) -> ObjectBank:
-    """What objects remember when frame `frame` comes next: of the frames before it, or behind it with sign -1."""
+    """The memories of objects when frame `frame` comes next: of the frames before it, or behind it with sign -1."""
     some = next(iter(objects[0].anchors.values()))
     remembered, pointed = cfg.num_maskmem - 1, cfg.max_pointers - 1
     count = len(objects)

@@ -19,6 +19,27 @@ from virst_jax.io.video import open_video
 
 
 @dataclass(frozen=True, eq=False)
+class FrameMasks:
+    """One frame's outcome."""
+
+    index: int  # number of the frame
+    masks: np.ndarray  # bool[N, H, W]
+    scores: np.ndarray  # float32[N], logits: the object is there where it is above 0
+
+    def __repr__(self) -> str:
+        count, height, width = self.masks.shape
+        return f"FrameMasks(index={self.index}, masks=bool[{count}, {height}, {width}], scores={self.scores.round(2)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FrameMasks):
+            return NotImplemented
+        mine, theirs = (self.masks, self.scores), (other.masks, other.scores)
+        return self.index == other.index and all(np.array_equal(a, b) for a, b in zip(mine, theirs))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, eq=False)
 class Segmentation:
     """The masks of a video. Equal are results of the same masks and scores, however long they took."""
 

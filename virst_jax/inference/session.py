@@ -343,7 +343,7 @@ class Session:
         anchors = [store.gather_anchors(group) for group in groups]
         cfg = self.network.tracker_cfg
         banks = [store.gather_bank(cfg, group, frames[0], sign) for group in groups]
-        with contextlib.closing(self._walk(frames)) as features:
+        with contextlib.closing(self.features.walk(frames)) as features:
             for begin in range(0, len(frames), self.chunk):
                 numbers = frames[begin : begin + self.chunk]
                 taken = [next(features) for _ in numbers]
@@ -361,9 +361,6 @@ class Session:
                             state.tracked[number] = outcome
                         state.backward[number] = sign < 0
                 yield from self._shown(numbers, states, [[s.on(n) for s in states] for n in numbers])
-
-    def _walk(self, frames: range) -> Generator[Any, None, None]:
-        yield from self.features.walk(frames)
 
     def _padded(self, group: list[ObjectState]) -> list[ObjectState]:
         """A group with its first object repeated up to a power of two."""

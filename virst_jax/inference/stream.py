@@ -29,6 +29,7 @@ from virst_jax.errors import UserError
 from virst_jax.inference import resume
 from virst_jax.inference.compiled import CompileWatch, watch_compiling
 from virst_jax.inference.plan import Options, Plan, check_options, plan_frames
+from virst_jax.inference.results import FrameMasks
 from virst_jax.inference.steps import ExpressionBatch, Network
 from virst_jax.inference.texts import build_texts, check_expressions
 from virst_jax.inference.tiles import MaskTiles
@@ -39,27 +40,6 @@ from virst_jax.models.sam2.tracker import MemoryBank, Tracked
 AHEAD = 8  # frames that the decoding thread may run ahead
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, eq=False)
-class FrameMasks:
-    """One frame's outcome."""
-
-    index: int  # number of the frame
-    masks: np.ndarray  # bool[N, H, W]
-    scores: np.ndarray  # float32[N], logits: the object is there where it is above 0
-
-    def __repr__(self) -> str:
-        count, height, width = self.masks.shape
-        return f"FrameMasks(index={self.index}, masks=bool[{count}, {height}, {width}], scores={self.scores.round(2)})"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, FrameMasks):
-            return NotImplemented
-        mine, theirs = (self.masks, self.scores), (other.masks, other.scores)
-        return self.index == other.index and all(np.array_equal(a, b) for a, b in zip(mine, theirs))
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

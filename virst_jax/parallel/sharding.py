@@ -97,9 +97,9 @@ def make_mesh(
             f"the slices have different numbers of chips, {sorted(slices.values())}; use slices of one size"
         )
     count = max(1, len(slices))
-    of_slices = _filled("mesh", {"dcn_data": dcn_data, "dcn_fsdp": dcn_fsdp}, "slices", count)
+    of_slices = _filled({"dcn_data": dcn_data, "dcn_fsdp": dcn_fsdp}, "slices", count)
     owner = "devices" if count == 1 else "devices of a slice"
-    sizes = _filled("mesh", {"data": data, "fsdp": fsdp, "tensor": tensor}, owner, len(everything) // count)
+    sizes = _filled({"data": data, "fsdp": fsdp, "tensor": tensor}, owner, len(everything) // count)
     types = (AxisType.Auto,) * len(MESH_AXES)
     if count > 1:
         placed = mesh_utils.create_hybrid_device_mesh(sizes, (*of_slices, 1), devices=everything)
@@ -110,19 +110,19 @@ def make_mesh(
     return Mesh(np.array(everything).reshape(sizes), MESH_AXES, axis_types=types)
 
 
-def _filled(what: str, asked: Mapping[str, int], of: str, count: int) -> tuple[int, ...]:
+def _filled(asked: Mapping[str, int], of: str, count: int) -> tuple[int, ...]:
     """Sizes whose product is `count`, with what the others leave in place of -1."""
     shown = " x ".join(f"{name}={size}" for name, size in asked.items())
     sizes = list(asked.values())
     if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(f"{what} {shown}: sizes are positive, and one of them may be -1 (the rest of the {count} {of})")
+        raise UserError(f"mesh {shown}: sizes are positive, and one of them may be -1 (the rest of the {count} {of})")
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and count % known == 0:
         sizes[sizes.index(-1)] = count // known
     if math.prod(sizes) != count:
         divisors = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise UserError(
-            f"{what} {shown}: {known} {'does not divide' if -1 in sizes else 'is not'} the number of {of}, {count}; "
+            f"mesh {shown}: {known} {'does not divide' if -1 in sizes else 'is not'} the number of {of}, {count}; "
             f"choose sizes whose product is {count}, each one of {divisors}"
         )
     return tuple(sizes)
