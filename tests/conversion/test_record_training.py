@@ -81,7 +81,7 @@ def test_thinned():
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("train_loss.json", None, "cannot be read"),
+        ("train_loss.json", None, "no such file"),
         ("train_loss.json", "{", "not valid JSON"),
         ("train_loss.json", '{"losses": {}}', "'cond_frames' is missing"),
         ("loss_curve.json", "[]", "'optim' is missing"),
