@@ -147,6 +147,14 @@ def test_mesh_of_several_slices(sizes, shape, slices_along):
     assert (of == of[:, :, :1]).all()
 
 
+def test_mesh_of_a_described_slice():
+    """Chips of a described topology of one slice know of no slices."""
+    known = [field.name for field in dataclasses.fields(Chip) if field.name != "slice_index"]
+    chip = dataclasses.make_dataclass("ChipOfOneSlice", known, frozen=True)
+    devices = [chip(*(getattr(of_many, name) for name in known)) for of_many in chips(1)]
+    assert dict(sharding.make_mesh(1, -1, devices=devices).shape) == {"data": 1, "fsdp": 4, "tensor": 1}
+
+
 def test_slices_that_make_no_mesh():
     with pytest.raises(UserError, match="dcn_data=3 x dcn_fsdp=1: 3 is not the number of slices, 4"):
         sharding.make_mesh(dcn_data=3, devices=chips(4))

@@ -91,7 +91,7 @@ def make_mesh(
       UserError: the sizes do not make up the number of devices or of slices, or slices of different sizes.
     """
     everything = list(jax.devices() if devices is None else devices)
-    slices = Counter(device.slice_index for device in everything if device.platform == "tpu")
+    slices = Counter(getattr(device, "slice_index", 0) for device in everything if device.platform == "tpu")
     if len(set(slices.values())) > 1:
         raise UserError(
             f"the slices have different numbers of chips, {sorted(slices.values())}; use slices of one size"
