@@ -1,8 +1,9 @@
 """Trains VIRST: python train.py --config=NAME --workdir=DIR [--config.key=value ...]
 
 The same command goes on where an earlier run stopped, or was killed. See virst_jax/training/recipe.py for what a
-config says and configs/ for recipes; virst_jax/commands/train.py defines the arguments. With --compile-only
---topology=v5e:4x4 it compiles the steps for that hardware, without it, and prints what a device needs.
+config says and configs/ for recipes; virst_jax/commands/train.py defines the arguments. With --dry-run it does
+everything once, in short. With --compile-only --topology=v5e:4x4 it compiles the steps for that hardware, without it,
+and prints what a device needs.
 
 An installed package has this file as virst_jax.train; there `virst train` runs it.
 """
@@ -10,6 +11,7 @@ An installed package has this file as virst_jax.train; there `virst train` runs 
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,16 +40,18 @@ from virst_jax.parallel import processes, sharding
 from virst_jax.pretraining import tasks as _pretraining  # noqa: F401, adds its kinds of batch
 from virst_jax.pretraining.mimetic import mimic_attention
 from virst_jax.profiling.trace import Trace
-from virst_jax.training import recipe
+from virst_jax.training import dry_run, recipe
 from virst_jax.training.checkpoints import METRIC, TrainCheckpoints
 from virst_jax.training.evaluate import evaluate, held_out_videos
+from virst_jax.training.goodput import Goodput, open_goodput
 from virst_jax.training.log import TrainLog
 from virst_jax.training.meter import Meter
 from virst_jax.training.start import Start, StateLayout
 from virst_jax.training.step import TrainState, make_train_step
 from virst_jax.training.streams import Stream, choose_stream, open_streams, stage_seed
 from virst_jax.training.tasks import Batch
-from virst_jax.training.time_use import STEPS, TimeUse
+from virst_jax.training.time_use import CHECKPOINT, COMPILE, DATA, EVALUATION, STEPS, TimeUse
+from virst_jax.training.tracking import open_tracker
 from virst_jax.types import PyTree
 
 if TYPE_CHECKING:
@@ -58,20 +62,75 @@ EXPORT = "model"
 
 def train(config: ConfigDict, workdir: "Place") -> None:
     """Runs all stages of a recipe; those that have left their model are passed over."""
+    run, start = open_run(config)
+    stages = recipe.stages(config)
+    with alone_in(workdir), sharding.use_mesh(run.mesh):
+        goodput = open_goodput(config.get("goodput") or {}) if processes.is_main() else None
+        for stage in stages:
+            folder = workdir / stage.name
+            if not model_folder.is_whole(folder / EXPORT):
+                train_stage(run, stage, folder, remote.local_copy(start) if start else None, goodput=goodput)
+            start = folder / EXPORT
+            if goodput:
+                goodput.before += stage.steps
+        if goodput:
+            goodput.close()
+
+
+def rehearse(config: ConfigDict, workdir: "Place", each: int = dry_run.EACH) -> None:
+    """Does all that `train` does once, in a folder that is removed at the end, and prints what it took.
+
+    Every data set is read first. Then every stage takes `each` steps of every kind of batch, is stopped after one of
+    each and goes on from its checkpoint, evaluates on a held-out video, and leaves a model to the next stage.
+
+    Raises:
+      UserError: what would have ended the run.
+    """
+    short = dry_run.in_short(config)
+    run, start = open_run(short)
+    stages = recipe.stages(config)
+    dry_run.check_data(stages, short, run.cfg, run.tokenizer, tqdm.write if processes.is_main() else lambda _: None)
+    place = workdir / dry_run.FOLDER
+    reports = []
+    with alone_in(workdir), sharding.use_mesh(run.mesh), thrown_away(place), processes.together():
+        for stage in stages:
+            folder, brief = place / stage.name, dry_run.shortened(stage, each)
+            origin = remote.local_copy(start) if start else None
+            begun = train_stage(run, brief, folder, origin, until=len(dry_run.used(stage)))
+            rest = train_stage(run, brief, folder, origin)
+            start = folder / EXPORT
+            if processes.is_main():
+                reports.append(dry_run.StageReport.of(stage, begun, rest, folder, EXPORT))
+    if processes.is_main():
+        dry_run.print_report(reports)
+
+
+@contextlib.contextmanager
+def thrown_away(place: "Place") -> Iterator[None]:
+    """Removes a folder before, since a run that was killed leaves it behind, and after."""
+
+    def remove() -> None:
+        processes.barrier("dry run")
+        if processes.is_main():
+            buckets.remove(place) if buckets.is_bucket(place) else shutil.rmtree(place, ignore_errors=True)
+        processes.barrier("dry run")
+
+    remove()
+    try:
+        yield
+    finally:
+        remove()
+
+
+def open_run(config: ConfigDict) -> tuple["Run", Path | None]:
+    """What all stages share, and the model folder to start from (None: random parameters)."""
     mesh = sharding.make_mesh(**recipe.plain(config.mesh))
     cfg, start, tokenizer_folder = starting_point(config)
     tokenizer = load_tokenizer(tokenizer_folder, cfg.seg_token_id)
     if tokenizer.num_rows > cfg.llm.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.num_rows} tokens, the network {cfg.llm.vocab_size} rows")
     sharding.check_mesh(cfg, mesh)
-    run = Run(config, cfg, tokenizer, tokenizer_folder, mesh, Segmenter(cfg, tokenizer))
-    stages = recipe.stages(config)
-    with alone_in(workdir), sharding.use_mesh(mesh):
-        for stage in stages:
-            folder = workdir / stage.name
-            if not model_folder.is_whole(folder / EXPORT):
-                train_stage(run, stage, folder, remote.local_copy(start) if start else None)
-            start = folder / EXPORT
+    return Run(config, cfg, tokenizer, tokenizer_folder, mesh, Segmenter(cfg, tokenizer)), start
 
 
 @contextlib.contextmanager
@@ -110,14 +169,29 @@ class Run:
     segmenter: "Segmenter"
 
 
-def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | None) -> None:
-    """Trains one stage from the model in `start` (None: random parameters), or from the stage's last checkpoint."""
+def train_stage(
+    run: Run,
+    stage: recipe.Stage,
+    folder: "Place",
+    start: Path | None,
+    *,
+    goodput: Goodput | None = None,
+    until: int | None = None,
+) -> TimeUse:
+    """Trains one stage from the model in `start` (None: random parameters), or from the stage's last checkpoint.
+
+    Args:
+      goodput: is told where the time goes.
+      until: the step to leave off at, with a checkpoint and without a model, as a stop does; None: at the end.
+    """
     config, cfg, mesh = run.config, run.cfg, run.mesh
-    use = TimeUse()
+    use = TimeUse(listener=goodput)
     seed = stage_seed(int(config.seed), stage.name)
     layout = StateLayout.of(cfg, stage, mesh)
     checkpoints = TrainCheckpoints(folder / "checkpoints", config.checkpoint.keep)
     begin = checkpoints.latest_step() or 0
+    if goodput:
+        goodput.go_on(begin)
     streams = open_streams(
         stage,
         cfg,
@@ -134,7 +208,7 @@ def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | No
     state = checkpoints.restore(begin, layout.abstract, origin.frozen()) if begin else origin.state()
 
     videos = open_held_out(config, streams)
-    log = TrainLog(folder, begin) if processes.is_main() else None
+    log = open_log(config, folder, begin) if processes.is_main() else None
     bar = tqdm(total=stage.steps, initial=begin, desc=stage.name, disable=log is None, dynamic_ncols=True)
 
     def count_flops(stream: Stream, batch: Batch) -> float:
@@ -149,9 +223,9 @@ def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | No
         if not summary:
             raise processes.Stopped
         checkpoints.add_score(step, summary[METRIC])
-        use.lap("evaluation")
+        use.lap(EVALUATION)
 
-    meter = Meter(folder, count_flops, bar, log, use)
+    meter = Meter(folder, count_flops, bar, log, use, stage.groups)
     trace = open_trace(config, folder)
     compiled: set[str] = set()
     use.lap("start")
@@ -163,25 +237,29 @@ def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | No
             for step in range(begin, stage.steps):
                 stream = streams[choose_stream(stage, seed, step)]
                 arrays = stream.next()
-                use.lap("data")
+                use.lap(DATA)
                 trace.before(step - begin)
                 batch = stream.batch(sharding.global_batch(arrays, mesh))
-                state, metrics = steps[stream.name](state, batch)
+                with jax.transfer_guard("disallow"):  # what is not on the devices yet would be waited for every time
+                    state, metrics = steps[stream.name](state, batch)
                 meter.add(step + 1, stream, metrics, arrays, batch)
                 trace.after(step + 1 - begin, state)
                 done, stopped = step + 1 == stage.steps, stop.at_step()  # waits for the step before
-                use.lap(STEPS if stream.name in compiled else "compile")
+                use.lap(STEPS if stream.name in compiled else COMPILE)
                 compiled.add(stream.name)
-                if not (done or stopped or _divides(config.checkpoint.every, step + 1)):
+                leave = step + 1 == until
+                if not (done or stopped or leave or _divides(config.checkpoint.every, step + 1)):
                     continue
                 meter.flush()
                 use.lap(STEPS)
                 if log:
                     log.send()  # rows of all steps that no later run takes again
-                checkpoints.save(state, wait=stopped or done)  # before the evaluation, which may take long
-                use.lap("checkpoint")
+                checkpoints.save(state, wait=stopped or done or leave)  # before the evaluation, which may take long
+                use.lap(CHECKPOINT)
                 if stopped:
                     raise processes.Stopped
+                if leave:
+                    return use
                 if is_due(step + 1):
                     score(state, step + 1)
                 meter.restart()
@@ -189,6 +267,7 @@ def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | No
             model_folder.save_model(folder / EXPORT, cfg, state.all_params(averaged=True), run.tokenizer_folder)
             use.lap("export")
             stop.check()
+            return use
     finally:
         trace.close()
         bar.close()
@@ -196,6 +275,12 @@ def train_stage(run: Run, stage: recipe.Stage, folder: "Place", start: Path | No
             tqdm.write(f"{stage.name}: {use.summary()}", file=sys.stderr)
             log.close()
         checkpoints.close()
+
+
+def open_log(config: ConfigDict, folder: "Place", start: int) -> TrainLog:
+    """The log of a stage, which tells the service that a recipe asks for."""
+    tracker = open_tracker(config.get("tracking") or {}, folder, recipe.plain(config))
+    return TrainLog(folder, start, tracker)
 
 
 def open_trace(config: ConfigDict, folder: "Place") -> Trace:
@@ -282,7 +367,10 @@ def main(args: argparse.Namespace) -> int:
         processes.start()
     try:
         with processes.together():
-            train(config, workdir)
+            if args.dry_run:
+                rehearse(config, workdir, args.steps or dry_run.EACH)
+            else:
+                train(config, workdir)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("interrupted; run the same command to go on") from error
     return 0

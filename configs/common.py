@@ -42,6 +42,8 @@ def base() -> ConfigDict:
     c.threads, c.workers = 8, 0
     c.checkpoint = {"every": 500, "keep": 2}
     c.profile = {"first": 10, "steps": 0, "folder": ""}  # steps: how many are traced; folder: STAGE/profile
+    c.tracking = {"to": "", "project": "virst"}  # to: wandb or trackio
+    c.goodput = {"job": ""}  # a name: Google's goodput library records the run
     c.data_root = ""  # the folder that holds the data sets' folders; sources may name a root of their own
     c.eval = {"source": {"kind": "mevis", "split": "valid_u"}, "videos": 8, "every": 1000}
     return c

@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     c.distributed = False
     c.checkpoint = {"every": 500, "keep": 2}
     c.profile = {"first": 10, "steps": 0, "folder": ""}  # steps: how many are traced; folder: STAGE/profile
+    c.tracking = {"to": "", "project": "virst"}  # to: wandb or trackio
+    c.goodput = {"job": ""}  # a name: Google's goodput library records the run
     c.eval = {
         "source": {"kind": "synthetic", "num_videos": 40, "seed": 10**6, "expressions": 6},
         "videos": 40,

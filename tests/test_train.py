@@ -1,4 +1,6 @@
+import csv
 import dataclasses
+import math
 import os
 import shutil
 import signal
@@ -47,6 +49,11 @@ def test_it_learns_and_leaves_a_model(undisturbed):
     found = losses(undisturbed)
     assert list(found) == [1, 2, 3, 4, 5, 6]
     assert float(found[6]) < float(found[1])
+    with (undisturbed / "stage" / "metrics.csv").open() as file:
+        rates = [float(row["learning_rate/llm_vision_projector"]) for row in csv.DictReader(file)]
+    # one step of warm-up, then a cosine from 3e-3 to a tenth of it over the five others
+    assert rates[0] == rates[1] == pytest.approx(3e-3)
+    assert rates[5] == pytest.approx(3e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * 4 / 5)) / 2), rel=1e-4)
     model = undisturbed / "stage" / "model"
     cfg, params = load_model(model)
     assert cfg.llm.hidden_size == 32
@@ -134,6 +141,45 @@ class FakeModel:
         return SimpleNamespace(masks=np.zeros((len(texts), video.num_frames, *video.size), bool))
 
 
+@pytest.mark.heavy
+def test_a_dry_run_does_everything_and_leaves_nothing(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "Model", FakeModel)
+    monkeypatch.setitem(TASKS, "image_text", dataclasses.replace(TASKS["image_text"], evaluated=True))
+    config = recipe(steps=1000)
+    config.model.init, config.eval.videos = str(start), 3
+    config.stages = ("stage", "later")
+    with config.unlocked():
+        config.later = config.stage.copy_and_resolve_references()
+        config.later.data.rare = {**config.stage.data.shapes.to_dict(), "weight": 0.001}
+    (tmp_path / "dry_run").mkdir()
+    (tmp_path / "dry_run" / "old").write_text("of a run that was killed")
+    restored = []
+    monkeypatch.setattr(train.TrainCheckpoints, "restore", keep(train.TrainCheckpoints.restore, restored))
+    train.rehearse(config, tmp_path, 2)
+    assert not list(tmp_path.iterdir())
+    assert len(restored) == 2  # both stages were left off and gone on with
+    printed = capsys.readouterr().out
+    for words in (
+        "stage",
+        "later",
+        "batches: shapes",
+        "batches: rare",
+        "checkpoint",
+        "held-out video",
+        "all 1000 steps",
+    ):
+        assert words in printed
+
+
+def test_steps_are_given_nothing_that_is_not_on_the_devices(start, tmp_path, monkeypatch):
+    add = jax.jit(lambda x: x + 1)
+    monkeypatch.setattr(train, "compile_step", lambda *_: lambda state, batch: add(np.ones(3, np.float32)))
+    config = recipe()
+    config.model.init = str(start)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        train.train(config, tmp_path)
+
+
 def test_evaluations_share_one_network(tmp_path, monkeypatch):
     """A new one would compile all over again."""
     monkeypatch.setattr(train, "Model", FakeModel)
@@ -153,7 +199,7 @@ def test_evaluations_share_one_network(tmp_path, monkeypatch):
 def keep(method, instances):
     def kept(self, *arguments):
         instances.append(self)
-        method(self, *arguments)
+        return method(self, *arguments)
 
     return kept
 

@@ -57,6 +57,11 @@ def test_work_folders_may_be_in_buckets():
 
 
 def test_steps_cut_every_stage_short():
+    args = parsed(train, "--config=synthetic", "--config.steps=2", "--dry-run", "--config.seed=5")
+    assert train.config_of(args).stage1.to_dict() == config_file.load("synthetic").stage1.to_dict()
+    assert (args.steps, train.workdir_of(args)) == (2, Path("runs/synthetic"))
+    with pytest.raises(UserError, match=r"--config.steps=some: give a whole number"):
+        train.config_of(parsed(train, "--config=synthetic", "--config.steps=some"))
     config = train.config_of(parsed(train, "--config=synthetic", "--steps=2"))
     for name in config.stages:
         assert config[name].steps == 2

@@ -8,6 +8,7 @@ from virst_jax.errors import UserError
 from virst_jax.models.tree import flatten, unflatten
 from virst_jax.training.optim import (
     OptimConfig,
+    group_factors,
     join,
     learning_rate,
     make_optimizer,
@@ -154,3 +155,16 @@ def test_unknown_optimizer():
 def test_average():
     ema = update_ema({"a": jnp.float32(1)}, {"a": jnp.bfloat16(3)}, 0.75)
     assert float(ema["a"]) == 1.5
+
+
+def test_names_of_groups():
+    groups = [(r"llm/layers/.*/lora_[ab]", 1.0), (r"(initial|second)_fusion/.*", 0.3), ("vision/.*", 0.0)]
+    groups += [(r"sam2/.*", 0.5), (r"sam2/x?", 0.25), (r"sam2/.*/", 0.125), (".*", 2.0)]
+    assert group_factors(groups) == {
+        "llm/layers/lora_ab": 1.0,
+        "initial_second_fusion": 0.3,
+        "sam2": 0.5,
+        "sam2/x": 0.25,
+        "sam2_2": 0.125,
+        "rest": 2.0,
+    }

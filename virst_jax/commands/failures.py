@@ -19,6 +19,7 @@ EXTRAS = {
     "pycocotools": "data",
     "tensorboardX": "train",
     "tensorflow_datasets": "data",
+    "wandb": "tracking",
 }
 
 

@@ -24,9 +24,12 @@ A recipe is one of the package (synthetic, stage1, stage2, stage3, finetune) or 
 of it can be changed: --config.seed=3, --config.stage1.optim.learning_rate=1e-4."""
 EXAMPLES = """examples:
   virst train --config=synthetic --workdir=runs/synthetic
-  virst train --config=synthetic --steps=2                 does it run at all?
+  virst train --config=synthetic --dry-run                 does all of it run?
   virst train --config=finetune --workdir=runs/mine --config.model.init=virst_7b --config.data_root=my_videos
   virst train --config=stage1 --compile-only --topology=v5e:4x4"""
+
+
+STEPS = "--config.steps="
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where checkpoints, logs and the trained model go (runs/NAME), or gs://BUCKET/DIR",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="at most so many steps of every stage")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="at most N steps of every stage; in a dry run, N of every kind of batch",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="do everything once in a folder that is removed, and report on it"
+    )
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and print what it needs")
     parser.add_argument("--topology", default="", help="hardware to compile for: v5e:4x4, v5p:2x2x2, h100:8, cpu:8")
     parser.add_argument("--slices", type=int, default=1, help="how many such TPU slices to compile for (1)")
@@ -51,14 +62,28 @@ def config_of(args: argparse.Namespace) -> ConfigDict:
     """
     if not args.config:
         raise UserError(f"--config is missing: name a recipe ({', '.join(config_file.recipes())}) or a Python file")
-    config = config_file.load(args.config, args.settings)
-    return config if args.steps is None else limit_steps(config, args.steps)
+    config = config_file.load(args.config, _steps_apart(args))
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps}: give 1 or more")
+    return config if args.steps is None or args.dry_run else limit_steps(config, args.steps)
+
+
+def _steps_apart(args: argparse.Namespace) -> list[str]:
+    """The settings without --config.steps=N, which says the same as --steps=N: recipes have steps in stages only."""
+    given: list[str] = []
+    rest: list[str] = []
+    for setting in args.settings:
+        (given if setting.startswith(STEPS) else rest).append(setting)
+    if given:
+        try:
+            args.steps = int(given[-1].removeprefix(STEPS))
+        except ValueError as error:
+            raise UserError(f"{given[-1]}: give a whole number") from error
+    return rest
 
 
 def limit_steps(config: ConfigDict, steps: int) -> ConfigDict:
     """The recipe with at most `steps` steps of every stage, and no longer a warm-up than that."""
-    if steps < 1:
-        raise UserError(f"--steps {steps}: give 1 or more")
     for name in config.get("stages", ()):
         stage = config.get(name, {})
         if isinstance(stage.get("steps"), int):
@@ -95,7 +120,8 @@ def workdir_of(args: argparse.Namespace) -> Place:
                 "that all processes share, or one of gs://"
             )
         return buckets.place(args.workdir) if kind else local(args.workdir, "--workdir")
-    return Path("runs") / (name if args.steps is None else f"{name}-{args.steps}-steps")
+    cut = args.steps is not None and not args.dry_run
+    return Path("runs") / (f"{name}-{args.steps}-steps" if cut else name)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -83,6 +83,17 @@ def batches(
     return iter(stream)
 
 
+def one_example(source: Source, maker: ExampleMaker, seed: int = 0) -> Arrays:
+    """An example of a source's first sample, or of another one if that cannot be used: whether the data can be read.
+
+    Raises:
+      UserError: it cannot, or the source is empty.
+    """
+    if not len(source):
+        raise UserError("it has no samples; check its folder and split")
+    return _Draw(source, maker)(source[0], np.random.default_rng(seed))
+
+
 def _examples(mixture: Mixture, maker: ExampleMaker, seed: int) -> grain.MapDataset[Arrays]:
     """All examples in the order in which they are shown."""
     chosen = [(source, weight) for source, weight in zip(mixture.sources, mixture.weights) if weight > 0]

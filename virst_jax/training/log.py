@@ -12,6 +12,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from virst_jax.io import atomic, buckets
+from virst_jax.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from virst_jax.io.buckets import Place
@@ -28,9 +29,11 @@ class TrainLog:
 
     Args:
       start: the step that the run goes on from.
+      tracker: a service that is told the scalars too.
     """
 
-    def __init__(self, folder: "Place", start: int = 0):
+    def __init__(self, folder: "Place", start: int = 0, tracker: Tracker | None = None):
+        self.tracker = tracker
         self.mirror = None
         if buckets.is_bucket(folder):
             self.mirror = buckets.Mirror(folder, (TABLE, BOARD))
@@ -54,6 +57,8 @@ class TrainLog:
         for name, value in scalars.items():
             if math.isfinite(value):
                 self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.write(step, scalars)
         if time.monotonic() - self.sent > SECONDS:
             self.send()
 
@@ -74,6 +79,8 @@ class TrainLog:
 
     def close(self) -> None:
         self.board.close()
+        if self.tracker:
+            self.tracker.close()
         if self.mirror is not None:
             self.send()
             self.mirror.close()

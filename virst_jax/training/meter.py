@@ -13,6 +13,8 @@ from virst_jax.errors import UserError
 from virst_jax.io import atomic
 from virst_jax.profiling import flops
 from virst_jax.training.log import TrainLog
+from virst_jax.training.optim import Groups, group_factors
+from virst_jax.training.step import LEARNING_RATE
 from virst_jax.training.streams import Stream
 from virst_jax.training.tasks import Batch
 from virst_jax.training.time_use import TimeUse
@@ -30,6 +32,7 @@ class Meter:
       bar: the progress line.
       log: None: another process logs.
       use: shown is the share of time that went into waiting for data.
+      groups: of the stage; each one's learning rate is logged.
     """
 
     def __init__(
@@ -39,7 +42,9 @@ class Meter:
         bar: tqdm,
         log: TrainLog | None,
         use: TimeUse,
+        groups: Groups = (),
     ):
+        self.factors = group_factors(groups)
         self.folder, self.count_flops, self.bar, self.log, self.use = folder, count_flops, bar, log, use
         self.pending: tuple[int, Stream, Mapping[str, jax.Array], Arrays] | None = None
         self.flops: dict[str, float] = {}  # of a step, by stream
@@ -79,6 +84,8 @@ class Meter:
                 f"{values['grad_norm']}); the batch is in {path} and changed nothing: lower learning_rate or "
                 "clip_norm, and run the same command to go on from the last checkpoint"
             )
+        rate = values.pop(LEARNING_RATE)
+        rates = {f"{LEARNING_RATE}/{group}": rate * factor for group, factor in self.factors.items()}
         now = time.perf_counter()
         seconds, self.last = max(now - self.last, 1e-6), now
         mfu = flops.utilisation(self.flops[name], seconds, self.devices, self.peak)
@@ -86,7 +93,7 @@ class Meter:
             values["skipped"] = stream.skipped
         if self.log:
             scalars = {f"{name}/{key}": value for key, value in values.items()}
-            self.log.write(step, {**scalars, f"{name}/seconds": seconds, f"{name}/mfu": mfu})
+            self.log.write(step, {**scalars, f"{name}/seconds": seconds, f"{name}/mfu": mfu, **rates})
         frames = int(np.prod(arrays["clips"].shape[:3])) * jax.process_count() if "clips" in arrays else 0
         self.bar.set_postfix_str(
             f"{name} loss {values['loss']:.3f}, {seconds:.2f} s/step, {frames / seconds:.1f} frames/s, MFU {mfu:.1%}, "

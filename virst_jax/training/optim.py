@@ -65,6 +65,24 @@ def rate_factors(paths: Sequence[str], groups: Groups) -> dict[str, float]:
     return factors
 
 
+def group_factors(groups: Groups) -> dict[str, float]:
+    """The factors of the learning rate of the groups that are trained, by names that files and charts can have.
+
+    A name is what the pattern has of letters, such as llm/layers/lora_ab for llm/layers/.*/lora_[ab].
+    """
+    factors: dict[str, float] = {}
+    for pattern, factor in groups:
+        if factor > 0:
+            words = re.sub(r"[^\w/]+|_+", "_", pattern)
+            plain = "/".join(part.strip("_") for part in re.sub("_+", "_", words).split("/") if part.strip("_"))
+            name, count = plain or "rest", 1
+            while name in factors:
+                count += 1
+                name = f"{plain or 'rest'}_{count}"
+            factors[name] = float(factor)
+    return factors
+
+
 def split(params: Params, groups: Groups) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
     """Nested parameters as two nested trees: those that are trained, and the frozen ones."""
     flat = flatten(params)

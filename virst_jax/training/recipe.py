@@ -13,6 +13,9 @@ stages      names of the stages in order; each is a key of the recipe:
   data      {name: {"weight": share of the batches, "sources": {name: {"kind", "weight", ...}}, a BatchConfig's values}}
 eval        {"source": as above, "videos": how many, "every": steps; 0: only at the end of a stage}
 checkpoint  {"every": steps, "keep": latest ones}
+profile     {"first": steps before it, "steps": how many are traced, "folder": where ("": STAGE/profile)}
+tracking    {"to": wandb or trackio ("": neither), "project": its name there}
+goodput     {"job": a name under which Google's goodput library records the run ("": not)}
 """
 
 from collections.abc import Mapping
@@ -42,6 +45,7 @@ class Stage:
     optim: OptimConfig
     groups: Groups
     data: tuple[DataConfig, ...]
+    in_turn: bool = False  # one batch of each kind after the other, whatever their weights
 
 
 def stages(config: Mapping[str, Any]) -> list[Stage]:

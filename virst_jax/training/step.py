@@ -13,11 +13,12 @@ import optax
 from virst_jax.config import VirstConfig
 from virst_jax.parallel.sharding import replicate
 from virst_jax.training.losses import video_losses
-from virst_jax.training.optim import Groups, OptimConfig, join, make_optimizer, split, update_ema
+from virst_jax.training.optim import Groups, OptimConfig, join, learning_rate, make_optimizer, split, update_ema
 from virst_jax.training.tasks import Batch, LossFunction
 from virst_jax.types import Params, PyTree
 
 Metrics = dict[str, jax.Array]
+LEARNING_RATE = "learning_rate"  # among the metrics of a step: before the factors of the groups
 
 
 @flax.struct.dataclass
@@ -98,7 +99,7 @@ def make_train_step(
       seed: of dropout.
       mesh_axes: the mesh axes that the batch is split over.
     """
-    optimizer = make_optimizer(optim, groups)
+    optimizer, rate = make_optimizer(optim, groups), learning_rate(optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
@@ -123,6 +124,7 @@ def make_train_step(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state, ema), old
         )
         metrics = {"loss": value, **parts, "grad_norm": norm, "finite": finite}
+        metrics[LEARNING_RATE] = rate(state.step // optim.accumulate)
         return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
 
     return step

@@ -35,10 +35,13 @@ def stage_seed(seed: int, stage: str) -> int:
 
 
 def choose_stream(stage: Stage, seed: int, step: int) -> str:
-    """The name of the data that a step takes its batch from, drawn by weight.
+    """The name of the data that a step takes its batch from, drawn by weight, or each in turn if the stage asks so.
 
     seed: of stage_seed.
     """
+    if stage.in_turn:
+        drawn = [data.name for data in stage.data if data.weight > 0]
+        return drawn[step % len(drawn)]
     weights = np.array([data.weight for data in stage.data], float)
     rng = np.random.default_rng([seed, step])
     return stage.data[rng.choice(len(weights), p=weights / weights.sum())].name
@@ -111,7 +114,7 @@ def open_streams(
         task = get_task(data.batch.kind)
         maker = task.make_examples(cfg, tokenizer, data.batch)
         iterator = batches(
-            _open_sources(data, task, data_root),
+            _mixed(open_sources(data, data_root), data),
             maker,
             seed=(seed + 1000 * number) % 2**32,
             start=taken[data.name],
@@ -124,13 +127,22 @@ def open_streams(
     return streams
 
 
-def _open_sources(data: DataConfig, task: Task, data_root: str) -> Source | Mixture:
-    sources, weights = [], []
-    for name, arguments in data.sources.items():
-        values = dict(arguments)
-        weights.append(float(values.pop("weight", 1.0)))
-        sources.append(open_source(values.pop("kind", name), task, data_root, **values))
-    return sources[0] if len(sources) == 1 else Mixture(sources, weights)
+def open_sources(data: DataConfig, data_root: str) -> dict[str, Source]:
+    """The sources of a kind of batch by name; see open_source."""
+    return {name: open_member(data, name, data_root) for name in data.sources}
+
+
+def open_member(data: DataConfig, name: str, data_root: str) -> Source:
+    """One of the sources of a kind of batch; see open_source."""
+    values = dict(data.sources[name])
+    values.pop("weight", None)
+    return open_source(values.pop("kind", name), get_task(data.batch.kind), data_root, **values)
+
+
+def _mixed(sources: Mapping[str, Source], data: DataConfig) -> Source | Mixture:
+    if len(sources) == 1:
+        return next(iter(sources.values()))
+    return Mixture(list(sources.values()), [float(data.sources[name].get("weight", 1.0)) for name in sources])
 
 
 def open_source(kind: str, task: Task, data_root: str, **arguments: Any) -> Source:

@@ -5,6 +5,11 @@ from collections import defaultdict
 from collections.abc import Callable
 
 STEPS = "steps"  # what trains
+COMPILE = "compile"  # a kind of batch's first step
+DATA = "data"
+CHECKPOINT, EVALUATION = "checkpoint", "evaluation"
+
+Listener = Callable[[str, float, float], None]  # what time was spent on, and its first and last second on the clock
 
 
 class TimeUse:
@@ -14,8 +19,8 @@ class TimeUse:
     only as far as the devices had nothing left to do; the share of data is an upper bound of that.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, listener: Listener | None = None):
+        self.clock, self.listener = clock, listener
         self.seconds: dict[str, float] = defaultdict(float)
         self.last = clock()
 
@@ -23,6 +28,8 @@ class TimeUse:
         """Counts the time since the last call to `kind`."""
         now = self.clock()
         self.seconds[kind] += now - self.last
+        if self.listener:
+            self.listener(kind, self.last, now)
         self.last = now
 
     def share(self, kind: str) -> float:
