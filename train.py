@@ -357,7 +357,8 @@ def main(args: argparse.Namespace) -> int:
             raise UserError("--topology is missing: name the hardware to compile for, such as v5e:4x4 or h100:8")
         from virst_jax.training.compile_only import compile_only
 
-        compile_only(config, starting_point(config)[0], args.topology, args.slices)
+        cfg = starting_point(config)[0]
+        compile_only(config, cfg, args.topology, args.slices, predict=args.effort == "full")
         return 0
     command.check_start(config)
     workdir = command.workdir_of(args)

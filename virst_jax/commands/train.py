@@ -26,7 +26,8 @@ EXAMPLES = """examples:
   virst train --config=synthetic --workdir=runs/synthetic
   virst train --config=synthetic --dry-run                 does all of it run?
   virst train --config=finetune --workdir=runs/mine --config.model.init=virst_7b --config.data_root=my_videos
-  virst train --config=stage1 --compile-only --topology=v5e:4x4"""
+  virst train --config=stage1 --compile-only --topology=v5e:4x4
+  virst train --config=stage1 --compile-only --topology=v5e:4x4 --effort=full     and how long will it take?"""
 
 
 STEPS = "--config.steps="
@@ -51,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--compile-only", action="store_true", help="compile for --topology and print what it needs")
     parser.add_argument("--topology", default="", help="hardware to compile for: v5e:4x4, v5p:2x2x2, h100:8, cpu:8")
+    parser.add_argument(
+        "--effort",
+        choices=("quick", "full"),
+        default="quick",
+        help="quick: does it fit? full: takes 5 to 20 minutes a step, and predicts a step's time and the stage's cost",
+    )
     parser.add_argument("--slices", type=int, default=1, help="how many such TPU slices to compile for (1)")
 
 

@@ -24,6 +24,7 @@ from rich.table import Table
 from virst_jax.errors import UserError
 from virst_jax.profiling.collectives import Traffic, collective_traffic
 from virst_jax.profiling.flops import PEAKS, Device
+from virst_jax.profiling.prediction import Prediction, predict, predicted
 from virst_jax.types import PyTree
 
 GIB = 2**30
@@ -54,6 +55,7 @@ class Report:
     traffic: dict[str, Traffic] = field(default_factory=dict)
     unread_loops: int = 0
     seconds: float = 0.0
+    prediction: Prediction | None = None  # of a step's time
 
     @property
     def arguments(self) -> int:
@@ -200,10 +202,11 @@ def compile_report(
       step: a pure function; it is jitted with the state donated.
       state, batch: trees of arrays or ShapeDtypeStructs.
       state_shardings, batch_shardings: trees of NamedShardings, or one for the whole tree.
-      topology: for the report, and for the limit of memory.
+      topology: for the report, for the limit of memory and for times; what follows a space is for the reader.
       parts: what the state consists of: a state -> {name of the part: tree}; None: one part "state".
       flops: of one step on all devices by formula; for the report.
-      quick: less effort of the compiler: several times faster, temporaries within some 15 %.
+      quick: less effort of the compiler: several times faster, temporaries within some 15 %. The step itself comes out
+        several times slower than with full effort, so no time is predicted.
       hlo_path: where to write the compiled program's text.
 
     Raises:
@@ -214,7 +217,7 @@ def compile_report(
     metrics = NamedSharding(mesh, jax.sharding.PartitionSpec())
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), metrics)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
-    limit = capacity(topology)
+    limit, slice_of = capacity(topology), topology.partition(" ")[0]
     start = time.perf_counter()
     with _effort(quick):
         try:
@@ -246,6 +249,7 @@ def compile_report(
         traffic=traffic,
         unread_loops=unread,
         seconds=seconds,
+        prediction=None if quick or not predicted(topology) else predict(text, slice_of, flops / mesh.size, mesh.size),
     )
     if limit and peak > limit:
         raise UserError(f"{topology} with {report.mesh}: {_too_much(peak, limit)}; {REMEDY}")

@@ -1,11 +1,18 @@
 """The steps of a recipe compiled for hardware that need not be there."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from virst_jax.config import VirstConfig
+from virst_jax.errors import UserError
 from virst_jax.parallel import sharding
-from virst_jax.profiling import aot
+from virst_jax.profiling import aot, prediction
+from virst_jax.profiling.interconnect import CHIPS
 from virst_jax.training import recipe
 from virst_jax.training.start import StateLayout
 from virst_jax.training.step import TrainState, make_train_step
@@ -15,37 +22,90 @@ from virst_jax.types import PyTree
 PREFIX_TOKENS = 16  # of the prompt before the video, where no tokenizer tells
 
 
-def compile_only(config: ConfigDict, cfg: VirstConfig, topology: str, slices: int = 1) -> None:
+def compile_only(
+    config: ConfigDict, cfg: VirstConfig, topology: str, slices: int = 1, *, predict: bool = False
+) -> None:
     """Compiles the step of every stage and kind of batch, and prints what a device needs.
 
     Args:
       config: the recipe.
       cfg: the network.
       topology, slices: of aot.topology_devices.
+      predict: compiles with full effort, and prints how long a step and the stage will take.
+
+    Raises:
+      UserError: a step does not fit, or its time cannot be predicted for this hardware.
     """
+    if predict and not prediction.predicted(topology):
+        raise UserError(f"--effort=full: times are predicted for TPUs only ({', '.join(CHIPS)}), not for {topology}")
     mesh = sharding.make_mesh(**recipe.plain(config.mesh), devices=aot.topology_devices(topology, slices))
     sharding.check_mesh(cfg, mesh)
+    known: dict[tuple[Any, ...], aot.Report] = {}
     for stage in recipe.stages(config):
         layout = StateLayout.of(cfg, stage, mesh)
+        reports = []
         for data in stage.data:
             sharding.check_batch(data.batch.batch_size, mesh)
-            task = get_task(data.batch.kind)
-            prefix_len = visual_tokens(cfg, data.batch) + PREFIX_TOKENS
-            shapes = task.shapes(cfg, data.batch, prefix_len)
-            batch = task.batch({name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}, prefix_len)
-            with sharding.use_mesh(mesh):
-                report = aot.compile_report(
-                    make_train_step(cfg, stage.optim, stage.groups, task.loss, mesh_axes=sharding.BATCH_AXES),
-                    layout.abstract,
-                    batch,
-                    layout.shardings,
-                    sharding.batch_sharding(mesh),
-                    topology if slices == 1 else f"{topology} x {slices} slices",
-                    parts=_parts,
-                    flops=task.count_flops(cfg, batch, layout.trained).model,
-                )
-            print(f"{stage.name}, batches of kind {data.name}: {data.batch.batch_size} samples")
-            aot.print_report(report)
+            key = (stage.groups, stage.optim, data.batch)  # stages share kinds of batch
+            if key not in known:
+                known[key] = _compile(cfg, stage, data, layout, topology, slices, mesh, predict)
+            reports.append((data, known[key]))
+            print(f"{stage.name}, batches of kind {data.name}: {data.batch.batch_size} samples", flush=True)
+            aot.print_report(known[key])
+            if (step := known[key].prediction) is not None:
+                prediction.print_prediction(step, data.batch.batch_size)
+        if predict:
+            _print_costs(stage, layout, mesh, reports)
+
+
+def _compile(
+    cfg: VirstConfig,
+    stage: recipe.Stage,
+    data: recipe.DataConfig,
+    layout: StateLayout,
+    topology: str,
+    slices: int,
+    mesh: Mesh,
+    predict: bool,
+) -> aot.Report:
+    task = get_task(data.batch.kind)
+    prefix_len = visual_tokens(cfg, data.batch) + PREFIX_TOKENS
+    shapes = task.shapes(cfg, data.batch, prefix_len)
+    batch = task.batch({name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}, prefix_len)
+    with sharding.use_mesh(mesh):
+        return aot.compile_report(
+            make_train_step(cfg, stage.optim, stage.groups, task.loss, mesh_axes=sharding.BATCH_AXES),
+            layout.abstract,
+            batch,
+            layout.shardings,
+            sharding.batch_sharding(mesh),
+            topology if slices == 1 else f"{topology} x {slices} slices",
+            parts=_parts,
+            flops=task.count_flops(cfg, batch, layout.trained).model,
+            quick=not predict,
+        )
+
+
+def _print_costs(
+    stage: recipe.Stage,
+    layout: StateLayout,
+    mesh: Mesh,
+    reports: Sequence[tuple[recipe.DataConfig, aot.Report]],
+) -> None:
+    """What the stage costs, and how it scales."""
+    kinds = [(data.weight, data.batch.batch_size, report) for data, report in reports if data.weight > 0]
+    steps = [(weight, samples, report.prediction) for weight, samples, report in kinds if report.prediction]
+    cost = prediction.StageCost.of(stage.steps, steps)
+    print(f"{stage.name}, {cost.line()}")
+    if mesh.shape["data"] > 1 or mesh.shape["tensor"] > 1:
+        return  # the formula goes from a slice whose chips share one copy of the parameters
+    gradients = 4.0 * sum(math.prod(x.shape) for x in jax.tree.leaves(layout.abstract.params))
+    scaled = []
+    for weight, _, report in kinds:
+        assert report.prediction is not None
+        payload = {kind: traffic.payload for kind, traffic in report.traffic.items()}
+        scaled.append((weight, prediction.weak_scaling(report.prediction, payload, mesh.shape["fsdp"], gradients)))
+    prediction.print_scaling(prediction.mean_scaling(scaled), cost.samples / cost.chips)
 
 
 def _parts(state: TrainState) -> dict[str, PyTree]:
