@@ -20,6 +20,7 @@ LAYERS: dict[str, set[str]] = {
     "virst_jax.commands": {"virst_jax"},
     # the package itself only names `load` and `Model`
     TOP: {"virst_jax.api", "virst_jax.tracking", "virst_jax.errors"},
+    "virst_jax.serve": {"virst_jax.api", "virst_jax.tracking", "virst_jax.inference", *SERVICES},
     "virst_jax.tracking": {"virst_jax.api", "virst_jax.inference", "virst_jax.io.tracker_folder", *SERVICES},
     "virst_jax.api": {"virst_jax.inference", *SERVICES},
     "virst_jax.inference": SERVICES,

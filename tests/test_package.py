@@ -75,13 +75,13 @@ def test_a_missing_package_is_one_line():
 
 def test_extras_hold_what_their_lines_promise():
     extras = PROJECT["optional-dependencies"]
-    name_of = {"tensorflow_datasets": "tensorflow-datasets"}
+    name_of = {"tensorflow_datasets": "tensorflow-datasets", "python_multipart": "python-multipart"}
     base = [re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["dependencies"]]
     for module, extra in EXTRAS.items():
         package = name_of.get(module, module)
         assert any(re.match(rf"{package}\b", requirement) for requirement in extras[extra]), module
         assert package not in base
-    assert extras["all"] == ["virst-jax[data,eval,export,train]"]
+    assert extras["all"] == ["virst-jax[data,eval,export,serve,train]"]
     assert any(requirement.startswith("virst-jax[all") for requirement in extras["test"])
 
 
@@ -143,8 +143,10 @@ def test_the_wheel_holds_everything_under_one_name(wheel):
     for folder in ("configs", "conversion"):
         expected |= {f"virst_jax/{f.relative_to(ROOT).as_posix()}" for f in (ROOT / folder).rglob("*.py")}
     expected |= {"virst_jax/train.py", "virst_jax/eval.py", "virst_jax/py.typed"}
-    assets = ROOT / "virst_jax" / "assets"
-    expected |= {f.relative_to(ROOT).as_posix() for f in assets.rglob("*") if f.is_file()}
+    for folder in ("assets", "serve/static"):
+        files = [f for f in (ROOT / "virst_jax" / folder).rglob("*") if f.is_file()]
+        assert files
+        expected |= {f.relative_to(ROOT).as_posix() for f in files}
     assert {name for name in names if name.startswith("virst_jax/")} == expected
     assert "virst = virst_jax.cli:main" in entry_points
     needed = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]

@@ -18,6 +18,7 @@ from virst_jax.commands.parser import Parser, did_you_mean
 COMMANDS = {
     "segment": "segment objects in a video by sentences",
     "track": "track objects from points, boxes and masks",
+    "serve": "serve a page in the browser, and an HTTP interface",
     "export": "write a result as COCO, YOLO, DAVIS, CSV, ...",
     "chat": "ask a question about a video",
     "demo": "segment the sample clip with the small model of this package",

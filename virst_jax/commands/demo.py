@@ -1,13 +1,11 @@
-"""`virst demo`: the sample clip of the package by several sentences, with the small model of the package.
-
-The clip was made by data.synthetic: 32 frames of 256 x 256 pixels, 8 a second.
-"""
+"""`virst demo`: the sample clip of the package by several sentences, with the small model of the package."""
 
 import argparse
 from pathlib import Path
 
 from virst_jax.commands import _common, segment
 from virst_jax.errors import UserError
+from virst_jax.io.small_model import CLIP, EXPRESSIONS
 
 HELP = """Segment the sample clip of this package (moving shapes) by several sentences with the small model "tiny".
 
@@ -15,16 +13,6 @@ No download is needed. It was trained on such shapes and knows nothing else."""
 EXAMPLES = """examples:
   virst demo
   virst demo --out masks --model virst_7b"""
-
-CLIP = Path(__file__).parents[1] / "assets" / "demo.mp4"
-EXPRESSIONS = (
-    "the cyan cross",  # how it looks
-    "the shape that stays still",  # how it moves
-    "the one that appears last",  # when it is there
-    "what will leave the frame first?",  # a question
-    "the cyan shapes",  # several
-    "the green circle",  # nothing: there is none
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

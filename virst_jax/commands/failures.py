@@ -12,13 +12,16 @@ from virst_jax.errors import UserError, no_device
 EXTRAS = {
     "array_record": "data",
     "contourpy": "export",
+    "fastapi": "serve",
     "grain": "train",
     "importlib_resources": "data",
     "jinja2": "eval",
     "matplotlib": "eval",
     "pycocotools": "data",
+    "python_multipart": "serve",
     "tensorboardX": "train",
     "tensorflow_datasets": "data",
+    "uvicorn": "serve",
     "wandb": "tracking",
 }
 

@@ -37,7 +37,6 @@ EXAMPLES = """examples:
   virst track dog.mp4 --model sam2_large --mask first.png --frame 12 --out masks
   virst track dog.mp4 --model virst_7b --text "the dog" --object 1 --frame 40 --negative 300,80 --out masks
   virst track photo.jpg --model sam2_large --box 10,20,200,180 --out masks"""
-NO_POINTS_NOTE = "the small model of this package was not trained with points and boxes; give another one with --model"
 
 
 @dataclass
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     atomic.check_writable(args.out)
     small = small_model.is_small(args.model)
     notes = [small_model.NOTE] if small else []
-    notes += [NO_POINTS_NOTE] if small and any(x.points or x.box for x in given.values()) else []
+    notes += [small_model.NO_POINTS_NOTE] if small and any(x.points or x.box for x in given.values()) else []
     with claimed(args.out, overwrite=args.overwrite), Progress(quiet=args.quiet) as progress:
         for note in notes:
             if not args.quiet:

@@ -52,6 +52,10 @@ class FrameFeatures:
         while len(self._kept) > 1 and self.num_bytes > self.budget:
             self._kept.popitem(last=False)
 
+    def clear(self) -> None:
+        """Forgets all features, so that their memory is free for others; frames are encoded again when asked for."""
+        self._kept.clear()
+
     def get(self, number: int) -> Features:
         """Of one frame."""
         if number not in self._kept:

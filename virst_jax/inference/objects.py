@@ -91,10 +91,14 @@ class ObjectState:
             self.tracked[frame] = seen
             self.backward.pop(frame, None)
 
+    def outcomes(self) -> list[Outcome]:
+        """All that are kept, each once."""
+        kept = (*self.anchors.values(), *self.settled.values(), *self.tracked.values())
+        return list({id(outcome): outcome for outcome in kept}.values())
+
     @property
     def num_bytes(self) -> int:
-        kept = (*self.anchors.values(), *self.settled.values(), *self.tracked.values())
-        return sum(outcome.num_bytes for outcome in {id(outcome): outcome for outcome in kept}.values())
+        return sum(outcome.num_bytes for outcome in self.outcomes())
 
 
 def gather_anchors(objects: Sequence[ObjectState]) -> ObjectAnchors:

@@ -245,6 +245,26 @@ class Session:
                 raise UserError("there is nothing to undo")
             self._objects = self._past.pop()
 
+    def limit_undo(self, num_bytes: int) -> int:
+        """Forgets the oldest changes until what only `undo` needs takes no more than so many bytes.
+
+        Returns:
+          How many changes are left.
+        """
+        with self._lock:
+            seen = {id(outcome) for state in self._objects.values() for outcome in state.outcomes()}
+            left, keep = num_bytes, 0
+            for objects in reversed(self._past):  # the newest first
+                only_here = {id(x): x for state in objects.values() for x in state.outcomes() if id(x) not in seen}
+                left -= sum(outcome.num_bytes for outcome in only_here.values())
+                if left < 0:
+                    break
+                seen |= only_here.keys()
+                keep += 1
+            while len(self._past) > keep:
+                self._past.popleft()
+        return keep
+
     # tracking
 
     def propagate(
