@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "write a result as COCO, YOLO, DAVIS, CSV, ...",
     "chat": "ask a question about a video",
     "demo": "segment the sample clip with the small model of this package",
+    "compile": "compile the steps for hardware that is not there: fit and speed",
     "info": "show devices, versions and what a model is",
     "data": "check, show or build data sets",
     "train": "train a model by a recipe",

@@ -80,7 +80,9 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
         if not _installed("libtpu"):
             raise UserError(f"topology {topology}: libtpu is missing; run pip install 'virst-jax[aot]'")
         _quiet_tpu()
-        return _described("tpu", topology, **({"num_slices": slices} if slices > 1 else {}))
+        # a single chip is refused as a part of a host; here it is a host of its own
+        options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if set(shape) <= set("1x") else {}
+        return _described("tpu", topology, **options, **({"num_slices": slices} if slices > 1 else {}))
     if kind in GPUS and shape.isdigit():
         if not _installed("jax_plugins.xla_cuda12"):
             raise UserError(f"topology {topology}: NVIDIA's compiler is missing; run pip install jax-cuda12-plugin")
@@ -254,6 +256,41 @@ def compile_report(
     if limit and peak > limit:
         raise UserError(f"{topology} with {report.mesh}: {_too_much(peak, limit)}; {REMEDY}")
     return report
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A function that was compiled for a topology, per device."""
+
+    temporary: int  # bytes
+    results: int  # bytes, without those that take the place of arguments
+    prediction: Prediction | None  # None: compiled with little effort, or for what times are not predicted for
+    seconds: float
+
+
+def compile_function(function: Callable[..., Any], arguments: Sequence[PyTree], topology: str, quick: bool) -> Compiled:
+    """Compiles a function for a topology.
+
+    Args:
+      function: jitted as it is.
+      arguments: ShapeDtypeStructs with shardings over `topology_devices(topology)`.
+      quick: see compile_report.
+
+    Raises:
+      UserError: it does not fit (by how much), or it cannot be compiled.
+    """
+    mesh = next(x.sharding.mesh for x in jax.tree.leaves(tuple(arguments)))
+    start = time.perf_counter()
+    with _effort(quick):
+        try:
+            compiled = jax.jit(function).lower(*arguments).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise _explain(str(error), topology, mesh) from error
+    memory: Any = compiled.memory_analysis()
+    known = not quick and predicted(topology)
+    prediction = predict(compiled.as_text() or "", topology, chips=mesh.size) if known else None
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Compiled(memory.temp_size_in_bytes, results, prediction, time.perf_counter() - start)
 
 
 def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -1,0 +1,90 @@
+"""The steps of inference compiled for other hardware."""
+
+import jax
+import pytest
+
+from helpers.segmenting import three_expressions
+from virst_jax import cli
+from virst_jax.config import virst_7b
+from virst_jax.inference import abstract
+from virst_jax.inference.abstract import DEFAULTS
+from virst_jax.inference.plan import Options
+from virst_jax.io import model_folder
+
+
+def shapes(cfg, frames, expressions, options=DEFAULTS):
+    params = abstract.parameters(model_folder.parameter_shapes(cfg), "float32")
+    return params, abstract.step_calls(cfg, params, frames, expressions, options)
+
+
+def test_steps_of_the_full_size_network_follow_from_one_another():
+    _, calls = shapes(virst_7b(), 64, 5)
+    steps = {call.name: call for call in calls}
+    assert {name: call.calls for name, call in steps.items()} == {
+        "image encoder": 64,
+        "video encoder": 16,
+        "LLM reads the video": 1,
+        "LLM reads the sentences": 1,
+        "second fusion": 1,
+        "anchors": 1,
+        "track 4 frames": 16,
+        "mask tile": 2 * 4 * 16,
+        "embed a conversation": 0,
+        "answer in 64 tokens": 0,
+    }
+    cache, ids, *_ = steps["LLM reads the sentences"].arguments
+    assert cache.k.shape[:3] == (28, 1, 16 * 64 + 64)
+    assert ids.shape == (8, 128)  # five sentences run as eight
+    assert steps["second fusion"].arguments[0].shape == (8, 10, 3584)
+    assert steps["anchors"].arguments[3].shape == (8, 8, 10, 256)
+
+
+@pytest.mark.heavy
+def test_shapes_are_those_of_a_real_run(model):
+    """Segmenting a video calls the steps with these very shapes, but for lengths of texts."""
+    three_expressions()
+    seen = {(name, structure, shapes) for name, structure, shapes, _ in model.network._seen}
+    _, calls = shapes(model.cfg, 11, 2, Options(chunk=2, group_size=2))
+    compared = 0
+    for call in calls:
+        name = getattr(call.function, "__name__", "")
+        if name not in ("encode_batch", "encode_clip", "prompt_anchors", "track", "fuse"):
+            continue
+        leaves, structure = jax.tree.flatten(call.arguments)
+        assert (name, structure, tuple((x.shape, str(x.dtype)) for x in leaves)) in seen, name
+        compared += 1
+    assert compared == 5
+
+
+def test_command(capsys):
+    assert cli.main(["compile", "--model", "tiny", "--topology", "cpu:1", "--dtype", "float32", "--only", "mask"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "tiny in float32 on cpu:1: 64 frames, 1 sentences" in printed
+    assert "mask tile" in printed
+    assert "GiB of parameters" in printed
+    assert "predicted" not in printed  # no compiler of CPUs says
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere", "--topology", "cpu:1"], "neither a model folder nor a preset (tiny, virst_7b)"),
+        (["--model", "tiny", "--topology", "cpu:1", "--expressions", "9"], "--expressions 9: give 1 to 8"),
+        (["--model", "tiny", "--topology", "cpu:1", "--frames", "0"], "--frames 0: give 1 or more"),
+        (["--model", "tiny", "--topology", "cpu:1", "--only", "x"], "no such step; there are image encoder, video"),
+        (["--model", "tiny", "--topology", "nothing"], "unknown topology"),
+    ],
+)
+def test_what_cannot_be_compiled(arguments, message, capsys):
+    assert cli.main(["compile", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.heavy
+def test_a_step_of_a_chip_is_predicted(capsys):
+    pytest.importorskip("libtpu")
+    arguments = ["--model", "virst_7b", "--topology", "v5e:1x1", "--only", "second fusion"]
+    assert cli.main(["compile", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "predicted ms of a call" in printed
+    assert "second fusion" in printed
