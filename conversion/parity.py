@@ -22,7 +22,7 @@ from virst_jax import cli
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 
-from .cases import curve, modules, network, tables, training
+from .cases import curve, inputs, modules, network, sam2, tables, training
 from .cases.case import Case, Check, Runner, case_names, load_case
 
 RUNNERS: list[tuple[str, Runner]] = [
@@ -40,8 +40,15 @@ RUNNERS: list[tuple[str, Runner]] = [
     (r"prompt_variants.*", tables.run_prompts),
     (r"frame_indices.*", tables.run_frame_indices),
     (r"transforms.*", tables.run_transforms),
+    (r"reading.*", inputs.run_reading),
+    (r"sizes.*", inputs.run_sizes),
+    (r"tokens.*", inputs.run_tokens),
+    (r"sam2_image_.*", sam2.run_sam2_image),
+    (r"sam2_video_.*", sam2.run_sam2_video),
+    (r"sam2_blocks.*", sam2.run_sam2_blocks),
     (r"e2e_.*", network.run_e2e),
     (r"train_loss.*", training.run_train_loss),
+    (r"train_batch.*", training.run_train_batch),
     (r"loss_curve.*", curve.run_loss_curve),
 ]
 

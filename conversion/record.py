@@ -39,7 +39,11 @@ INPUTS = (
 )
 
 
-WITHIN = {"training": "conversion.record_training"}
+WITHIN = {
+    "training": "conversion.record_training",
+    "inputs": "conversion.record_inputs",
+    "sam2": "conversion.record_sam2",
+}
 HELP = "Record a parity case with the PyTorch release: the numbers that the converted network has to give."
 EXAMPLES = """examples:
   virst record --release VIRST --checkpoint VIRST/checkpoints --video dog.mp4 --expression "the dog" --out cases

@@ -1,4 +1,4 @@
-"""Records how the PyTorch release trains: the gradients of a train_loss case, or a loss_curve case.
+"""Records how the PyTorch release trains: gradients and losses of a case, or a run of training.
 
     python -m conversion.record training CASE.json --release VIRST --out cases
 
@@ -21,11 +21,11 @@ from virst_jax.io.json_files import read_json
 
 from .recording.checkout import Release, build_network, open_checkout
 from .recording.state import Rule
-from .recording.training import run_curve, run_training
+from .recording.training import run_batch, run_curve, run_training
 from .targets import ellipse_masks
 
 GRADIENTS = ".gradients.npz"  # behind the name of a train_loss case
-HELP = "Record how the PyTorch release trains: gradients of a train_loss case, or a loss_curve case."
+HELP = "Record how the PyTorch release trains: a case train_loss*, train_batch* or loss_curve*."
 EXAMPLES = """examples:
   virst record training tests/data/parity/train_loss.json --release VIRST --out cases
   virst record training tests/data/parity/loss_curve.json --release VIRST --out cases
@@ -34,7 +34,7 @@ Runs in the Python environment of the release (torch; JAX is not needed)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("case", type=Path, metavar="CASE.json", help="a case train_loss* or loss_curve*")
+    parser.add_argument("case", type=Path, metavar="CASE.json", help="a case train_loss*, train_batch* or loss_curve*")
     parser.add_argument("--release", type=Path, required=True, metavar="DIR", help="checkout of the release")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of cases")
 
@@ -61,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{key:16} {value:.7g}  recorded {facts['losses'].get(key, float('nan')):.7g}", file=printed)
             path = args.out / f"{name}{GRADIENTS}"
             atomic.write_npz(path, done.values, compressed=True)
+        elif name.startswith("train_batch"):
+            with release.blaming("its training fails"):
+                losses = run_batch(release, virst, facts)
+            path = args.out / args.case.name
+            atomic.write_json(path, facts | {"losses": losses, "versions": _versions()})
         else:
             with release.blaming("its training fails"):
                 curve = run_curve(virst, facts)
@@ -76,10 +81,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _read(path: Path) -> dict[str, Any]:
     facts = read_json(path, advice="give the JSON of a case").value
-    kinds = {"train_loss": ("losses", "cond_frames", "ellipse"), "loss_curve": ("optim", "batches", "groups")}
+    kinds = {
+        "train_loss": ("losses", "cond_frames", "ellipse"),
+        "train_batch": ("conversations", "cond_frames", "n_frames"),
+        "loss_curve": ("optim", "batches", "groups"),
+    }
     needed = next((keys for kind, keys in kinds.items() if path.stem.startswith(kind)), None)
     if needed is None:
-        raise UserError(f"{path}: give a case whose name begins with train_loss or loss_curve")
+        raise UserError(f"{path}: give a case whose name begins with {', '.join(kinds)}")
     missing = [key for key in (*needed, "config", "salt") if not isinstance(facts, dict) or key not in facts]
     if missing:
         raise UserError(f"{path}: {missing[0]!r} is missing; copy the case again")

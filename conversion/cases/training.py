@@ -1,4 +1,4 @@
-"""Cases of the training losses and their gradients: train_loss*.
+"""Cases of the training losses: train_loss*, with their gradients, and train_batch*, of several conversations.
 
 Axes: T frames, R side of the tracker's image.
 """
@@ -17,7 +17,7 @@ from virst_jax.data.transforms import sam_pixels
 from virst_jax.errors import UserError
 from virst_jax.io.npz import read_npz
 from virst_jax.models.tree import flatten
-from virst_jax.training.losses import VideoBatch, video_losses
+from virst_jax.training.losses import TextBatch, VideoBatch, text_loss, video_losses
 
 from ..assemble import take_apart
 from ..rules import rule_table
@@ -96,6 +96,54 @@ def run_train_loss(case: Case) -> None:
     beside = case.folder / f"{case.name}{GRADIENTS}" if case.folder else None
     if beside and beside.is_file():
         case.checks += _gradients(beside, tensors)
+
+
+def run_train_batch(case: Case) -> None:
+    """The losses of several conversations about one video or image: with masks, in text alone, of several lengths."""
+    meta, cfg = case.meta, network_config(case)
+    params = rule_params(case, cfg)
+    is_image = meta.get("modality") == "image"
+    if is_image:
+        side = cfg.vision.image_size
+        clips = case.input(meta["clip"]["name"], (1, 1, 3, side, side)).transpose(0, 1, 3, 4, 2)
+        visual = min(cfg.vision.tokens_per_image, cfg.vision.grid**2)
+    else:
+        clips = rule_clips(case, meta["clip"]["name"], cfg, meta["t_vlm"], case.salt)
+        visual = clips.shape[0] * clips.shape[1] * cfg.vision.tokens_per_frame
+    rows = meta["conversations"]
+    length = max(len(row["input_ids"]) for row in rows) - 1 + visual
+    spliced = [splice(row["input_ids"], row["labels"], visual, cfg.seg_token_id, length) for row in rows]
+    arrays: dict[str, Any] = {
+        field: jnp.asarray(np.stack([getattr(row, field) for row in spliced]))
+        for field in ("token_ids", "visual_index", "labels", "mask")
+    }
+    arrays["clips"] = jnp.asarray(clips)
+    loss: Any = text_loss
+    batch: TextBatch = TextBatch(**arrays)
+    if any(row.get("ellipse") for row in rows):
+        size, count = cfg.sam2.image_size, meta["n_frames"]
+        used = meta["frames_used"]
+        most = max(len(row.seg_positions) for row in spliced)
+        nowhere = np.full(most, -1, np.int32)
+        places = [row.seg_positions if len(row.seg_positions) else nowhere for row in spliced]
+        empty = np.zeros((len(used), size, size), bool)
+        masks = [ellipse_masks(row["ellipse"], count, size)[used] if row.get("ellipse") else empty for row in rows]
+        loss = video_losses
+        batch = VideoBatch(
+            **arrays,
+            seg_positions=jnp.asarray(np.stack(places)),
+            frames=jnp.asarray(sam_pixels(_video(case), size, "bilinear")),
+            targets=jnp.asarray(np.stack(masks)),
+            anchors=jnp.asarray(meta["cond_frames"]),
+            frames_used=jnp.asarray(used),
+            conversation_valid=jnp.asarray([bool(row.get("ellipse")) for row in rows]),
+        )
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    total, parts = jax.jit(lambda params, batch: loss(cfg, params, batch), compiler_options=options)(params, batch)
+    for key, expected in meta["losses"].items():
+        # a batch in text alone has no other losses; the release gives zeros
+        ours = total if key == "loss" else parts.get(key, 0.0)
+        case.checks.append(close(key, ours, expected))
 
 
 def _gradients(path: Path, ours: dict[str, np.ndarray]) -> list[Check]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..targets import thinned
+from ..targets import ellipse_masks, thinned
 from ..weights_rule import make_input, make_video
 from .blocks import wrapped
 from .checkout import Release
@@ -41,7 +41,50 @@ def run_training(release: Release, virst: Any, facts: Mapping[str, Any], targets
       facts: the case's JSON.
       targets: bool[T, R, R], the masks of all frames.
     """
+    out = _forward(release, virst, facts, [(facts["input_ids"], facts["labels"], targets)])
+    out["loss"].backward()
+    found = {
+        name: parameter.grad.detach().numpy()
+        for name, parameter in virst.named_parameters()
+        if parameter.grad is not None
+    }
+    return Gradients(
+        losses_of(out),
+        {name: thinned(gradient) for name, gradient in found.items()},
+        {name: float(np.linalg.norm(gradient.astype(np.float64))) for name, gradient in found.items()},
+    )
+
+
+def run_batch(release: Release, virst: Any, facts: Mapping[str, Any]) -> dict[str, float]:
+    """The losses of a train_batch case in float32: conversations about one video or image, padded to one length.
+
+    Args:
+      virst: the network, filled.
+      facts: the case's JSON.
+    """
+    import torch
+
+    side = int(facts["image_size"])
+    rows: list[Conversation] = []
+    for row in facts["conversations"]:
+        ellipse = row.get("ellipse")
+        targets = ellipse_masks(ellipse, facts["n_frames"], side) if ellipse else None
+        rows.append((row["input_ids"], row["labels"], targets))
+    with torch.no_grad():
+        return losses_of(_forward(release, virst, facts, rows))
+
+
+Conversation = tuple[list[int], list[int], np.ndarray | None]  # ids, labels, and masks bool[T, R, R] if it has some
+
+
+def losses_of(out: Mapping[str, Any]) -> dict[str, float]:
+    """The losses that a forward pass gives."""
+    return {key: float(value) for key, value in out.items() if key == "loss" or key.endswith("_loss")}
+
+
+def _forward(release: Release, virst: Any, facts: Mapping[str, Any], rows: Sequence[Conversation]) -> Any:
     from PIL import Image
+    from torch.nn.utils.rnn import pad_sequence
 
     import torch
 
@@ -50,31 +93,22 @@ def run_training(release: Release, virst: Any, facts: Mapping[str, Any], targets
     transform = release.module("data.transforms").SAM2Transform(size=int(facts["image_size"]))
     side = virst.get_vision_tower().image_processor.size[0]
     clip = make_input(facts["clip"]["name"], (1, facts["t_vlm"], 3, side, side), facts["salt"])
+    masked = any(targets is not None for _, _, targets in rows)
     virst.requires_grad_(True)  # the release freezes its vision tower as it builds it
+    lengths = torch.tensor([len(ids) for ids, _, _ in rows])
     with without_dropout(virst), _chosen(release, facts):
-        out = virst(
-            input_ids=torch.tensor([facts["input_ids"]]),
-            labels=torch.tensor([facts["labels"]]),
-            attention_mask=torch.ones(1, len(facts["input_ids"]), dtype=torch.bool),
+        return virst(
+            input_ids=pad_sequence([torch.tensor(ids) for ids, _, _ in rows], batch_first=True),
+            labels=pad_sequence([torch.tensor(labels) for _, labels, _ in rows], batch_first=True, padding_value=-100),
+            attention_mask=torch.arange(int(lengths.max())) < lengths[:, None],
             images_clip=torch.from_numpy(clip),
-            images_sam=transform([Image.fromarray(frame) for frame in video])[None].float(),
-            image_ids=[0],
-            modalities=["video"],
-            gt_masks=[torch.from_numpy(targets[:, None]).float()],
+            images_sam=transform([Image.fromarray(frame) for frame in video])[None].float() if masked else None,
+            image_ids=[0] * len(rows),
+            modalities=[facts.get("modality", "video")] * len(rows),
+            gt_masks=[None if masks is None else torch.from_numpy(masks[:, None]).float() for _, _, masks in rows],
             generation=False,
             use_cond_frames=bool(facts["config"].get("use_cond_frames")),
         )
-        out["loss"].backward()
-    found = {
-        name: parameter.grad.detach().numpy()
-        for name, parameter in virst.named_parameters()
-        if parameter.grad is not None
-    }
-    return Gradients(
-        {key: float(value) for key, value in out.items() if key == "loss" or key.endswith("_loss")},
-        {name: thinned(gradient) for name, gradient in found.items()},
-        {name: float(np.linalg.norm(gradient.astype(np.float64))) for name, gradient in found.items()},
-    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from conversion.cases.training import ellipse_targets
 from helpers.places import PARITY as CASES
 
 FIELDS = ("shapes", "clip", "clip_frames", "memory_frames", "pointer_tokens", "image_size", "n_frames", "hw", "t_vlm")
-HEAVY = ("e2e_", "train_loss", "loss_curve")
+HEAVY = ("e2e_", "train_", "loss_curve", "sam2_video", "sam2_image")
 NAMES = case_names(CASES)
 
 
@@ -116,6 +116,18 @@ def test_another_salt_fails(tmp_path):
     meta = json.loads((tmp_path / "token_merge.json").read_text())
     (tmp_path / "token_merge.json").write_text(json.dumps({**meta, "salt": 1}))
     assert len(failures("token_merge", tmp_path)) == 5
+
+
+@pytest.mark.heavy
+def test_another_prompt_fails(tmp_path):
+    """A click that is read as one beside the object."""
+    copy_case("sam2_video_large", tmp_path)
+    meta = json.loads((tmp_path / "sam2_video_large.json").read_text())
+    meta["operations"] = meta["operations"][:1]
+    meta["operations"][0]["labels"] = [0]
+    (tmp_path / "sam2_video_large.json").write_text(json.dumps(meta))
+    found = failures("sam2_video_large", tmp_path)
+    assert len(found) == 3, found
 
 
 def test_memories_are_thinned_once():

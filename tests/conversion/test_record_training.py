@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conversion import parity, record
-from conversion.recording.training import run_curve, without_dropout
+from conversion.recording.training import run_batch, run_curve, without_dropout
 from conversion.targets import KEPT, thinned
 from helpers.places import PARITY
 from virst_jax.training.optim import OptimConfig, learning_rate
@@ -62,6 +62,42 @@ def test_a_run_of_training():
     torch.testing.assert_close(network.frozen.weight, before["frozen.weight"], rtol=0, atol=0)
 
 
+class Listening(Network):
+    """Keeps what it is given."""
+
+    def forward(self, **given):
+        self.given = given
+        return {"loss": torch.tensor(1.0), "ce_loss": torch.tensor(0.5), "pred_mask": []}
+
+
+def test_conversations_are_padded_as_the_release_does():
+    module = SimpleNamespace(
+        SAM2Transform=lambda size: lambda frames: torch.zeros(len(frames), 3, size, size), select_keyframes=print
+    )
+    release = SimpleNamespace(module=lambda name: module)
+    ellipse = {"center": [4, 4], "velocity": [0, 0], "radii": [2, 2], "absent": [1]}
+    facts = {"salt": 0, "t_vlm": 4, "hw": [6, 8], "n_frames": 2, "image_size": 8, "clip": {"name": "a"}, "config": {}}
+    facts |= {"cond_frames": [0], "frames_used": [0]}
+    facts["conversations"] = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "ellipse": ellipse},
+        {"input_ids": [4], "labels": [4]},
+    ]
+    network = Listening()
+    assert run_batch(release, network, facts) == {"loss": 1.0, "ce_loss": 0.5}
+    given = network.given
+    assert given["input_ids"].tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert given["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
+    assert given["attention_mask"].tolist() == [[True] * 3, [True, False, False]]
+    assert (given["image_ids"], given["modalities"]) == ([0, 0], ["video", "video"])
+    assert given["images_sam"].shape == (1, 2, 3, 8, 8)
+    assert given["gt_masks"][0].amax((1, 2, 3)).tolist() == [1.0, 0.0]
+    assert given["gt_masks"][1] is None
+    for row in facts["conversations"]:
+        row.pop("ellipse", None)
+    run_batch(release, network, facts)
+    assert network.given["images_sam"] is None
+
+
 def test_nothing_is_dropped():
     network = Network()
     with without_dropout(network):
@@ -84,8 +120,9 @@ def test_thinned():
         ("train_loss.json", None, "no such file"),
         ("train_loss.json", "{", "not valid JSON"),
         ("train_loss.json", '{"losses": {}}', "'cond_frames' is missing"),
+        ("train_batch_a.json", "{}", "'conversations' is missing"),
         ("loss_curve.json", "[]", "'optim' is missing"),
-        ("hiera.json", "{}", "begins with train_loss or loss_curve"),
+        ("hiera.json", "{}", "begins with train_loss, train_batch, loss_curve"),
     ],
 )
 def test_bad_cases(tmp_path, capsys, name, text, told):

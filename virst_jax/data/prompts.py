@@ -83,6 +83,15 @@ class Tokenizer:
         """Rows that an embedding table needs: one more than the highest id."""
         return max(self._backend.get_vocab().values()) + 1
 
+    def __len__(self) -> int:
+        """How many tokens there are, the added ones among them."""
+        return len(self._backend.get_vocab())
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text in which `<image>` has no meaning."""
+        ids: list[int] = self._backend(text, add_special_tokens=False).input_ids
+        return ids
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, IMAGE_TOKEN for each `<image>` in it."""
         ids: list[int] = []
@@ -93,7 +102,7 @@ class Tokenizer:
             if piece not in self._pieces:
                 if len(self._pieces) >= CACHED_PIECES:
                     self._pieces.clear()
-                self._pieces[piece] = tuple(self._backend(piece, add_special_tokens=False).input_ids)
+                self._pieces[piece] = tuple(self.encode_text(piece))
             ids += self._pieces[piece]
         return ids
 

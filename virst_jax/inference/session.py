@@ -332,10 +332,14 @@ class Session:
         Raises:
           UserError: there is no such object or frame, or it was not tracked to this frame.
         """
+        return self.outcome(object_id, frame).low_res
+
+    def outcome(self, object_id: int, frame: int) -> Outcome:
+        """All that is kept of an object on a frame. Raises as `logits` does."""
         outcome = self._known(object_id).on(self._frame(frame))
         if outcome is None:
             raise UserError(f"object {object_id} was not tracked to frame {frame}; propagate first")
-        return outcome.low_res
+        return outcome
 
     # inside
 
