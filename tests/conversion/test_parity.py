@@ -16,6 +16,7 @@ from helpers.places import PARITY as CASES
 
 FIELDS = ("shapes", "clip", "clip_frames", "memory_frames", "pointer_tokens", "image_size", "n_frames", "hw", "t_vlm")
 HEAVY = ("e2e_", "train_", "loss_curve", "sam2_video", "sam2_image")
+NEWER = ("reading", "sizes", "tokens", "sam2_", "train_batch")  # kinds that have had fields from the start
 NAMES = case_names(CASES)
 
 
@@ -83,7 +84,7 @@ def test_rows_are_printed_as_they_come(tmp_path, capsys, monkeypatch):
     assert "losses_again" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(NEWER)])
 def test_words_of_before_say_what_fields_say(name):
     """Cases without fields, of which there are some, are read from the sentence that says how inputs are made."""
     case = load_case(CASES, name)
