@@ -36,7 +36,7 @@ from virst_jax.errors import UserError
 from virst_jax.evaluation.held_out import Segment
 from virst_jax.io import buckets, lock, model_folder, remote
 from virst_jax.models.virst import Virst
-from virst_jax.parallel import processes, sharding
+from virst_jax.parallel import compiler_flags, processes, sharding
 from virst_jax.pretraining import tasks as _pretraining  # noqa: F401, adds its kinds of batch
 from virst_jax.pretraining.mimetic import mimic_attention
 from virst_jax.profiling.trace import Trace
@@ -364,8 +364,11 @@ def main(args: argparse.Namespace) -> int:
     workdir = command.workdir_of(args)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(buckets.absolute(workdir) / "compiled"))
+    flags_set = compiler_flags.apply(recipe.plain(config.get("xla_flags") or {}))
     if config.get("distributed", False):
         processes.start()
+    for line in flags_set if processes.is_main() else ():
+        tqdm.write(line, file=sys.stderr)
     try:
         with processes.together():
             if args.dry_run:

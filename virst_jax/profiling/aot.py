@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,6 +194,7 @@ def compile_report(
     parts: Callable[[PyTree], dict[str, PyTree]] | None = None,
     flops: float = 0.0,
     quick: bool = True,
+    options: Mapping[str, str] | None = None,
     hlo_path: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Compiles (state, batch) -> (state, metrics) for a topology and reads off what it takes.
@@ -209,6 +210,7 @@ def compile_report(
       flops: of one step on all devices by formula; for the report.
       quick: less effort of the compiler: several times faster, temporaries within some 15 %. The step itself comes out
         several times slower than with full effort, so no time is predicted.
+      options: flags of the compiler by name, without hyphens.
       hlo_path: where to write the compiled program's text.
 
     Raises:
@@ -223,7 +225,7 @@ def compile_report(
     start = time.perf_counter()
     with _effort(quick):
         try:
-            compiled = jitted.lower(state, batch).compile()
+            compiled = jitted.lower(state, batch).compile(compiler_options=dict(options or {}))
         except jax.errors.JaxRuntimeError as error:
             raise _explain(str(error), topology, mesh) from error
     seconds = time.perf_counter() - start

@@ -1,7 +1,7 @@
 """The steps of a recipe compiled for hardware that need not be there."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from virst_jax.config import VirstConfig
 from virst_jax.errors import UserError
-from virst_jax.parallel import sharding
+from virst_jax.parallel import compiler_flags, sharding
 from virst_jax.profiling import aot, prediction
 from virst_jax.profiling.interconnect import CHIPS
 from virst_jax.training import recipe
@@ -40,6 +40,10 @@ def compile_only(
         raise UserError(f"--effort=full: times are predicted for TPUs only ({', '.join(CHIPS)}), not for {topology}")
     mesh = sharding.make_mesh(**recipe.plain(config.mesh), devices=aot.topology_devices(topology, slices))
     sharding.check_mesh(cfg, mesh)
+    flags = recipe.plain(config.get("xla_flags") or {})
+    compiler_flags.check(flags)
+    platform = {"tpu": compiler_flags.TPU, "cuda": compiler_flags.GPU, "gpu": compiler_flags.GPU}
+    options = compiler_flags.as_text(flags.get(platform.get(mesh.devices.flat[0].platform, ""), {}))
     known: dict[tuple[Any, ...], aot.Report] = {}
     for stage in recipe.stages(config):
         layout = StateLayout.of(cfg, stage, mesh)
@@ -48,7 +52,7 @@ def compile_only(
             sharding.check_batch(data.batch.batch_size, mesh)
             key = (stage.groups, stage.optim, data.batch)  # stages share kinds of batch
             if key not in known:
-                known[key] = _compile(cfg, stage, data, layout, topology, slices, mesh, predict)
+                known[key] = _compile(cfg, stage, data, layout, topology, slices, mesh, predict, options)
             reports.append((data, known[key]))
             print(f"{stage.name}, batches of kind {data.name}: {data.batch.batch_size} samples", flush=True)
             aot.print_report(known[key])
@@ -67,6 +71,7 @@ def _compile(
     slices: int,
     mesh: Mesh,
     predict: bool,
+    options: Mapping[str, str],
 ) -> aot.Report:
     task = get_task(data.batch.kind)
     prefix_len = visual_tokens(cfg, data.batch) + PREFIX_TOKENS
@@ -83,6 +88,7 @@ def _compile(
             parts=_parts,
             flops=task.count_flops(cfg, batch, layout.trained).model,
             quick=not predict,
+            options=options,
         )
 
 

@@ -14,6 +14,7 @@ stages      names of the stages in order; each is a key of the recipe:
 eval        {"source": as above, "videos": how many, "every": steps; 0: only at the end of a stage}
 checkpoint  {"every": steps, "keep": latest ones}
 profile     {"first": steps before it, "steps": how many are traced, "folder": where ("": STAGE/profile)}
+xla_flags   {"tpu": {name: value}, "gpu": {name: value}}: flags of the compiler; see parallel.compiler_flags
 tracking    {"to": wandb or trackio ("": neither), "project": its name there}
 goodput     {"job": a name under which Google's goodput library records the run ("": not)}
 """
