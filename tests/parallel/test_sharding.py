@@ -87,8 +87,23 @@ def test_an_axis_that_does_not_divide_falls_to_another():
     assert sharding.partition("bias", (3584,), ("heads",), mesh_of(1, 4, 4)) == PartitionSpec()
     with pytest.raises(UserError, match="fsdp=7 divides no axis of the parameter a/kernel"):
         sharding.partition("a/kernel", (2048, 2048), ("embed", "mlp"), mesh_of(1, 7, 1))
-    with pytest.raises(UserError, match="fsdp=256 divides no axis of the parameter sam2/image_encoder"):
-        sharding.parameter_specs(virst_7b(), mesh_of(1, 256, 1))
+
+
+@pytest.mark.parametrize("fsdp", [64, 128, 256])
+def test_more_shares_than_the_widths_of_the_tracker_divide_by(full_size, fsdp):
+    """What cannot be split is whole on every device, as every step gathers it anyway; all else is split."""
+    shapes, names = full_size
+    mesh, whole = mesh_of(1, fsdp, 1), 0
+    for path, leaf in shapes.items():
+        spec = sharding.partition(path, leaf.shape, names[path], mesh)
+        share = math.prod(NamedSharding(mesh, spec).shard_shape(leaf.shape))
+        if leaf.size > sharding.SHARD_ABOVE and share == leaf.size:
+            assert path.startswith("sam2/image_encoder/"), path
+            whole += leaf.size
+        elif leaf.size > 2**24:
+            assert share * fsdp == leaf.size, path
+    assert whole < 70e6  # 140 MB in bfloat16
+    assert sharding.parameter_specs(virst_7b(), mesh)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,8 @@ def partition(
 
     Raises:
       ValueError: an axis without a name, or a name without a rule.
-      UserError: a parameter of more than SHARD_ABOVE elements that fsdp or tensor cannot split.
+      UserError: a parameter of more than SHARD_ABOVE elements that fsdp or tensor cannot split, and that is not of
+        the parts that every device gathers whole in every step.
     """
     if len(names) != len(shape):
         raise ValueError(f"{path}: shape {tuple(shape)} has axis names {tuple(names)}; every axis needs one")
@@ -204,7 +205,8 @@ def partition(
                 taken[i] = tuple(a for a in MESH_AXES if a in (*taken[i], axis))
                 free.remove(axis)
                 break
-    if size > SHARD_ABOVE and free and len(free) == len(wanted):
+    whole_anyway = path.partition("/")[0] in GATHERED  # in every step; SAM 2's widths are multiples of 9 x 16
+    if size > SHARD_ABOVE and free and len(free) == len(wanted) and not whole_anyway:
         axis = max(free, key=lambda a: mesh.shape[a])
         good = [n for n in range(2, mesh.shape[axis]) if any(d % n == 0 for d, a in zip(shape, names) if a != "layers")]
         raise UserError(

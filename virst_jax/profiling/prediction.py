@@ -221,7 +221,7 @@ SLICES: Mapping[str, tuple[str, ...]] = {
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"),
 }
-FSDP_LIMIT = 32  # that the full network's parameters divide by
+FSDP_LIMIT = 32  # shares of the parameters in the formula; with more chips there are copies
 
 
 @dataclass(frozen=True)
