@@ -22,7 +22,7 @@ from virst_jax import cli
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 
-from .cases import curve, inputs, modules, network, sam2, tables, training
+from .cases import chat, curve, inputs, modules, network, sam2, tables, training
 from .cases.case import Case, Check, Runner, case_names, load_case
 
 RUNNERS: list[tuple[str, Runner]] = [
@@ -46,6 +46,7 @@ RUNNERS: list[tuple[str, Runner]] = [
     (r"sam2_image_.*", sam2.run_sam2_image),
     (r"sam2_video_.*", sam2.run_sam2_video),
     (r"sam2_blocks.*", sam2.run_sam2_blocks),
+    (r"chat_.*", chat.run_chat),
     (r"e2e_.*", network.run_e2e),
     (r"train_loss.*", training.run_train_loss),
     (r"train_batch.*", training.run_train_batch),

@@ -42,6 +42,7 @@ INPUTS = (
 WITHIN = {
     "training": "conversion.record_training",
     "inputs": "conversion.record_inputs",
+    "chat": "conversion.record_chat",
     "sam2": "conversion.record_sam2",
 }
 HELP = "Record a parity case with the PyTorch release: the numbers that the converted network has to give."
@@ -151,7 +152,7 @@ def record(args: argparse.Namespace) -> tuple[Path, ...]:
             tiny=tiny,
             initial_fusion=args.initial_fusion or bool(like and like.facts["config"].get("initial_seg_fusion")),
             attention=attention,
-            **_vocabulary(tokenizer, like),
+            **vocabulary(tokenizer, like),
         )
         processor = network.virst.get_vision_tower().image_processor
         if frames is not None:
@@ -220,7 +221,8 @@ def _small_sizes(args: argparse.Namespace, like: Like | None) -> dict[str, Any] 
     return {k: v for k, v in tiny.items() if k != "vocab_size"} if tiny else TINY if args.tiny else None
 
 
-def _vocabulary(tokenizer: Any, like: Like | None) -> dict[str, int]:
+def vocabulary(tokenizer: Any, like: Like | None) -> dict[str, int]:
+    """Rows of the token table, and the id of `[SEG]`: of a tokenizer, or as an earlier case has them."""
     if tokenizer is not None:
         return {"vocab_size": len(tokenizer), "seg_token_id": tokenizer.convert_tokens_to_ids("[SEG]")}
     assert like is not None

@@ -64,7 +64,9 @@ def case_section(case: Case, checks: Iterable[Check], seconds: float) -> Section
         )
     frames = [detail for detail in case.details if detail.frames is not None]
     if frames:
-        section.illustrations.append(Illustration(_along_frames(frames), "error along the frames"))
+        section.illustrations.append(
+            Illustration(_along_frames(frames), "error along the frames, or along the tokens of an answer")
+        )
     for detail in case.details:
         section.illustrations += [
             Illustration(

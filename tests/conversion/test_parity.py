@@ -16,7 +16,7 @@ from helpers.places import PARITY as CASES
 
 FIELDS = ("shapes", "clip", "clip_frames", "memory_frames", "pointer_tokens", "image_size", "n_frames", "hw", "t_vlm")
 HEAVY = ("e2e_", "train_", "loss_curve", "sam2_video", "sam2_image")
-NEWER = ("reading", "sizes", "tokens", "sam2_", "train_batch")  # kinds that have had fields from the start
+NEWER = ("reading", "sizes", "tokens", "sam2_", "chat_", "train_batch")  # kinds that have had fields from the start
 NAMES = case_names(CASES)
 
 
