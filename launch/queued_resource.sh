@@ -9,8 +9,9 @@
 #   launch/queued_resource.sh stop              # all hosts write a checkpoint and end
 #   launch/queued_resource.sh delete            # ends the costs
 #
-# /shared must be a file system that all hosts see (Filestore, mounted on every host). `train` may be given again at any
-# time: the run goes on where it stopped. A spot slice that was taken away is made again by `delete` and `create`.
+# /shared must be a file system that all hosts see (Filestore, mounted on every host); gs://BUCKET/runs/a does as well.
+# `train` may be given again at any time: the run goes on where it stopped. A spot slice that was taken away is made
+# again by `delete` and `create`.
 set -euo pipefail
 : "${NAME:?is not set: a name for the slice}" "${ZONE:?is not set: such as europe-west4-b}"
 
@@ -42,7 +43,7 @@ case "${1:-}" in
   install)
     wheel=${2:?give the wheel that python -m build has made}
     gcloud compute tpus tpu-vm scp "$wheel" "$NAME:" --zone "$ZONE" --worker=all
-    everywhere "python3 -m venv ~/virst && ~/virst/bin/pip install --quiet '$(basename "$wheel")[all,tpu]'"
+    everywhere "python3 -m venv ~/virst && ~/virst/bin/pip install --quiet '$(basename "$wheel")[all,buckets,tpu]'"
     ;;
   train)
     shift

@@ -138,7 +138,7 @@ def test_queued_resources(tmp_path):
     assert create.endswith("<--accelerator-type> <v5litepod-16> <--runtime-version> <some> <--spot>")
     assert "<describe> <mine>" in wait
     assert "<scp> <a.whl> <mine:>" in copy
-    assert "a.whl[all,tpu]" in install
+    assert "a.whl[all,buckets,tpu]" in install
     assert "virst train --config.distributed=True --config=a\\ b" in train
     assert "pkill -TERM" in stop
     assert "<delete> <mine>" in delete
