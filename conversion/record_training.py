@@ -22,7 +22,7 @@ from virst_jax.io.json_files import read_json
 from .recording.checkout import Release, build_network, open_checkout
 from .recording.state import Rule
 from .recording.training import run_batch, run_curve, run_training
-from .targets import ellipse_masks
+from .targets import KEPT, ellipse_masks
 
 GRADIENTS = ".gradients.npz"  # behind the name of a train_loss case
 HELP = "Record how the PyTorch release trains: a case train_loss*, train_batch* or loss_curve*."
@@ -36,6 +36,9 @@ Runs in the Python environment of the release (torch; JAX is not needed)."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("case", type=Path, metavar="CASE.json", help="a case train_loss*, train_batch* or loss_curve*")
     parser.add_argument("--release", type=Path, required=True, metavar="DIR", help="checkout of the release")
+    parser.add_argument(
+        "--values", type=int, default=KEPT, metavar="N", help=f"of a gradient, evenly spaced, at most ({KEPT})"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of cases")
 
 
@@ -45,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       UserError: no such case, a case of another kind, or a run that fails.
     """
+    if args.values < 1:
+        raise UserError(f"--values {args.values}: give 1 or more")
     facts = _read(args.case)
     name = args.case.stem
     with contextlib.ExitStack() as stack:
@@ -56,11 +61,11 @@ def run(args: argparse.Namespace) -> int:
         if name.startswith("train_loss"):
             targets = ellipse_masks(facts["ellipse"], facts["n_frames"], int(facts["image_size"]))
             with release.blaming("its training fails"):
-                done = run_training(release, virst, facts, targets)
+                done = run_training(release, virst, facts, targets, args.values)
             for key, value in done.losses.items():
                 print(f"{key:16} {value:.7g}  recorded {facts['losses'].get(key, float('nan')):.7g}", file=printed)
             path = args.out / f"{name}{GRADIENTS}"
-            atomic.write_npz(path, done.values, compressed=True)
+            atomic.write_npz(path, {**done.values, "kept": np.asarray(args.values)}, compressed=True)
         elif name.startswith("train_batch"):
             with release.blaming("its training fails"):
                 losses = run_batch(release, virst, facts)

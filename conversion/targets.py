@@ -8,10 +8,10 @@ import numpy as np
 KEPT = 4096  # values of a tensor, at most
 
 
-def thinned(tensor: np.ndarray) -> np.ndarray:
-    """At most KEPT values of a tensor, evenly spaced in row-major order."""
+def thinned(tensor: np.ndarray, kept: int = KEPT) -> np.ndarray:
+    """At most `kept` values of a tensor, evenly spaced in row-major order."""
     flat = tensor.reshape(-1)
-    return np.ascontiguousarray(flat[:: max(1, -(-flat.size // KEPT))])
+    return np.ascontiguousarray(flat[:: max(1, -(-flat.size // kept))])
 
 
 def ellipse_masks(ellipse: Mapping[str, Any], count: int, size: int) -> np.ndarray:

@@ -121,7 +121,14 @@ def whole_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"virst_jax {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, summary in COMMANDS.items():
-        command_module(name).add_arguments(commands.add_parser(name, help=summary))
+        module, parser_of = command_module(name), commands.add_parser(name, help=summary)
+        within: dict[str, str] = getattr(module, "WITHIN", {})
+        if within:
+            words = parser_of.add_subparsers(metavar="COMMAND")
+            for word, path in within.items():
+                inner = programs.load(path)
+                inner.add_arguments(words.add_parser(word, help=inner.HELP))
+        module.add_arguments(parser_of)
     names = commands.add_parser("help", help=HELP_SUMMARY)
     names.add_argument("command", nargs="?", choices=list(COMMANDS))
     return parser

@@ -21,7 +21,7 @@ from virst_jax.training.losses import TextBatch, VideoBatch, text_loss, video_lo
 
 from ..assemble import take_apart
 from ..rules import rule_table
-from ..targets import ellipse_masks, thinned
+from ..targets import KEPT, ellipse_masks, thinned
 from ..weights_rule import make_video
 from .case import GRADIENTS, Case, Check, close, within
 from .network import network_config, rule_clips, rule_params
@@ -153,12 +153,13 @@ def _gradients(path: Path, ours: dict[str, np.ndarray]) -> list[Check]:
     terms: those below CANCELLED of the largest norm are counted and named, and only have to be as small.
     """
     theirs = read_npz(path, "copy it again")
+    kept = int(theirs.pop("kept", KEPT))
     largest = max(float(np.linalg.norm(value)) for value in theirs.values())
     parts: dict[str, list[tuple[float, float, float, str]]] = {}
     for name, value in theirs.items():
         if name not in ours:
             raise UserError(f"{path}: the network has no parameter {name}; it belongs to another case")
-        difference = thinned(ours[name]).astype(np.float64) - value
+        difference = thinned(ours[name], kept).astype(np.float64) - value
         norm = float(np.linalg.norm(value))
         relative = float(np.linalg.norm(difference)) / (norm + CANCELLED / GRADIENT * largest)
         part = ".".join(name.split(".")[: 3 if name.startswith("model.seg_model") else 2])

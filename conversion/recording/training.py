@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..targets import ellipse_masks, thinned
+from ..targets import KEPT, ellipse_masks, thinned
 from ..weights_rule import make_input, make_video
 from .blocks import wrapped
 from .checkout import Release
@@ -33,13 +33,16 @@ class Gradients:
     norms: dict[str, float]
 
 
-def run_training(release: Release, virst: Any, facts: Mapping[str, Any], targets: np.ndarray) -> Gradients:
+def run_training(
+    release: Release, virst: Any, facts: Mapping[str, Any], targets: np.ndarray, kept: int = KEPT
+) -> Gradients:
     """One forward and one backward pass of a train_loss case in float32.
 
     Args:
       virst: the network, filled.
       facts: the case's JSON.
       targets: bool[T, R, R], the masks of all frames.
+      kept: values of a gradient, at most.
     """
     out = _forward(release, virst, facts, [(facts["input_ids"], facts["labels"], targets)])
     out["loss"].backward()
@@ -50,7 +53,7 @@ def run_training(release: Release, virst: Any, facts: Mapping[str, Any], targets
     }
     return Gradients(
         losses_of(out),
-        {name: thinned(gradient) for name, gradient in found.items()},
+        {name: thinned(gradient, kept) for name, gradient in found.items()},
         {name: float(np.linalg.norm(gradient.astype(np.float64))) for name, gradient in found.items()},
     )
 

@@ -117,8 +117,16 @@ def test_completion(shell, capsys):
     script = capsys.readouterr().out
     assert all(name in script for name in cli.COMMANDS)
     assert "compile-only" in script
+    assert "thorough" in script  # of a command within another
     if shell == "bash":
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        script += """
+        for line in "parity " "record tr" "parity ratio --lo"; do
+            COMP_LINE="virst $line"; COMP_WORDS=($COMP_LINE); [[ $line == *" " ]] && COMP_WORDS+=("")
+            COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=(); _shtab_virst; echo "${COMPREPLY[@]}"
+        done"""
+        shown = subprocess.run(["bash"], input=script, text=True, check=True, capture_output=True).stdout
+        assert shown.splitlines() == ["bisect ratio", "training", "--low"]
 
 
 @pytest.mark.parametrize(

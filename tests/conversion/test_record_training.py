@@ -111,6 +111,7 @@ def test_nothing_is_dropped():
 def test_thinned():
     np.testing.assert_array_equal(thinned(np.arange(6).reshape(2, 3)), np.arange(6))
     assert thinned(np.zeros((KEPT, 3))).shape == (KEPT,)
+    assert thinned(np.arange(10), 4).tolist() == [0, 3, 6, 9]
     assert thinned(np.arange(2 * KEPT + 1))[:2].tolist() == [0, 3]
 
 
