@@ -19,6 +19,7 @@ import jax
 from rich.console import Console
 
 from virst_jax import cli
+from virst_jax.config import ROUNDINGS
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 
@@ -134,6 +135,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("case_dir", type=Path, metavar="CASE_DIR", help="directory of NAME.json and NAME.npz")
     parser.add_argument("--case", nargs="+", metavar="NAME", help="run these cases only")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--rounding",
+        default="late",
+        choices=ROUNDINGS,
+        help="of the language model in bfloat16: as late as can be (late)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="also write a page here: tables, errors, masks; one HTML file"
@@ -162,6 +169,7 @@ def run(args: argparse.Namespace) -> int:
     beside = folder.resolve().parent / "tokenizer"
     given = {
         "dtype": args.dtype,
+        "rounding": args.rounding,
         "tokenizer": args.tokenizer or (beside if beside.is_dir() else None),
         "checkpoint": args.checkpoint,
     }

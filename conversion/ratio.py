@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from virst_jax.config import ROUNDINGS
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 
@@ -60,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--low", type=Path, required=True, metavar="CASE", help="the same, recorded in low precision")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="converted checkpoint, for recorded cases")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument(
+        "--rounding", default="late", choices=ROUNDINGS, help="of the language model: as late as can be (late)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
 
 
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
       UserError: the cases do not belong together, or something that they need is missing.
     """
     low = _open(args.low)
-    case = _open(args.case, dtype=args.dtype, checkpoint=args.checkpoint)
+    case = _open(args.case, dtype=args.dtype, rounding=args.rounding, checkpoint=args.checkpoint)
     if case.meta.get("dtype", "float32") != "float32" or low.meta.get("dtype", "float32") == "float32":
         raise UserError(f"{args.case} has to be recorded in float32 and {args.low} in low precision (record --dtype)")
     if any(case.meta.get(key) != low.meta.get(key) for key in ("input_ids", "sam_idx", "n_frames", "hw")):

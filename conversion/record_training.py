@@ -52,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--values {args.values}: give 1 or more")
     facts = _read(args.case)
     name = args.case.stem
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise atomic.cannot_write(args.out, error) from error
     with contextlib.ExitStack() as stack:
         quiet = stack.enter_context(open(os.devnull, "w"))
         printed = sys.stdout

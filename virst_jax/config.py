@@ -19,6 +19,8 @@ IMAGE_TOKEN = -200  # in input_ids: the visual tokens go here
 IGNORE = -100  # in labels: no loss here
 PIXEL_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1
 PIXEL_STD = (0.229, 0.224, 0.225)
+# "late": after as much as possible was computed in float32; "release": at every operation, as PyTorch does
+ROUNDINGS = ("late", "release")
 FRAME_BY_FRAME = 512  # image side from which on training encodes frames one after another
 
 
@@ -30,6 +32,12 @@ class Compute:
     param_dtype: str = "float32"
     attention: str = "auto"  # see ops.attention.IMPLEMENTATIONS
     remat: str = "none"  # none | full | dots: what a layer's backward pass recomputes
+    # where the language model rounds to `dtype`, see ROUNDINGS
+    rounding: str = "late"
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise UserError(f"unknown rounding {self.rounding!r}: choose {' or '.join(ROUNDINGS)}")
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ class Case:
     meta: dict[str, Any]
     outputs: Mapping[str, np.ndarray]
     dtype: str = "float32"
+    rounding: str = "late"  # see virst_jax.config.ROUNDINGS
     folder: Path | None = None  # where it lies
     tokenizer: Path | None = None
     checkpoint: Path | None = None  # a converted one, for recorded cases

@@ -45,7 +45,7 @@ def channels_last(x: np.ndarray) -> np.ndarray:
 
 
 def compute_of(case: Case) -> Compute:
-    return Compute(dtype=case.dtype)
+    return Compute(dtype=case.dtype, rounding=case.rounding)
 
 
 def qwen_config(sizes: dict[str, Any]) -> QwenConfig:

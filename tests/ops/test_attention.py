@@ -110,7 +110,7 @@ def with_gradients(
 @pytest.mark.usefixtures("cudnn_by_xla")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("impl", ["chunked", "cudnn", "splash"])
+@pytest.mark.parametrize("impl", ["eager", "chunked", "cudnn", "splash"])
 def test_implementations_agree_with_plain(impl: str, causal: bool, masked: bool) -> None:
     q, k, v = inputs(value_width=D if impl == "cudnn" else 24)
     mask = np.array(masks()) if masked else np.ones((B, K), bool)
@@ -128,7 +128,7 @@ def test_implementations_agree_with_plain(impl: str, causal: bool, masked: bool)
 
 
 @pytest.mark.usefixtures("cudnn_by_xla")
-@pytest.mark.parametrize("impl", ["chunked", "cudnn"])
+@pytest.mark.parametrize("impl", ["eager", "chunked", "cudnn"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_positions_of_queries(impl: str, masked: bool) -> None:
     q, k, v = inputs()
@@ -140,7 +140,7 @@ def test_positions_of_queries(impl: str, masked: bool) -> None:
 
 
 @pytest.mark.usefixtures("cudnn_by_xla")
-@pytest.mark.parametrize("impl", ["chunked", "cudnn", "splash"])
+@pytest.mark.parametrize("impl", ["eager", "chunked", "cudnn", "splash"])
 def test_one_query_at_a_position(impl: str) -> None:
     q, k, v = inputs()
     kwargs: Any = {"key_mask": masks(), "causal": True, "q_positions": jnp.array([[30], [8]])}

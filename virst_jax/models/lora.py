@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from virst_jax.config import Compute, LoraConfig
 from virst_jax.errors import UserError
 from virst_jax.models.layers import default_init, with_axes
+from virst_jax.ops.rounding import rounded
 from virst_jax.types import Params, PyTree
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -40,10 +41,15 @@ class LoraDense(nn.Module):
         width, rank = x.shape[-1], self.lora.rank
         x = jnp.asarray(x, dtype)
         kernel = self.param("kernel", with_axes(self.kernel_init, *self.axes), (width, self.features), param_dtype)
-        y = x @ kernel.astype(dtype)
+        bias: jax.Array | None = None
         if self.use_bias:
             bias = self.param("bias", with_axes(nn.initializers.zeros, self.axes[-1]), (self.features,), param_dtype)
-            y = y + bias.astype(dtype)
+        if self.compute.rounding == "release":  # PyTorch adds the bias before it rounds
+            wide = jnp.matmul(x, kernel.astype(dtype), preferred_element_type=jnp.promote_types(dtype, jnp.float32))
+            y = rounded(wide if bias is None else wide + bias.astype(wide.dtype), dtype)
+        else:
+            y = x @ kernel.astype(dtype)
+            y = y if bias is None else y + bias.astype(dtype)
         if rank == 0:
             return y
         a = self.param("lora_a", with_axes(default_init, self.axes[0], "lora"), (width, rank), param_dtype)

@@ -22,6 +22,7 @@ from virst_jax.models.layers import default_init, remat, with_axes
 from virst_jax.models.lora import LoraDense
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
+from virst_jax.ops.rounding import rounded
 
 
 @flax.struct.dataclass
@@ -55,13 +56,21 @@ def rotary_table(positions: jax.Array, width: int, theta: float) -> tuple[jax.Ar
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate_halves(x: jax.Array, cos: jax.Array, sin: jax.Array, rounding: str = "late") -> jax.Array:
     """Rotates dtype[B, S, heads, W] by tables float32[B or 1, S, W // 2]: element i pairs with i + W // 2.
 
-    In float32, where the release rounds the tables to the activations' dtype first.
+    In float32 and rounded once; as the release, with tables, products and sums rounded to dtype.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
+    if rounding == "release":
+
+        def wide(y: jax.Array) -> jax.Array:
+            return rounded(y, x.dtype).astype(jnp.float32)
+
+        cos, sin = wide(cos), wide(sin)
+        halves = [wide(first * cos) - wide(second * sin), wide(second * cos) + wide(first * sin)]
+        return rounded(jnp.concatenate(halves, axis=-1), x.dtype)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
@@ -76,6 +85,8 @@ class RmsNorm(nn.Module):
         scale = self.param("scale", with_axes(nn.initializers.ones, "norm"), (x.shape[-1],), param_dtype)
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        if self.compute.rounding == "release":
+            return rounded(scale.astype(dtype).astype(y.dtype) * rounded(y, dtype).astype(y.dtype), dtype)
         return scale.astype(dtype) * y.astype(dtype)
 
 
@@ -104,7 +115,7 @@ class Attention(nn.Module):
         v = project(kv_width, ("embed", "kv_heads"), name="v_proj")(x, deterministic)
         q, k, v = (rearrange(y, "b s (h w) -> b s h w", w=cfg.head_dim) for y in (q, k, v))
         q, k, v = (constrain(y, None, None, "heads", None) for y in (q, k, v))
-        q, k = rotate_halves(q, *rotary), rotate_halves(k, *rotary)
+        q, k = (rotate_halves(y, *rotary, self.compute.rounding) for y in (q, k))
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             # padding may lie behind the last slot
@@ -114,11 +125,12 @@ class Attention(nn.Module):
             )
             if not is_prefill:
                 k, v = cache
+        impl = "eager" if self.compute.rounding == "release" else self.compute.attention
         if prefix_len and mask is not None:
-            out = _attend_behind(q, k, v, mask, prefix_len, self.compute.attention)
+            out = _attend_behind(q, k, v, mask, prefix_len, impl)
         else:
             positions = None if is_prefill else slots
-            out = attention(q, k, v, key_mask=mask, causal=True, q_positions=positions, impl=self.compute.attention)
+            out = attention(q, k, v, key_mask=mask, causal=True, q_positions=positions, impl=impl)
         out = rearrange(out, "b s h w -> b s (h w)")
         out = project(cfg.hidden_size, ("heads", "embed"), use_bias=False, name="o_proj")(out, deterministic)
         return out, cache
@@ -135,7 +147,13 @@ class Mlp(nn.Module):
         project = functools.partial(LoraDense, self.compute, lora=cfg.lora, use_bias=False)
         gate = project(cfg.intermediate_size, ("embed", "mlp"), name="gate_proj")(x, deterministic)
         up = project(cfg.intermediate_size, ("embed", "mlp"), name="up_proj")(x, deterministic)
-        hidden = constrain(nn.silu(gate) * up, None, None, "hidden")
+        if self.compute.rounding == "release":
+            wide, dtype = jnp.promote_types(gate.dtype, jnp.float32), gate.dtype
+            gate = rounded(nn.silu(gate.astype(wide)), dtype)
+            product = rounded(gate.astype(wide) * up.astype(wide), dtype)
+        else:
+            product = nn.silu(gate) * up
+        hidden = constrain(product, None, None, "hidden")
         return project(cfg.hidden_size, ("mlp", "embed"), name="down_proj")(hidden, deterministic)
 
 
@@ -176,9 +194,15 @@ class Block(nn.Module):
         attended, cache = Attention(self.cfg, self.compute, name="attn")(
             input_norm(x), cache, mask, rotary, slots, is_prefill, deterministic, prefix_len
         )
-        y = x + attended
-        y = y + Mlp(self.cfg, self.compute, name="mlp")(post_norm(y), deterministic)
+        y = self._add(x, attended)
+        y = self._add(y, Mlp(self.cfg, self.compute, name="mlp")(post_norm(y), deterministic))
         return y, (cache, x if return_input else None)
+
+    def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        if self.compute.rounding != "release":
+            return x + y
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return rounded(x.astype(wide) + y.astype(wide), x.dtype)
 
 
 class Qwen2(nn.Module):
@@ -223,8 +247,10 @@ class Qwen2(nn.Module):
         return constrain(self.embed_tokens(ids), None, None, "width")
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """dtype[..., D] -> float32[..., vocab]; not rounded to dtype in between."""
+        """dtype[..., D] -> float32[..., vocab]; rounded to dtype in between only as the release does it."""
         logits = self.lm_head(hidden)
+        if self.compute.rounding == "release":
+            logits = rounded(logits, jnp.dtype(self.compute.dtype)).astype(logits.dtype)
         return constrain(logits, *(None,) * (logits.ndim - 1), "vocab")
 
     def __call__(

@@ -18,8 +18,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from virst_jax.errors import UserError
 from virst_jax.ops.platform import target_platform
+from virst_jax.ops.rounding import rounded
 
-IMPLEMENTATIONS = ("auto", "plain", "chunked", "cudnn", "splash")
+IMPLEMENTATIONS = ("auto", "plain", "eager", "chunked", "cudnn", "splash")
 
 PLAIN_LIMIT = 2**22  # `auto` builds the whole matrix up to so many weights a batch row
 CHUNK_BUDGET = 2**24  # numbers that a chunk keeps for its backward pass, a batch row: 64 MiB in float32
@@ -71,7 +72,8 @@ def attention(
       causal: a query sees the keys whose index is at most its position.
       q_positions: int[B, S], used when `causal`; None: 0..S-1.
       scale: None: D ** -0.5.
-      impl: one of IMPLEMENTATIONS. "plain" builds the S x K matrix; "chunked" takes queries in chunks and computes
+      impl: one of IMPLEMENTATIONS. "plain" builds the S x K matrix; "eager" does, too, and rounds logits and weights
+        to dtype, as PyTorch's attention without a kernel; "chunked" takes queries in chunks and computes
         them again in the backward pass; "cudnn" (NVIDIA GPUs) and "splash" (TPUs; elsewhere interpreted) are
         fused kernels; "auto" takes what fits backend, dtype and sizes.
       chunk: most rows of a chunk, which are queries of the R heads that share a key head; fewer when there are many
@@ -111,6 +113,8 @@ def attention(
         return _splash(q, k, v, key_mask, causal, q_positions, scale)
     if causal and q_positions is None:
         q_positions = jnp.arange(num_queries)[None]
+    if impl == "eager":
+        return _eager(q, k, v, key_mask, q_positions, scale)
     if impl == "plain":
         return _plain(q, k, v, key_mask, q_positions, scale, drop, rng)
     return _chunked(q, k, v, key_mask, q_positions, scale, chunk, drop, rng)
@@ -202,6 +206,28 @@ def _plain(
     if dropout:
         weights = drop_weights(weights, dropout, rng)
     return _heads_last((_weighted(weights, v) / total).astype(dtype), num_queries)
+
+
+def _eager(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    key_mask: jax.Array | None,
+    q_positions: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    num_queries, num_keys, dtype = q.shape[1], k.shape[1], q.dtype
+    rows, k, v = _heads_first(q, k, v)
+    positions = None if q_positions is None else jnp.tile(q_positions, (1, rows.shape[2] // num_queries))
+    visible, wide = _visible(key_mask, positions, jnp.arange(num_keys)), _accumulator(q)
+    products = rounded(_logits(rows, k, 1.0), dtype).astype(wide)
+    logits = rounded(products * scale, dtype).astype(wide)
+    if visible is not None:
+        logits = jnp.where(visible, logits, MASKED)
+    weights = rounded(jax.nn.softmax(logits, axis=-1), dtype)
+    if visible is not None:
+        weights = jnp.where(visible.any(-1, keepdims=True), weights, 0)  # zeros where nothing is seen
+    return _heads_last(rounded(_weighted(weights, v), dtype), num_queries)
 
 
 def drop_weights(weights: jax.Array, dropout: float, rng: jax.Array | None) -> jax.Array:
