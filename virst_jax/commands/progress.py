@@ -18,6 +18,7 @@ from rich.progress import Progress as Bars
 
 QUICK_SECONDS = 10.0  # work that is done by then says nothing off a terminal
 LINE_SECONDS = 60.0  # between two lines of one stage
+_WHOLE = "videos"
 
 
 class Progress:
@@ -54,6 +55,16 @@ class Progress:
         if self._lines is not None:
             self._lines.stop()
 
+    def begin(self, name: str, number: int, total: int) -> None:
+        """One of several videos comes next: its stages take the place of those of the video before."""
+        for stage, task in list(self._tasks.items()):
+            if stage != _WHOLE:
+                self._bars.remove_task(task)
+                del self._tasks[stage]
+        self._bars.update(self._task(_WHOLE, total), completed=number - 1, description=f"video {number}: {name}"[:40])
+        if self._lines is not None:
+            self._lines.title = f"video {number} of {total} ({name}), "
+
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._lines is not None:
             self._lines.set(stage, done, total)
@@ -81,6 +92,7 @@ class _Lines:
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
+        self.title = ""  # of the video that is at work, if there are several
         self._now: tuple[str, int, int] | None = None
         self._told: tuple[str, float] = ("", 0.0)  # stage and time of the last line
         self._stop = threading.Event()
@@ -105,9 +117,10 @@ class _Lines:
         if self._now is None or now - self._begin < QUICK_SECONDS:
             return
         (stage, done, total), (told, when) = self._now, self._told
-        if stage == told and now - when < LINE_SECONDS:
+        same = self.title or stage  # of several videos, not every stage takes a line
+        if same == told and now - when < LINE_SECONDS:
             return
-        self._told = (stage, now)
+        self._told = (same, now)
         seconds = int(now - self._begin)
         far = f": {done} of {total}" if total else ""
-        print(f"[{seconds // 60:02d}:{seconds % 60:02d}] {stage}{far}", file=sys.stderr, flush=True)
+        print(f"[{seconds // 60:02d}:{seconds % 60:02d}] {self.title}{stage}{far}", file=sys.stderr, flush=True)

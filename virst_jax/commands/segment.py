@@ -9,11 +9,10 @@ OUT/.virst/                       what --resume needs: the run's settings, and t
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from virst_jax.commands import _common, segment_results
 from virst_jax.commands.progress import Progress
@@ -21,22 +20,31 @@ from virst_jax.commands.segment_run import SegmentRun, claimed
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, small_model
 
+if TYPE_CHECKING:
+    from virst_jax.api import Model
+    from virst_jax.io.reader import Reader
+
 HELP = """Segment what sentences describe in a video, and write the masks.
 
 OUT gets a folder of PNG masks (0 and 255) for each expression, overlay.mp4, preview.png and result.json.
-Without --model, the small model of this package answers, which knows moving coloured shapes and nothing else."""
+Without --model, the small model of this package answers, which knows moving coloured shapes and nothing else.
+
+Many videos are segmented with one model, each into a folder of its own in OUT, where VIDEO is a folder of videos (or of
+folders of frames), a pattern with * in quotes, or a list: a CSV file with the columns video, sentence and, if you like,
+name, or a .jsonl file with an object of these on each line. A video that fails does not stop the others; results.csv
+and results.json in OUT tell of each, and the exit status is 1 if one has failed."""
 EXAMPLES = """examples:
   virst segment dog.mp4 "the dog" --model virst_7b --out masks
   virst segment dog.mp4 "the dog" "what does it chase?" --model virst_7b --dtype bfloat16 --out masks
   virst segment frames/ "the red car" --model virst_7b --fps 25 --every 2 --max-frames 100 --out masks
-  virst segment dog.mp4 "the dog" --model virst_7b --out masks --resume       go on after an interruption"""
-
-_MEDIA = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif", ".wmv", ".flv")
+  virst segment dog.mp4 "the dog" --model virst_7b --out masks --resume       go on after an interruption
+  virst segment "clips/*.mp4" "the dog" --model virst_7b --out masks          one model, many videos
+  virst segment list.csv --model virst_7b --out masks"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", help=_common.VIDEO_HELP)
-    parser.add_argument("expressions", nargs="+", metavar="EXPRESSION", help="what to segment, in words")
+    parser.add_argument("video", help=f"{_common.VIDEO_HELP}; or many: a folder of them, a pattern, a list")
+    parser.add_argument("expressions", nargs="*", metavar="EXPRESSION", help="what to segment, in words")
     parser.add_argument("--out", type=Path, required=True, help="folder to write (see --resume and --overwrite)")
     _common.add_model_arguments(parser)
     _common.add_video_arguments(parser)
@@ -60,7 +68,17 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    refuse_videos(args.expressions)
+    from virst_jax.commands import segment_many, video_list
+
+    for text in args.expressions:
+        if video_list.looks_like_video(text):
+            raise UserError(
+                f"{text}: looks like a second video where a sentence is expected; for many videos give their folder, a "
+                "pattern in quotes ('clips/*.mp4'), or a list"
+            )
+    items = video_list.find_items(args.video, args.expressions)
+    if items is not None:
+        return segment_many.run_many(args, items)
     result = run_segment(args, args.video, args.expressions)
     report(args, result)
     return 0
@@ -76,11 +94,8 @@ def run_segment(args: argparse.Namespace, video: str, expressions: Sequence[str]
       UserError: bad input, a folder that cannot be written or that another run holds, or a model that cannot be loaded.
     """
     from virst_jax.data.prompts import normalize_expression
-    from virst_jax.io.video import StridedReader, open_video
 
-    reader = open_video(video, fps=args.fps, allow_damaged=args.allow_damaged)
-    if args.every != 1 or args.max_frames is not None:
-        reader = StridedReader(reader, args.every, args.max_frames)
+    reader = open_reader(args, video)
     for text in expressions:
         normalize_expression(text)
     atomic.check_writable(args.out)
@@ -92,21 +107,50 @@ def run_segment(args: argparse.Namespace, video: str, expressions: Sequence[str]
         progress("count the frames", 0, 0)
         progress("count the frames", reader.num_frames, reader.num_frames)  # a damaged video is told before all else
         progress("load the model", 0, 0)
-        job = SegmentRun(
-            _common.load_model(args),
-            reader,
-            expressions,
-            args.out,
-            seed=args.seed,
-            exact=args.exact,
-            source=source_of(video),
-            notes=notes,
-            legend=not args.no_legend,
-            device=args.device,
-            overwrite=args.overwrite,
-            progress=progress,
-        )
-        return job.run()
+        model = _common.load_model(args)
+        return segment_into(args, video, reader, expressions, args.out, model=model, notes=notes, progress=progress)
+
+
+def open_reader(args: argparse.Namespace, video: str) -> "Reader":
+    """A video, as far as the options take it."""
+    from virst_jax.io.video import StridedReader, open_video
+
+    reader = open_video(video, fps=args.fps, allow_damaged=args.allow_damaged)
+    whole = args.every == 1 and args.max_frames is None
+    return reader if whole else StridedReader(reader, args.every, args.max_frames)
+
+
+def segment_into(
+    args: argparse.Namespace,
+    video: str,
+    reader: "Reader",
+    expressions: Sequence[str],
+    out: Path,
+    *,
+    model: "Model",
+    notes: Sequence[str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Segments a video into a folder that is claimed, and gives the result.
+
+    Raises:
+      UserError: bad input, or a folder of another run.
+    """
+    job = SegmentRun(
+        model,
+        reader,
+        expressions,
+        out,
+        seed=args.seed,
+        exact=args.exact,
+        source=source_of(video),
+        notes=notes,
+        legend=not args.no_legend,
+        device=args.device,
+        overwrite=args.overwrite,
+        progress=progress,
+    )
+    return job.run()
 
 
 def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -132,15 +176,6 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
         _common.tell(f"note: {'; '.join(filter(None, (bad, cut)))}: their masks cannot be trusted")
     print(f"wrote {args.out}")
     sys.stdout.flush()
-
-
-def refuse_videos(expressions: Sequence[str]) -> None:
-    """Raises UserError for a second video, which would be taken for a sentence."""
-    from virst_jax.io.images import SUFFIXES
-
-    for text in expressions:
-        if text.lower().endswith((*_MEDIA, *SUFFIXES)) and (os.path.exists(text) or not any(map(str.isspace, text))):
-            raise UserError(f"{text}: looks like a second video where a sentence is expected; run it for each video")
 
 
 def source_of(given: str) -> dict[str, Any]:

@@ -8,9 +8,7 @@ FOLDER/
 A sentence with several objects ("both dogs") takes several numbers, with spaces between them.
 """
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from virst_jax.data.samples import Expression, Video
 from virst_jax.errors import UserError
 from virst_jax.io.images import SUFFIXES
 from virst_jax.io.names import check_name, natural_key
-from virst_jax.io.regular import read_text
+from virst_jax.io.tables import read_table
 from virst_jax.io.video import open_video
 
 TABLE = "sentences.csv"
@@ -75,18 +73,9 @@ def open_plain(name: str, folder: Path, split: str) -> IndexedSource:
 
 def _records(folder: Path, problems: list[Problem]) -> list[PlainRecord]:
     file = folder / TABLE
-    text = read_text(file, f"save it as CSV in UTF-8, with the columns {', '.join(COLUMNS)}")
-    # some spreadsheets write ";" or tabs
-    first = text.partition("\n")[0]
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
-    columns = [str(column).strip() for column in rows.fieldnames or ()]
-    rows.fieldnames = columns
-    if not {"video", "sentence"} <= set(columns):
-        found = ", ".join(columns)[:80] or "nothing"
-        raise UserError(f"{file}: the first line has {found}; it must name the columns {', '.join(COLUMNS)}")
     videos: dict[str, list[tuple[Expression, tuple[int, ...]]]] = {}
-    for row in _read(rows, file):
-        where = f"{file}, line {rows.line_num}"
+    for line, row in read_table(file, COLUMNS, ("video", "sentence")):
+        where = f"{file}, line {line}"
         try:
             video, expression, objects = _row(row, where)
         except UserError as error:
@@ -100,18 +89,11 @@ def _records(folder: Path, problems: list[Problem]) -> list[PlainRecord]:
     ]
 
 
-def _read(rows: "csv.DictReader[str]", file: Path) -> Iterator[dict[str, str]]:
-    try:
-        yield from rows
-    except csv.Error as error:
-        raise UserError(f"{file}, line {rows.line_num}: is no CSV ({error}); save it again") from error
-
-
 def _row(row: dict[str, str], where: str) -> tuple[str, str, tuple[int, ...]]:
-    video = check_name((row.get("video") or "").strip(), f"{where}: the video")
-    sentence = (row.get("sentence") or "").strip()
+    video = check_name(row["video"], f"{where}: the video")
+    sentence = row["sentence"]
     normalize_expression(sentence)  # raises for what cannot be read
-    stated = (row.get("object") or "").split()
+    stated = row.get("object", "").split()
     if not all(part.isascii() and part.isdecimal() and len(part) < 4 and 0 < int(part) < 255 for part in stated):
         raise UserError(f"{where}: the object is {' '.join(stated)[:40]!r}; give numbers from 1 to 254, or nothing")
     return video, sentence, tuple(int(part) for part in stated)
