@@ -344,8 +344,9 @@ def test_a_damaged_state_is_told_and_tracking_begins_again(
 ):
     out = tmp_path / "masks"
     arguments = ["segment", str(frames), "the dog", "what? a cat!", "--model", str(model), "--out", str(out)]
+    write = segment_run._MaskFiles.write
     with monkeypatch.context() as patch:
-        patch.setattr(segment_run.segment_results, "write_images", _interrupted)
+        patch.setattr(segment_run._MaskFiles, "write", lambda self, state: _interrupted(write(self, state)))
         assert cli.main(arguments) == 130
     file = out / ".virst" / "tracker.npz"
     state = read_npz(file, "")
@@ -410,6 +411,7 @@ def test_a_place_that_cannot_be_written_is_known_before_the_model_is_loaded(fram
 def test_the_small_model_says_what_it_is(model, frames, tmp_path, monkeypatch, capsys):
     tiny = virst_jax.load(model)
     monkeypatch.setattr(_common, "load_model", lambda args: tiny)
+    monkeypatch.setattr(virst_jax.api, "find_model", lambda path: model)
     assert cli.main(["segment", str(frames), "the dog", "the cat", "--out", str(tmp_path / "a")]) == 0
     captured = capsys.readouterr()
     assert "knows nothing of the real world" in captured.err

@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Any
 from virst_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from virst_jax.api import Model, load
+    from virst_jax.api import Model, load, read_result
     from virst_jax.tracking import TrackerModel, load_tracker
 
 __version__ = "0.1.0"
-__all__ = ["Model", "TrackerModel", "UserError", "__version__", "load", "load_tracker"]
+__all__ = ["Model", "TrackerModel", "UserError", "__version__", "load", "load_tracker", "read_result"]
 
 
 def __getattr__(name: str) -> Any:
     # `virst_jax.load` brings JAX; the package itself does not
-    if name in ("load", "Model"):
+    if name in ("load", "Model", "read_result"):
         from virst_jax import api
 
         return getattr(api, name)

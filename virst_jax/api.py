@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,20 @@ from virst_jax.data.samples import Video
 from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError, no_device
+from virst_jax.inference.instances import InstanceStream
+from virst_jax.inference.live import EVERY, ROOM, LiveOptions, LiveStream
 from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed, check_options
-from virst_jax.inference.results import FrameMasks, Segmentation
+from virst_jax.inference.results import FrameMasks, Segmentation, read_result
 from virst_jax.inference.resume import State
 from virst_jax.inference.session import BUDGET
 from virst_jax.inference.steps import Network
-from virst_jax.inference.stream import Progress, SegmentationStream
+from virst_jax.inference.stream import SegmentationStream
+from virst_jax.inference.survey import Progress, Survey
 from virst_jax.inference.text_session import TextSession
 from virst_jax.inference.texts import TEXT_BUCKET, check_expressions, round_up
 from virst_jax.io import arrays, model_folder, remote, tracker_folder
 from virst_jax.io.address import is_address
+from virst_jax.io.run_length_masks import RunLengthMasks
 from virst_jax.io.small_model import EMBEDDED, NO_ANSWERS, is_small
 from virst_jax.io.video import Reader, open_video
 from virst_jax.models.generate import generate
@@ -42,7 +46,17 @@ from virst_jax.models.qwen2 import Qwen2
 from virst_jax.parallel import sharding
 from virst_jax.types import PyTree
 
-__all__ = ["FrameMasks", "ImageLike", "Model", "Plan", "Segmentation", "SegmentationStream", "VideoLike", "load"]
+__all__ = [
+    "FrameMasks",
+    "ImageLike",
+    "Model",
+    "Plan",
+    "Segmentation",
+    "SegmentationStream",
+    "VideoLike",
+    "load",
+    "read_result",
+]
 
 DTYPES = ("float32", "bfloat16")
 CACHE_SECONDS = 0.2  # programs that compile faster are not kept
@@ -244,11 +258,14 @@ class Model:
         exact: bool = False,
         anchors: Sequence[int] | None = None,
         release_random: ReleaseRandom | None = None,
+        instances: bool = False,
+        soft: bool = False,
+        lazy: bool = False,
         progress: Progress | None = None,
     ) -> Segmentation:
         """Segments what expressions describe in all frames of a video.
 
-        All masks are held in memory: use `segment_stream` for long videos.
+        All masks are held in memory: use `lazy` or `segment_stream` for long videos.
 
         Args:
           video: a file (mp4, mov, webm, gif, ...), a folder of frames, an array [T, H, W, 3] (also [T, 3, H, W], grey
@@ -261,6 +278,10 @@ class Model:
             the tracker, and so encoded twice. Otherwise both share the bicubic ones.
           anchors: numbers of the frames to prompt, in place of evenly spaced ones.
           release_random: numpy's and Python's generators, drawn from as the release does for one expression.
+          instances: an object with a number of its own for each instance that an expression means, in place of one mask
+            for all: `expressions` and `object_ids` of the result say what they are. See inference.instances.
+          soft: also give probabilities, uint8[N, T, H, W] of 0 to 255, as `soft` of the result.
+          lazy: hold masks as run lengths, which are decoded when they are looked at.
           progress: called with a stage (of STAGES), how much of it is done, and of how much.
 
         Raises:
@@ -274,16 +295,33 @@ class Model:
             exact=exact,
             anchors=anchors,
             release_random=release_random,
+            instances=instances,
+            soft=soft,
             progress=progress,
         )
-        frames = list(stream)
+        stream.prepare()
+        scores: list[np.ndarray] = []
+        blurred: list[np.ndarray] = []
+
+        def each() -> Iterator[np.ndarray]:
+            for frame in stream:
+                scores.append(frame.scores)
+                if frame.soft is not None:
+                    blurred.append(frame.soft)
+                yield frame.masks
+
+        count = len(stream.labels)
+        masks: Any
+        masks = RunLengthMasks.of_frames(each(), count, stream.reader.size) if lazy else np.stack(list(each()), axis=1)
         return Segmentation(
-            stream.expressions,
-            np.stack([frame.masks for frame in frames], axis=1),
-            np.stack([frame.scores for frame in frames], axis=1),
+            stream.labels,
+            masks,
+            np.stack(scores, axis=1),
             stream.plan,
             stream.reader.fps,
             stream.timings,
+            stream.object_ids if instances else (),
+            np.stack(blurred, axis=1) if blurred else None,
         )
 
     def segment_stream(
@@ -297,8 +335,11 @@ class Model:
         anchors: Sequence[int] | None = None,
         release_random: ReleaseRandom | None = None,
         still: bool = False,
+        instances: bool = False,
+        soft: bool = False,
         progress: Progress | None = None,
         state: State | None = None,
+        survey: Survey | None = None,
     ) -> SegmentationStream:
         """As `segment`, frame by frame: an iterator of FrameMasks. Memory does not grow with the video's length.
 
@@ -306,16 +347,30 @@ class Model:
 
         Args:
           still: the video is a single image; see `segment_image`.
+          soft: as of `segment`.
+          instances: as of `segment`; gives an `InstanceStream`, which takes no state.
           state: of an earlier stream's `state()` with the same arguments: goes on behind it.
+          survey: of `inference.survey.take_survey` with the same video and options, if it was taken before.
         """
         expressions = check_expressions(self.tokenizer, expressions)  # before the video, which may be long
         reader = open_video(video, fps=fps)
         if still and reader.num_frames != 1:
             raise UserError(f"{reader.name}: {reader.num_frames} frames where one image is wanted; use segment")
         options = Options(
-            seed, exact, anchors, release_random, still, batch=self.batch, chunk=self.chunk, group_size=self.group_size
+            seed,
+            exact,
+            anchors,
+            release_random,
+            still,
+            soft,
+            batch=self.batch,
+            chunk=self.chunk,
+            group_size=self.group_size,
         )
-        return SegmentationStream(self.network, self.tokenizer, reader, expressions, options, progress, state)
+        if instances and state is not None:
+            raise UserError("instances cannot be tracked on from a saved state; begin again without it")
+        kind = InstanceStream if instances else SegmentationStream
+        return kind(self.network, self.tokenizer, reader, expressions, options, progress, state, survey=survey)
 
     def session(
         self,
@@ -348,6 +403,45 @@ class Model:
         reader = open_video(video, fps=fps)
         options = dataclasses.replace(options, still=reader.still)
         return TextSession(self.network, self.tokenizer, reader, options, exclusive=exclusive, budget=budget)
+
+    def live(
+        self,
+        source: Any,
+        expressions: str | Sequence[str],
+        *,
+        every: int = EVERY,
+        window: int | None = None,
+        late: str | None = None,
+        room: int = ROOM,
+        seed: int = 0,
+        format: str | None = None,
+        options: dict[str, str] | None = None,
+    ) -> LiveStream:
+        """Segments frames as they come, each seen once: an iterator of LiveFrame. Memory does not grow.
+
+            with model.live("/dev/video0", "the cup") as stream:
+                for frame in stream:
+                    frame.index, frame.image, frame.masks, frame.latency, frame.dropped
+            stream.stats
+
+        Args:
+          source: a camera ("/dev/video0"), "-" for this program's input, an address (rtsp://, http://, udp://), a file,
+            a named pipe, an open binary file, or an iterable of frames: arrays, PIL images or paths.
+          expressions: one or many.
+          every: the sentence is read again every so many frames; those in between are tracked.
+          window: frames that a reading looks back on; None: four times `every`.
+          late: frames that come faster than they are computed: "drop" leaves out the oldest that wait, "block" lets the
+            source wait; None: "drop" for cameras and network streams, otherwise "block".
+          room: how many frames may wait.
+          seed: of the wording around the expressions.
+          format, options: for FFmpeg, of what it cannot find out: "mjpeg"; {"video_size": "1280x720"}.
+
+        Raises:
+          UserError: bad expressions or numbers. While it runs: a source that cannot be opened, or that breaks off.
+        """
+        settings = LiveOptions(every, window, late, room, seed)
+        run = Options(seed, chunk=1, group_size=self.group_size)
+        return LiveStream(self.network, self.tokenizer, source, expressions, settings, run, format, options)
 
     def segment_image(
         self,

@@ -17,6 +17,7 @@ from virst_jax.commands.parser import Parser, did_you_mean
 # imported when they are called: help is there at once
 COMMANDS = {
     "segment": "segment objects in a video by sentences",
+    "live": "segment a camera, a pipe or a network stream as it comes",
     "track": "track objects from points, boxes and masks",
     "serve": "serve a page in the browser, and an HTTP interface",
     "export": "write a result as COCO, YOLO, DAVIS, CSV, ...",

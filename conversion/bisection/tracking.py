@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from virst_jax.inference.plan import Plan
+from virst_jax.inference.reading import anchor_positions
 from virst_jax.inference.steps import Network
-from virst_jax.inference.stream import anchor_positions
 from virst_jax.models.sam2 import memory as memories
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
 from virst_jax.models.sam2.tracker import Anchors, MemoryBank, Tracked, Tracker

@@ -17,8 +17,9 @@ from virst_jax.data.sequence import splice
 from virst_jax.data.transforms import normalize, resize_frames, sam_pixels
 from virst_jax.errors import UserError
 from virst_jax.inference.plan import Plan
+from virst_jax.inference.reading import anchor_positions
 from virst_jax.inference.steps import SCALE, UNIT_SCALE, Network, Scale, TextReading
-from virst_jax.inference.stream import Chunk, anchor_positions, propagate
+from virst_jax.inference.stream import Chunk, propagate
 from virst_jax.inference.texts import cut_behind_video
 from virst_jax.io.model_folder import load_model
 from virst_jax.models.sam2.sam2 import Features

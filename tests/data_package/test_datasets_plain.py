@@ -74,6 +74,15 @@ def test_samples(folder: Path, delimiter: str) -> None:
     assert (cat.read_masks(0, range(FRAMES)) == (masks(1) > 0)).all()
 
 
+def test_a_folder_without_splits_is_for_training(folder: Path) -> None:
+    assert open_dataset("custom", folder, "train").names == open_dataset("custom", folder).names
+    with pytest.raises(UserError, match="mine/valid: holds no"):
+        open_dataset("custom", folder, "valid")
+    (folder / "train").mkdir()
+    with pytest.raises(UserError, match="mine/train: holds no"):
+        open_dataset("custom", folder, "train")
+
+
 def test_a_folder_that_is_right_has_no_problems(folder: Path) -> None:
     report = check(open_dataset("custom", folder))
     assert report.problems == ()

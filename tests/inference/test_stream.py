@@ -184,7 +184,7 @@ def test_what_is_no_number_is_not_called_nothing_found(model, monkeypatch, value
         yield stream.Chunk(2, np.zeros((1, 2, 40, 56), bool), scores + np.array([0, value], np.float32), ())
 
     monkeypatch.setattr(stream, "propagate", propagated)
-    monkeypatch.setattr(stream._Run, "prepare", lambda self: None)
+    monkeypatch.setattr(stream.Run, "prepare", lambda self: None)
     found = []
     with pytest.raises(UserError, match="the network gives no numbers for frame 3"):
         found.extend(model.segment_stream(video(4), DOG))

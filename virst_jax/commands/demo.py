@@ -23,7 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 # options of `virst segment` that the clip leaves no choice about
-_DEFAULTS = {"fps": None, "allow_damaged": False, "seed": 0, "exact": False, "every": 1, "max_frames": None}
+_DEFAULTS: dict[str, object] = {
+    "fps": None,
+    "allow_damaged": False,
+    "seed": 0,
+    "exact": False,
+    "every": 1,
+    "max_frames": None,
+}
+_DEFAULTS |= {"start": 0, "end": None, "instances": False, "soft": False}
 
 
 def run(args: argparse.Namespace) -> int:

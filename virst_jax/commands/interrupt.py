@@ -3,9 +3,10 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _asked: list[type[KeyboardInterrupt]] = []
+_gentle: list[Callable[[], None]] = []  # called instead of raising, the first time
 # a batch system or `kill` ends a process so, and a terminal that is closed
 _SIGNALS = [s for s in (signal.SIGINT, getattr(signal, "SIGTERM", None), getattr(signal, "SIGHUP", None)) if s]
 
@@ -27,6 +28,9 @@ def watched() -> Iterator[None]:
     def catch(number: int, frame: object) -> None:
         kind = KeyboardInterrupt if number == signal.SIGINT else Terminated
         _asked.append(kind)
+        if _gentle and len(_asked) == 1:
+            _gentle[-1]()
+            return
         raise kind
 
     if threading.current_thread() is not threading.main_thread():
@@ -42,6 +46,22 @@ def watched() -> Iterator[None]:
     finally:
         for number, old in ours.items():
             signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def gently(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside, the first signal calls `stop` and raises nothing, so that what is at work is ended whole.
+
+    A second one raises, and behind the block `check` does.
+
+    Args:
+      stop: takes no lock: it runs between any two steps of the main thread.
+    """
+    _gentle.append(stop)
+    try:
+        yield
+    finally:
+        _gentle.pop()
 
 
 def check() -> None:

@@ -1,6 +1,7 @@
 """`virst segment`: masks of a video as images, an overlay, a contact sheet and a table of results.
 
 OUT/<number>-<name>/<frame>.png   0 and 255, of the video's size; one folder an expression, numbered from 01
+OUT/soft/<the same>               with --soft, probabilities of 0 to 255
 OUT/overlay.mp4                   the video with every expression in its colour, and a legend
 OUT/preview.png                   a few frames of it
 OUT/result.json                   expressions, scores, areas, boxes, run-length codes, frames, times, versions
@@ -22,6 +23,7 @@ from virst_jax.io import atomic, small_model
 
 if TYPE_CHECKING:
     from virst_jax.api import Model
+    from virst_jax.inference.survey import Survey
     from virst_jax.io.reader import Reader
 
 HELP = """Segment what sentences describe in a video, and write the masks.
@@ -50,8 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _common.add_video_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of frames and wording (default: 0)")
     parser.add_argument("--exact", action="store_true", help="resize as the release does; encodes some frames twice")
+    parser.add_argument(
+        "--instances", action="store_true", help="an object of its own for each instance that a sentence means"
+    )
+    parser.add_argument("--soft", action="store_true", help="also write probabilities, as images of 0 to 255")
     parser.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th frame")
     parser.add_argument("--max-frames", type=int, metavar="N", help="take N frames at most")
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="begin at frame N (default: 0)")
+    parser.add_argument("--end", type=int, metavar="N", help="end with frame N (default: the video's last)")
     add_output_arguments(parser)
 
 
@@ -93,7 +101,11 @@ def run_segment(args: argparse.Namespace, video: str, expressions: Sequence[str]
     Raises:
       UserError: bad input, a folder that cannot be written or that another run holds, or a model that cannot be loaded.
     """
+    from virst_jax.api import find_model
     from virst_jax.data.prompts import normalize_expression
+    from virst_jax.inference.plan import Options
+    from virst_jax.inference.survey import take_survey
+    from virst_jax.io import model_folder
 
     reader = open_reader(args, video)
     for text in expressions:
@@ -104,11 +116,14 @@ def run_segment(args: argparse.Namespace, video: str, expressions: Sequence[str]
         for note in notes:
             if not args.quiet:
                 _common.tell(f"note: {note}")
-        progress("count the frames", 0, 0)
-        progress("count the frames", reader.num_frames, reader.num_frames)  # a damaged video is told before all else
+        # before the model, which may take minutes: a damaged video is told first
+        cfg = model_folder.read_config(find_model(args.model))
+        survey = take_survey(cfg, reader, Options(args.seed, args.exact, still=reader.still), progress)
         progress("load the model", 0, 0)
         model = _common.load_model(args)
-        return segment_into(args, video, reader, expressions, args.out, model=model, notes=notes, progress=progress)
+        return segment_into(
+            args, video, reader, expressions, args.out, model=model, notes=notes, progress=progress, survey=survey
+        )
 
 
 def open_reader(args: argparse.Namespace, video: str) -> "Reader":
@@ -116,8 +131,9 @@ def open_reader(args: argparse.Namespace, video: str) -> "Reader":
     from virst_jax.io.video import StridedReader, open_video
 
     reader = open_video(video, fps=args.fps, allow_damaged=args.allow_damaged)
-    whole = args.every == 1 and args.max_frames is None
-    return reader if whole else StridedReader(reader, args.every, args.max_frames)
+    if (args.every, args.max_frames, args.start, args.end) == (1, None, 0, None):
+        return reader
+    return StridedReader(reader, args.every, args.max_frames, args.start, args.end)
 
 
 def segment_into(
@@ -130,6 +146,7 @@ def segment_into(
     model: "Model",
     notes: Sequence[str],
     progress: Progress,
+    survey: "Survey | None" = None,
 ) -> dict[str, Any]:
     """Segments a video into a folder that is claimed, and gives the result.
 
@@ -149,6 +166,9 @@ def segment_into(
         device=args.device,
         overwrite=args.overwrite,
         progress=progress,
+        survey=survey,
+        instances=args.instances,
+        soft=args.soft,
     )
     return job.run()
 
@@ -165,9 +185,15 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> None:
         for note in result.get("notes", []):
             if note != small_model.NOTE:  # that one was told at the start
                 _common.tell(f"note: {note}")
+    texts = [row["expression"] for row in found]
     for row in found:
         where = f"found in {row['frames_found']} of {row['frames']} frames" if row["frames_found"] else "not found"
-        print(f"{row['expression']!r}: {where}")
+        several = "object_id" in row and texts.count(row["expression"]) > 1
+        number = f" ({row['object_id']})" if several else ""
+        print(f"{row['expression']!r}{number}: {where}")
+    for text in result.get("sentences", []):
+        if text not in result["expressions"]:
+            print(f"{text!r}: not found")
     if damaged["damaged_frames"] or damaged["cut"]:
         from virst_jax.io.video_file import ranges
 

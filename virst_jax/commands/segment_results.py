@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +15,6 @@ from virst_jax.commands.progress import Progress
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 from virst_jax.io.exports import box_of
-from virst_jax.io.json_files import read_json
 from virst_jax.io.masks import encode_mask
 
 if TYPE_CHECKING:
@@ -21,23 +22,6 @@ if TYPE_CHECKING:
 
 OVERLAY, PREVIEW = "overlay.mp4", "preview.png"
 SHEET_FRAMES = 8
-_WHOLE = ("expressions", "frames", "frame_names", "objects")
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """The result of a run that is through; None if there is none, or the file is empty, cut or damaged."""
-    try:
-        result = read_json(path).value
-        count = len(result["frames"])
-        whole = all(isinstance(result[key], list) for key in _WHOLE) and len(result["frame_names"]) == count
-        objects = result["objects"]
-        whole &= len(objects) == len(result["expressions"])
-        whole &= all(len(record[key]) == count for record in objects for key in ("areas", "boxes", "rle", "scores"))
-        whole &= all(isinstance(area, int) for record in objects for area in record["areas"])
-        whole &= all(isinstance(record[key], str) for record in objects for key in ("expression", "folder"))
-    except (UserError, KeyError, TypeError):
-        return None
-    return result if whole else None
 
 
 def is_there(out: Path, result: Mapping[str, Any]) -> bool:
@@ -50,6 +34,7 @@ def findings(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of every expression, its folder and in how many frames it was found."""
     return [
         {
+            **({"object_id": record["object_id"]} if "object_id" in record else {}),
             "expression": record["expression"],
             "folder": record["folder"],
             "frames": len(record["areas"]),
@@ -75,6 +60,65 @@ def _json(data: Any, depth: int = 0) -> str:
     return json.dumps(data, ensure_ascii=False)
 
 
+class Images:
+    """overlay.mp4 and preview.png, and what of the masks goes into the result; they appear when the block ends.
+
+    Args:
+      reader: the video, whose frames are counted.
+      out: the folder.
+      legend: below the overlay.
+
+    Attributes:
+      objects: areas, boxes and run-length codes of every expression.
+      lacking: what the overlay lacks, if anything.
+      seconds: that the work took.
+    """
+
+    def __init__(self, reader: "Reader", expressions: Sequence[str], out: Path, *, legend: bool):
+        from virst_jax.io import visualize
+        from virst_jax.io.video import VideoWriter
+
+        self._visualize, self._out, self._expressions = visualize, out, expressions
+        self._names, self._times = list(reader.frame_names), reader.times_of(range(reader.num_frames))
+        self._strip = visualize.legend(expressions, reader.size[1])[: None if legend else 0]
+        size = (reader.size[0] + len(self._strip), reader.size[1])
+        last = len(self._names) - 1
+        self._shown = {round(i * last / max(1, SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)}
+        self._sheet: list[np.ndarray] = []
+        self._count, self.lacking, self.seconds = 0, "", 0.0
+        self.objects: list[dict[str, Any]] = [{"areas": [], "boxes": [], "rle": []} for _ in expressions]
+        self._video = VideoWriter(out / OVERLAY, size, reader.fps, reader.format)
+
+    def add(self, frame: np.ndarray, masks: np.ndarray) -> None:
+        """The next frame uint8[H, W, 3], and its masks bool[N, H, W]."""
+        start = time.perf_counter()
+        image = self._visualize.overlay(frame, masks)
+        number = self._count
+        self._video.write(np.concatenate([image, self._strip]), None if self._times is None else self._times[number])
+        if number in self._shown:
+            self._sheet.append(image)
+        for record, mask in zip(self.objects, masks):
+            _measure(record, mask)
+        self._count += 1
+        self.seconds += time.perf_counter() - start
+
+    def __enter__(self) -> "Images":
+        self._video.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._video.__exit__(kind, error, trace)
+        if kind is not None:
+            return
+        self.lacking = self._video.sound_fault
+        labels = [_label(self._names[i], None if self._times is None else self._times[i]) for i in sorted(self._shown)]
+        with atomic.new_file(self._out / PREVIEW) as file:
+            sheet = self._visualize.contact_sheet(self._sheet, labels, self._expressions)
+            Image.fromarray(sheet).save(file, format="PNG")
+
+
 def write_images(
     reader: "Reader",
     expressions: Sequence[str],
@@ -84,41 +128,36 @@ def write_images(
     legend: bool,
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], str]:
-    """overlay.mp4 and preview.png from the masks on disk.
+    """As `Images`, from the masks on disk and one more pass over the video.
 
     Returns:
       Areas, boxes and run-length codes of every expression; what the overlay lacks, if anything.
     """
-    from virst_jax.io import visualize
-    from virst_jax.io.video import VideoWriter, prefetch
+    from virst_jax.io.video import prefetch
 
-    names, times = list(reader.frame_names), reader.times_of(range(reader.num_frames))
-    strip = visualize.legend(expressions, reader.size[1])[: None if legend else 0]
-    size = (reader.size[0] + len(strip), reader.size[1])
-    shown = {round(i * (len(names) - 1) / max(1, SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)}
-    sheet: list[np.ndarray] = []
-    objects: list[dict[str, Any]] = [{"areas": [], "boxes": [], "rle": []} for _ in folders]
+    names = list(reader.frame_names)
 
-    def painted() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def read() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for name, frame in zip(names, reader):
-            masks = np.stack([_read_mask(folder / f"{name}.png", reader.size) for folder in folders])
-            yield masks, visualize.overlay(frame, masks)
+            yield frame, read_masks(folders, name, reader.size)
 
     with (
-        VideoWriter(out / OVERLAY, size, reader.fps, reader.format) as video,
-        contextlib.closing(prefetch(painted(), 4)) as frames,
+        Images(reader, expressions, out, legend=legend) as images,
+        contextlib.closing(prefetch(read(), 4)) as frames,
     ):
-        for i, (masks, image) in enumerate(frames):
-            video.write(np.concatenate([image, strip]), None if times is None else times[i])
-            if i in shown:
-                sheet.append(image)
-            for record, mask in zip(objects, masks):
-                _measure(record, mask)
-            progress("overlay", i + 1, len(names))
-    labels = [_label(names[i], None if times is None else times[i]) for i in sorted(shown)]
-    with atomic.new_file(out / PREVIEW) as file:
-        Image.fromarray(visualize.contact_sheet(sheet, labels, expressions)).save(file, format="PNG")
-    return objects, video.sound_fault
+        for i, (frame, masks) in enumerate(frames, 1):
+            images.add(frame, masks)
+            progress("overlay", i, len(names))
+    return images.objects, images.lacking
+
+
+def read_masks(folders: Sequence[Path], name: str, size: tuple[int, int]) -> np.ndarray:
+    """The masks bool[N, H, W] of a frame that are on disk.
+
+    Raises:
+      UserError: one is missing, broken, or of another size.
+    """
+    return np.stack([_read_mask(folder / f"{name}.png", size) for folder in folders])
 
 
 def _label(name: str, time: float | None) -> str:

@@ -21,14 +21,17 @@ from virst_jax.errors import UserError
 from virst_jax.io import atomic, lock
 from virst_jax.io.json_files import read_json
 from virst_jax.io.npz import read_npz
+from virst_jax.io.result_folder import RESULT, read_whole
+from virst_jax.io.shared_pass import SharedPass
 
 if TYPE_CHECKING:
     from virst_jax.api import Model
+    from virst_jax.inference.survey import Survey
     from virst_jax.io.reader import Reader
 
-STATE = ".virst"
+STATE, SOFT = ".virst", "soft"
 SAVE_SECONDS = 30.0  # between two saves of the tracker's state
-RESULT, SETTINGS, TRACKER = "result.json", "settings.json", "tracker.npz"
+SETTINGS, TRACKER = "settings.json", "tracker.npz"
 
 
 @contextlib.contextmanager
@@ -86,6 +89,9 @@ class SegmentRun:
       legend: below the overlay.
       device: its name, for the result; None: JAX's default.
       overwrite: remove what an earlier run has left.
+      survey: of the video with the same seed; None: it is taken when it is needed.
+      instances: an object for each instance that an expression means. Tracking then begins again after a stop.
+      soft: also write probabilities.
 
     Raises:
       UserError: bad expressions, or a folder of another run.
@@ -106,22 +112,31 @@ class SegmentRun:
         device: str | None = None,
         overwrite: bool = False,
         progress: Progress,
+        survey: "Survey | None" = None,
+        instances: bool = False,
+        soft: bool = False,
     ):
+        from virst_jax.inference.plan import Options
         from virst_jax.inference.texts import check_expressions
 
+        self.instances, self.soft = instances, soft
+        self.survey, self.options = survey, Options(seed, exact, still=reader.still)
         self.model, self.reader, self.out, self.progress = model, reader, out, progress
         self.seed, self.exact, self.notes, self.legend = seed, exact, list(notes), legend
         self.overwrite, self.device = overwrite, device
         self.expressions = check_expressions(model.tokenizer, expressions)
-        self.folders = [out / f"{i:02d}-{slug(text)}" for i, text in enumerate(self.expressions, 1)]
         self.state_file = out / STATE / TRACKER
         self.settings = {
             "video": dict(source),
             "every": getattr(reader, "every", 1),
             "max_frames": getattr(reader, "max_frames", None),
+            "start": getattr(reader, "start", 0) or None,  # as runs of earlier versions, which have none
+            "end": getattr(reader, "end", None),
             "expressions": list(self.expressions),
             "seed": seed,
             "exact": exact,
+            "instances": instances or None,
+            "soft": soft or None,
             "model": {"name": model.name, "config": json.loads(json.dumps(dataclasses.asdict(model.cfg)))},
             "virst_jax": importlib.metadata.version("virst-jax"),
         }
@@ -129,35 +144,57 @@ class SegmentRun:
     def run(self) -> dict[str, Any]:
         """Does what is left to do, and gives the content of result.json."""
         state = self._begin()
-        finished = segment_results.read(self.out / RESULT)
+        finished = read_whole(self.out / RESULT)
         if finished is not None and segment_results.is_there(self.out, finished):
             return finished
         start = time.perf_counter()
+        survey = self.survey or self._survey(pixels=state is None)
         names = list(self.reader.frame_names)
-        with self.model.segment_stream(
-            self.reader,
-            self.expressions,
-            seed=self.seed,
-            exact=self.exact,
-            still=self.reader.still,
-            progress=self.progress,
-            state=state,
-        ) as stream:
-            scores = _MaskFiles(stream, self.folders, names, self.state_file).write(state)
-        timings = dict(stream.timings)
-        before = time.perf_counter()
-        objects, lack = segment_results.write_images(
-            self.reader, self.expressions, self.folders, self.out, legend=self.legend, progress=self.progress
-        )
-        self.notes += [lack] if lack else []
-        timings["overlay"] = time.perf_counter() - before
-        timings["total"] = time.perf_counter() - start
-        for record, text, folder, row in zip(objects, self.expressions, self.folders, scores):
+        with contextlib.ExitStack() as stack:
+            frames = stack.enter_context(contextlib.closing(SharedPass(self.reader)))
+            stream = stack.enter_context(
+                self.model.segment_stream(
+                    frames,
+                    self.expressions,
+                    seed=self.seed,
+                    exact=self.exact,
+                    still=self.reader.still,
+                    instances=self.instances,
+                    soft=self.soft,
+                    progress=self.progress,
+                    state=state,
+                    survey=survey,
+                )
+            )
+            stream.prepare()  # how many instances there are
+            folders = [self.out / f"{i:02d}-{slug(text)}" for i, text in zip(stream.object_ids, stream.labels)]
+            for folder in folders:
+                folder.mkdir(exist_ok=True)
+                if self.soft:
+                    (self.out / SOFT / folder.name).mkdir(parents=True, exist_ok=True)
+            legend = [f"{text} ({i})" for i, text in zip(stream.object_ids, stream.labels)]
+            images = stack.enter_context(
+                segment_results.Images(
+                    self.reader, legend if self.instances else stream.labels, self.out, legend=self.legend
+                )
+            )
+            scores = _MaskFiles(stream, frames, images, folders, names, self.state_file).write(state)
+        objects = images.objects
+        self.notes += [images.lacking] if images.lacking else []
+        timings = {**stream.timings, "overlay": images.seconds, "total": time.perf_counter() - start}
+        for record, text, number, folder, row in zip(objects, stream.labels, stream.object_ids, folders, scores):
             record.update(expression=text, folder=folder.name, scores=[round(float(score), 4) for score in row])
+            if self.instances:
+                record["object_id"] = number
         result = self._result(names, stream.plan, timings, objects)
         segment_results.write(self.out / RESULT, result)
         self.state_file.unlink(missing_ok=True)
         return result
+
+    def _survey(self, pixels: bool) -> "Survey":
+        from virst_jax.inference.survey import take_survey
+
+        return take_survey(self.model.cfg, self.reader, self.options, self.progress, pixels=pixels)
 
     def _begin(self) -> dict[str, np.ndarray] | None:
         """Compares what is there with this run, makes the folders, and gives the tracker's state, if any."""
@@ -171,8 +208,6 @@ class SegmentRun:
         for name in (RESULT, segment_results.OVERLAY, segment_results.PREVIEW):  # what is written last
             atomic.check_place(self.out / name)
         segment_results.write(settings_file, self.settings)
-        for folder in self.folders:
-            folder.mkdir(exist_ok=True)
         if not self.state_file.exists():
             return None
         try:
@@ -193,6 +228,8 @@ class SegmentRun:
         damaged = [numbers[i] for i in reader.damaged]
         return {
             **self.settings,
+            "expressions": [record["expression"] for record in objects],
+            "sentences": list(self.expressions),
             "model": {"name": model.name, "config": model.cfg.name, "dtype": model.cfg.compute.dtype},
             "notes": self.notes,
             "size": {"height": reader.size[0], "width": reader.size[1]},
@@ -223,21 +260,44 @@ def slug(text: str, length: int = 40) -> str:
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
     """Writes bool[H, W] as a PNG of 0 and 255, which appears whole."""
+    write_grey(path, mask.astype(np.uint8) * 255)
+
+
+def write_grey(path: Path, image: np.ndarray) -> None:
+    """Writes uint8[H, W] as a PNG, which appears whole."""
     with atomic.new_file(path) as file:
-        Image.fromarray(mask.astype(np.uint8) * 255).save(file, format="PNG", compress_level=3)
+        Image.fromarray(image).save(file, format="PNG", compress_level=3)
 
 
 class _MaskFiles:
-    """Writes a stream's masks by several threads, and the tracker's state from time to time."""
+    """Writes a stream's masks by several threads, the overlay, and the tracker's state from time to time.
 
-    def __init__(self, stream: Any, folders: Sequence[Path], names: Sequence[str], state_file: Path):
-        self.stream, self.folders, self.names, self.state_file = stream, folders, names, state_file
+    Args:
+      frames: the pass over the video from which the stream reads.
+    """
+
+    def __init__(
+        self,
+        stream: Any,
+        frames: SharedPass,
+        images: segment_results.Images,
+        folders: Sequence[Path],
+        names: Sequence[str],
+        state_file: Path,
+    ):
+        self.stream, self.frames, self.images = stream, frames, images
+        self.folders, self.names, self.state_file = folders, names, state_file
         self.scores: list[np.ndarray] = []
         self.writing: list[Future[None]] = []
 
     def write(self, state: Mapping[str, np.ndarray] | None) -> np.ndarray:
         """All scores float32[N, T]. Whatever stops it, the state is saved."""
         self.scores = [] if state is None else list(state["scores"].T[: self.stream.first])
+        for i in range(self.stream.first):  # an earlier run has their masks
+            interrupt.check()
+            self.images.add(
+                self.frames.take(i), segment_results.read_masks(self.folders, self.names[i], self.frames.size)
+            )
         saved = time.monotonic()
         with ThreadPoolExecutor(max_workers=4, thread_name_prefix="png") as pool:
             try:
@@ -247,6 +307,11 @@ class _MaskFiles:
                     for folder, mask in zip(self.folders, frame.masks):
                         path = folder / f"{self.names[frame.index]}.png"
                         self.writing.append(pool.submit(write_mask, path, mask))
+                    if frame.soft is not None:
+                        for folder, grey in zip(self.folders, frame.soft):
+                            path = folder.parent / SOFT / folder.name / f"{self.names[frame.index]}.png"
+                            self.writing.append(pool.submit(write_grey, path, grey))
+                    self.images.add(self.frames.take(frame.index), frame.masks)
                     self._wait(4 * len(self.folders))  # memory stays flat when the disk is slower than the tracker
                     if time.monotonic() - saved > SAVE_SECONDS:
                         self._save()

@@ -26,6 +26,7 @@ class Options:
     anchors: Sequence[int] | None = None
     release_random: ReleaseRandom | None = None
     still: bool = False  # the video is a single image
+    soft: bool = False  # give probabilities, too
     batch: int = 1  # frames that are encoded at a time
     chunk: int = 4  # frames that are tracked in one call
     group_size: int = 8  # expressions that are read and tracked in one call, a power of two
@@ -51,7 +52,7 @@ def check_options(cfg: VirstConfig, options: Options) -> None:
       UserError: a seed that is no number, anchors that are none, too many or no frame numbers, or another option of a
         wrong type.
     """
-    for name in ("exact", "still"):
+    for name in ("exact", "still", "soft"):
         if not isinstance(getattr(options, name), (bool, np.bool_)):
             raise UserError(f"{name} is {getattr(options, name)!r}; give True or False")  # "no" would be taken for yes
     given = options.release_random

@@ -1,8 +1,8 @@
 """A video and its expressions through the network, frame by frame, each frame encoded once.
 
-The video is decoded twice, by a thread that runs ahead: once for the frames that are sampled from all of it, which
-the language model and the fusion read, once for tracking. Features of sampled frames are kept until tracking has
-passed them.
+The video is decoded twice. A survey counts its frames and takes those that are sampled from all of it, which the
+language model and the fusion read; then it is read for tracking, by a thread that runs ahead. Features of sampled
+frames are kept until tracking has passed them.
 
 Axes: N expressions, O expressions of a batch, T frames, H, W size of the video, F segmentation frames, A anchors,
 R side of the tracker's image, S side of the video encoder's image.
@@ -22,24 +22,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from virst_jax.config import VirstConfig
 from virst_jax.data.prompts import Tokenizer
 from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
 from virst_jax.inference import resume
 from virst_jax.inference.compiled import CompileWatch, watch_compiling
-from virst_jax.inference.plan import Options, Plan, check_options, plan_frames
+from virst_jax.inference.plan import Options, Plan, check_options
+from virst_jax.inference.reading import anchor_positions, read_expressions
 from virst_jax.inference.results import FrameMasks
 from virst_jax.inference.steps import ExpressionBatch, Network
-from virst_jax.inference.texts import build_texts, check_expressions
+from virst_jax.inference.survey import FUSION, TRACKER, VLM, Progress, Survey, say_nothing, take_survey
+from virst_jax.inference.texts import check_expressions
 from virst_jax.inference.tiles import MaskTiles
 from virst_jax.io.video import Reader, prefetch
 from virst_jax.models.sam2.sam2 import Features
 from virst_jax.models.sam2.tracker import MemoryBank, Tracked
 
 AHEAD = 8  # frames that the decoding thread may run ahead
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Chunk:
     masks: np.ndarray  # bool[N, T, H, W]
     scores: np.ndarray  # float32[N, T], logits of the object's presence
     banks: tuple[MemoryBank, ...]  # memories of every batch behind this chunk: to go on from here
+    soft: np.ndarray | None = None  # uint8[N, T, H, W], if asked for: probabilities of 0 to 255
     tracked: tuple[Tracked, ...] = ()  # of every batch, leading axis T, with memories, if asked for
 
 
@@ -88,6 +88,7 @@ def propagate(
     chunk: int = 4,
     start: int = 0,
     keep_tracked: bool = False,
+    soft: bool = False,
 ) -> Iterator[Chunk]:
     """Tracks all expressions through a video; one chunk is computed while the one before is taken to the host.
 
@@ -97,6 +98,7 @@ def propagate(
       chunk: frames a compiled call takes; the results do not depend on it.
       start: number of the first frame; above 0, the batches' memories must be of the frames before.
       keep_tracked: also give what the tracker computed for every frame.
+      soft: also give probabilities.
 
     Raises:
       UserError: there are fewer frames than `num_frames`.
@@ -115,7 +117,9 @@ def propagate(
             masks = [
                 [network.resize_masks(out.prediction.low_res, *matrices) for matrices in row] for row in tiles.matrices
             ]
-            outcomes.append((masks, out if keep_tracked else None, out.prediction.object_score))
+            low_res = out.prediction.low_res
+            blurred = [[network.soften_masks(low_res, *m) for m in row] for row in tiles.matrices] if soft else None
+            outcomes.append((masks, blurred, out if keep_tracked else None, out.prediction.object_score))
         for array in jax.tree.leaves(outcomes):
             array.copy_to_host_async()
         if waiting is not None:
@@ -131,32 +135,17 @@ def _fetch(
     first: int,
     count: int,
     rows: Sequence[int],
-    outcomes: Sequence[tuple[Any, Tracked | None, jax.Array]],
+    outcomes: Sequence[tuple[Any, Any, Tracked | None, jax.Array]],
     banks: tuple[MemoryBank, ...],
 ) -> Chunk:
-    masks = [tiles.join(packed)[:count, :n].swapaxes(0, 1) for n, (packed, _, _) in zip(rows, outcomes)]
-    scores = [np.asarray(score)[:count, :n].T for n, (_, _, score) in zip(rows, outcomes)]
-    tracked = [jax.tree.map(lambda x, n=n: np.asarray(x)[:count, :n], t) for n, (_, t, _) in zip(rows, outcomes) if t]
-    return Chunk(first, np.concatenate(masks), np.concatenate(scores), banks, tuple(tracked))
-
-
-@dataclass(frozen=True)
-class Use:
-    """What frames are resized for."""
-
-    frames: frozenset[int]
-    side: int
-    method: str
-
-
-def sampled_pixels(reader: Reader, uses: Mapping[str, Use]) -> Generator[tuple[int, str, np.ndarray], None, None]:
-    """Number, use and uint8[side, side, 3] of the frames that are used, in the order of the video."""
-    numbers = sorted(frozenset[int]().union(*(use.frames for use in uses.values())))
-    with _closing(reader.pick(numbers)) as frames:
-        for number, frame in zip(numbers, frames):
-            for name, use in uses.items():
-                if number in use.frames:
-                    yield number, name, resize_frames(frame[None], use.side, use.method)[0]
+    masks = [tiles.join(packed)[:count, :n].swapaxes(0, 1) for n, (packed, _, _, _) in zip(rows, outcomes)]
+    soft = [tiles.join_soft(x)[:count, :n].swapaxes(0, 1) for n, (_, x, _, _) in zip(rows, outcomes) if x is not None]
+    scores = [np.asarray(score)[:count, :n].T for n, (_, _, _, score) in zip(rows, outcomes)]
+    tracked = [
+        jax.tree.map(lambda x, n=n: np.asarray(x)[:count, :n], t) for n, (_, _, t, _) in zip(rows, outcomes) if t
+    ]
+    blurred = np.concatenate(soft) if soft else None
+    return Chunk(first, np.concatenate(masks), np.concatenate(scores), banks, blurred, tuple(tracked))
 
 
 @contextlib.contextmanager
@@ -170,16 +159,13 @@ def _closing(items: Iterator[Any]) -> Iterator[Iterator[Any]]:
 
 
 @contextlib.contextmanager
-def _ahead(items: Generator[Any, None, None]) -> Iterator[Iterator[Any]]:
+def ahead(items: Generator[Any, None, None]) -> Iterator[Iterator[Any]]:
     """Items made by a thread that runs ahead; behind the block it has ended, and `items` are closed."""
     with contextlib.closing(items), contextlib.closing(prefetch(items, AHEAD)) as ready:
         yield ready
 
 
-def _say_nothing(stage: str, done: int, total: int) -> None: ...
-
-
-class _Run:
+class Run:
     """The work behind a SegmentationStream, which holds it and which it does not know."""
 
     def __init__(
@@ -192,12 +178,15 @@ class _Run:
         progress: Progress | None,
         state: resume.State | None,
         known: Mapping[int, Features] | None,
+        survey: Survey | None,
     ):
+        if survey is not None:
+            self.survey = survey
         self.given = dict(known or {})
         self.network, self.tokenizer, self.reader, self.options = network, tokenizer, reader, options
         self.expressions = expressions
         self.timings = dict.fromkeys(("sample", "read", "anchors", "track", "compile"), 0.0)
-        self.progress = told = progress or _say_nothing
+        self.progress = told = progress or say_nothing
         self._watch = CompileWatch(lambda name: told(f"compile {name}", 0, 0))
         self._known: dict[int, Features] = {}
         self.first, self.batches = 0, list[ExpressionBatch]()
@@ -206,13 +195,17 @@ class _Run:
         self._reached = (self.first, [batch.bank for batch in self.batches])
 
     @functools.cached_property
-    def plan(self) -> Plan:
-        return plan_frames(self.network.cfg, self.num_frames, self.options)
+    def survey(self) -> Survey:
+        """Given, or made when it is first asked for; without pixels where no frame is to be sampled any more."""
+        return take_survey(self.network.cfg, self.reader, self.options, self.progress, pixels=not self.batches)
 
-    @functools.cached_property
+    @property
+    def plan(self) -> Plan:
+        return self.survey.plan
+
+    @property
     def num_frames(self) -> int:
-        self.progress("decode", 0, 0)
-        return self.reader.num_frames
+        return self.survey.num_frames
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -235,7 +228,18 @@ class _Run:
             visual = self.network.encode_visual(clips, self._visual_slots())
             jax.block_until_ready(visual)
         with self._timed("read"):
-            prompts = self._read(visual, len(clips), maps)
+            anchors = anchor_positions(self.network.cfg, self.plan)
+            prompts = read_expressions(
+                self.network,
+                self.tokenizer,
+                self.expressions,
+                self.options,
+                visual,
+                len(clips),
+                maps,
+                anchors,
+                self.progress,
+            )
         with self._timed("anchors"):
             features = [self._known[number] for number in plan.anchor_frames]
             slots = self.network.cfg.max_anchors
@@ -254,79 +258,46 @@ class _Run:
         cfg = self.network.cfg
         return 1 if self.options.still else cfg.max_video_frames // cfg.vision.clip_frames
 
-    def _uses(self) -> dict[str, Use]:
-        cfg, plan, exact = self.network.cfg, self.plan, self.options.exact
-        side, fusion = cfg.sam2.image_size, frozenset(plan.segmentation)
-        return {
-            "vlm": Use(frozenset(plan.sampled), cfg.vision.image_size, "bicubic"),
-            "fusion": Use(fusion if exact else frozenset(), side, "bilinear"),
-            # anchors are tracked frames; without `exact` the fusion reads features of tracked frames
-            "tracker": Use(frozenset(plan.anchor_frames) if exact else fusion, side, "bicubic"),
-        }
-
     def _sample(self) -> tuple[np.ndarray, dict[int, jax.Array], dict[int, Features]]:
         """Clips uint8[clips, frames, S, S, 3]; top maps of segmentation frames for the fusion; features of anchors."""
-        uses = self._uses()
-        given = {number: self.given[number] for number in uses["tracker"].frames if number in self.given}
-        uses["tracker"] = dataclasses.replace(uses["tracker"], frames=uses["tracker"].frames - given.keys())
-        total, done = sum(len(use.frames) for use in uses.values()), 0
+        given = {
+            x.number: self.given[x.number] for x in self.survey.pixels if x.use == TRACKER and x.number in self.given
+        }
+        wanted = [x for x in self.survey.pixels if x.use != TRACKER or x.number not in given]
         pixels: dict[int, np.ndarray] = {}
-        features: dict[str, dict[int, Features]] = {"fusion": {}, "tracker": given}
-        waiting: dict[str, list[tuple[int, np.ndarray]]] = {"fusion": [], "tracker": []}
+        features: dict[str, dict[int, Features]] = {FUSION: {}, TRACKER: given}
+        waiting: dict[str, list[tuple[int, np.ndarray]]] = {FUSION: [], TRACKER: []}
 
         def encode(name: str) -> None:
             batch, waiting[name] = waiting[name], []
             if batch:
                 encoded = self.network.encode_batch(np.stack([x for _, x in batch]), self.options.batch)
-                if name == "fusion":  # nothing but the top map is read
+                if name == FUSION:  # nothing but the top map is read
                     encoded = [Features(x.top, x.top, x.top) for x in encoded]
                 features[name].update(zip((number for number, _ in batch), encoded))
 
-        with _ahead(sampled_pixels(self.reader, uses)) as frames:
-            for number, name, image in frames:
-                if name == "vlm":
-                    pixels[number] = image
-                else:
-                    waiting[name].append((number, image))
-                    if len(waiting[name]) == self.options.batch:
-                        encode(name)
-                done += 1
-                self.progress("encode", done, total)
-        encode("fusion")
-        encode("tracker")
-        if len(pixels) < len(uses["vlm"].frames):
-            raise UserError(f"{self.reader.name}: the video ended early; was it changed while it was read?")
+        for done, x in enumerate(wanted, 1):
+            if x.use == VLM:
+                pixels[x.number] = x.image
+            else:
+                waiting[x.use].append((x.number, x.image))
+                if len(waiting[x.use]) == self.options.batch:
+                    encode(x.use)
+            self.progress("encode", done, len(wanted))
+        encode(FUSION)
+        encode(TRACKER)
+        self.survey = dataclasses.replace(self.survey, pixels=())  # they are read once
         clips = np.stack([pixels[number] for number in self.plan.sampled])
         length = 1 if self.options.still else self.network.cfg.vision.clip_frames
-        tops = features["fusion"] if self.options.exact else features["tracker"]
+        tops = features[FUSION] if self.options.exact else features[TRACKER]
         return (
             clips.reshape(-1, length, *clips.shape[1:]),
             {number: x.top for number, x in tops.items()},
-            features["tracker"],
+            features[TRACKER],
         )
 
-    def _read(
-        self, visual: Sequence[jax.Array], num_clips: int, maps: Sequence[jax.Array]
-    ) -> list[tuple[int, jax.Array]]:
-        """Reads video and expressions; how many expressions each batch holds, and their prompts dtype[O, A, N, C]."""
-        network, cfg, options = self.network, self.network.cfg, self.options
-        tokens, total = visual[0].shape[0], len(self.expressions)
-        texts = build_texts(cfg, self.tokenizer, self.expressions, num_clips * tokens, len(visual) * tokens, options)
-        cache = network.read_video(visual, texts.prefix_ids, texts.prefix_visual, texts.prefix_mask).cache
-        anchors = anchor_positions(cfg, self.plan)
-        prompts: list[tuple[int, jax.Array]] = []
-        for first in range(0, total, options.group_size):
-            self.progress("read", first, total)
-            count = min(options.group_size, total - first)
-            ids, mask, seg = texts.batch(first, count, 1 << (count - 1).bit_length())
-            hidden = network.read_text(cache, ids, mask, seg, maps).seg_hidden
-            prompts.append((count, network.fuse(hidden, maps, anchors)[0]))
-        jax.block_until_ready(prompts)
-        self.progress("read", total, total)
-        return prompts
-
-    def _pixels(self) -> Generator[tuple[int, np.ndarray | None], None, None]:
-        """The frames to track, None for those that are encoded already."""
+    def pixels(self) -> Generator[tuple[int, np.ndarray | None], None, None]:
+        """Numbers of the frames to track, and uint8[R, R, 3], None for those that are encoded already."""
         known, side = frozenset(self._known), self.network.cfg.sam2.image_size
         wanted = [number for number in range(self.first, self.num_frames) if number not in known]
         with _closing(self.reader.pick(wanted) if wanted else iter(())) as frames:
@@ -345,10 +316,19 @@ class _Run:
         if self.first >= self.num_frames:
             return
         network, options = self.network, self.options
-        with _ahead(self._pixels()) as pixels:
+        with ahead(self.pixels()) as pixels:
             features = encode_in_order(network, pixels, self._known, options.batch)
             size, chunk = self.reader.size, options.chunk
-            chunks = propagate(network, self.batches, features, self.num_frames, size, chunk=chunk, start=self.first)
+            chunks = propagate(
+                network,
+                self.batches,
+                features,
+                self.num_frames,
+                size,
+                chunk=chunk,
+                start=self.first,
+                soft=options.soft,
+            )
             while True:
                 with self._timed("track"):
                     out = next(chunks, None)
@@ -358,7 +338,8 @@ class _Run:
                 self._check_numbers(out)
                 for i in range(count):
                     self.progress("track", out.start + i + 1, self.num_frames)
-                    yield FrameMasks(out.start + i, out.masks[:, i], out.scores[:, i])
+                    soft = None if out.soft is None else out.soft[:, i]
+                    yield FrameMasks(out.start + i, out.masks[:, i], out.scores[:, i], soft)
                 self._reached = (out.start + count, list(out.banks))
 
     def _check_numbers(self, out: Chunk) -> None:
@@ -375,11 +356,6 @@ class _Run:
         return resume.pack(after, self.batches, banks)
 
 
-def anchor_positions(cfg: VirstConfig, plan: Plan) -> np.ndarray:
-    """The anchors' positions among the segmentation frames, int32[cfg.max_anchors]: 0 where there is none."""
-    return np.pad(np.asarray(plan.anchors, np.int32), (0, cfg.max_anchors - len(plan.anchors)))
-
-
 class SegmentationStream:
     """Yields the FrameMasks of a video in order.
 
@@ -394,6 +370,7 @@ class SegmentationStream:
       progress: called with a stage, how much of it is done, and of how much.
       state: of an earlier stream's `state()` with the same arguments: goes on behind it.
       known: features of frames, by their numbers, that need not be encoded again.
+      survey: of the same video with the same options; None: the video is surveyed when that is needed.
 
     Raises:
       UserError: bad expressions or options, or a state that does not fit.
@@ -402,6 +379,8 @@ class SegmentationStream:
       expressions: as they are read.
       reader: the video.
     """
+
+    _run_type = Run
 
     def __init__(
         self,
@@ -413,13 +392,16 @@ class SegmentationStream:
         progress: Progress | None = None,
         state: resume.State | None = None,
         known: Mapping[int, Features] | None = None,
+        survey: Survey | None = None,
     ):
         if progress is not None and not callable(progress):
             raise UserError(f"progress is {progress!r}; give a function of a stage, what is done, and of how much")
         self.expressions = check_expressions(tokenizer, expressions)
         check_options(network.cfg, options)
         self.reader = reader
-        self._run = _Run(network, tokenizer, reader, self.expressions, options, progress, state, known)
+        self._run = self._run_type(
+            network, tokenizer, reader, self.expressions, options, progress, state, known, survey
+        )
         self._frames = self._run.frames()
         # neither refers to the stream: when a loop over it is left, the stream goes at once, and they with it
         self._finalizer = weakref.finalize(self, self._frames.close)
@@ -448,6 +430,16 @@ class SegmentationStream:
     def prepare(self) -> None:
         """Does what the first frame waits for: reads the sampled frames and the expressions, segments the anchors."""
         self._run.prepare()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What each row of the masks shows, behind `prepare`."""
+        return self.expressions
+
+    @property
+    def object_ids(self) -> tuple[int, ...]:
+        """Numbers of the rows, from 1 on."""
+        return tuple(range(1, len(self.labels) + 1))
 
     @property
     def batches(self) -> Sequence[ExpressionBatch]:

@@ -36,6 +36,12 @@ class MaskTiles:
         packed = np.concatenate(rows, axis=-2)[..., : self.size[0], :]
         return np.unpackbits(packed, axis=-1, count=self.size[1]).view(bool)
 
+    def join_soft(self, tiles: Sequence[Sequence[jax.Array | np.ndarray]]) -> np.ndarray:
+        """Tiles uint8[T, O, K, K], laid out as `matrices` -> uint8[T, O, H, W]."""
+        rows = [np.concatenate([np.asarray(tile) for tile in row], axis=-1) for row in tiles]
+        joined: np.ndarray = np.concatenate(rows, axis=-2)[..., : self.size[0], : self.size[1]]
+        return joined
+
 
 def _pieces(matrix: np.ndarray) -> list[jax.Array]:
     pieces = (matrix[i : i + TILE] for i in range(0, len(matrix), TILE))

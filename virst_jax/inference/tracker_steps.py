@@ -107,6 +107,11 @@ class TrackerSteps:
             masks &= jnp.arange(logits.shape[-3])[:, None, None] == largest[..., None, :, :]
         return jnp.packbits(masks, axis=-1)
 
+    def soften_masks(self, params: None, low_res: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        """A tile of probabilities: float32[..., L, L], float32[I, L], float32[J, L] -> uint8[..., I, J] of 0 to 255."""
+        logits = jnp.einsum("ih,...hw,jw->...ij", rows, low_res, columns, precision=jax.lax.Precision.HIGHEST)
+        return jnp.round(255 * jax.nn.sigmoid(logits)).astype(jnp.uint8)
+
 
 class TrackerNetwork(Compiled):
     """The compiled steps of SAM 2.1 for one set of parameters.
@@ -206,6 +211,11 @@ class TrackerNetwork(Compiled):
         step = self.tracker_steps.resize_masks
         packed: jax.Array = self._run(step, None, low_res, rows, columns, exclusive=exclusive)
         return packed
+
+    def soften_masks(self, low_res: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        """A tile of probabilities: float32[..., L, L] and two matrices of `tiles.MaskTiles` -> uint8[..., I, J]."""
+        soft: jax.Array = self._run(self.tracker_steps.soften_masks, None, low_res, rows, columns)
+        return soft
 
 
 def stack(features: Sequence[Features]) -> Features:

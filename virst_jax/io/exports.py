@@ -2,10 +2,11 @@
 
 coco        OUT/annotations.json: an image for each frame, an annotation for each object on it, with run lengths
 coco-video  OUT/annotations.json: a video, an annotation for each object with a list over its frames (YouTube-VIS)
-yolo        OUT/labels/FRAME.txt and OUT/data.yaml: class and outlines of each object, as shares of the frame
+yolo        OUT/labels/FRAME.txt and OUT/data.yaml: a line for each object, its class and outline as shares of the frame
 davis       OUT/Annotations/NAME/FRAME.png: palette images of object numbers
 png-ids     OUT/FRAME.png: grey images of object numbers, 8 bits, or 16 for numbers above 255
 webm-alpha  OUT/NAME.webm: the video where objects are, transparent elsewhere (VP9)
+prores      OUT/NAME.mov: likewise in ProRes 4444, which programs that cut videos read
 alpha       OUT/NAME/FRAME.png: 255 where objects are, a matte for programs that cut videos
 csv         OUT/boxes.csv: a row for each object and frame: score, area, box
 
@@ -20,6 +21,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,27 @@ def outlines(mask: np.ndarray) -> list[np.ndarray]:
     return [line for line in moved if len(line) >= FEWEST_CORNERS]
 
 
+def joined_outline(mask: np.ndarray) -> np.ndarray | None:
+    """All outlines of a mask bool[H, W] as one polygon float64[P, 2]; None: there is none.
+
+    Parts and holes are joined by bridges without width from the nearest corner to the nearest corner, there and back. A
+    program that fills the polygon, by either rule, draws the mask with its holes.
+    """
+    from scipy.spatial import cKDTree
+
+    lines = sorted(outlines(mask), key=len, reverse=True)
+    if not lines:
+        return None
+    whole = lines[0]
+    for line in lines[1:]:
+        distances, nearest = cKDTree(whole).query(line)
+        there = int(np.argmin(distances))
+        here = int(nearest[there])
+        around = np.concatenate([line[there:], line[: there + 1]])
+        whole = np.concatenate([whole[: here + 1], around, whole[here:]])
+    return whole
+
+
 def table(masks: MaskSet) -> str:
     """A row for each object and frame, as CSV."""
     file = io.StringIO()
@@ -242,8 +265,9 @@ def _yolo(masks: MaskSet, out: Path, video: Reader | None) -> None:
     categories, (height, width) = _categories(masks), masks.size
     lines: dict[int, list[str]] = {frame: [] for frame in range(len(masks.frame_names))}
     for frame, number, mask in masks.each():
-        for line in outlines(mask):
-            numbers = (line / (width, height)).reshape(-1)
+        polygon = joined_outline(mask)
+        if polygon is not None:
+            numbers = (polygon / (width, height)).reshape(-1)
             kind = categories[masks.labels[number]] - 1
             lines[frame].append(" ".join([str(kind), *(f"{x:.6f}" for x in numbers)]))
     (out / "labels").mkdir()
@@ -282,22 +306,24 @@ def _csv(masks: MaskSet, out: Path, video: Reader | None) -> None:
     (out / "boxes.csv").write_text(table(masks))
 
 
-def _webm_alpha(masks: MaskSet, out: Path, video: Reader | None) -> None:
+def _transparent(
+    suffix: str, codec: str, pixels: str, options: dict[str, str], masks: MaskSet, out: Path, video: Reader | None
+) -> None:
+    """The video where objects are, transparent elsewhere."""
     import av
 
     from virst_jax.io.video_writer import DEFAULT_FPS
 
     assert video is not None
     height, width = masks.size
-    with av.open(str(out / f"{masks.name}.webm"), "w", format="webm") as container:
+    with av.open(str(out / f"{masks.name}.{suffix}"), "w", format=suffix) as container:
         rate = Fraction(masks.fps if masks.fps > 0 else DEFAULT_FPS).limit_denominator(1001)
-        stream = container.add_stream("libvpx-vp9", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuva420p"
-        stream.options = {"crf": ALPHA_CRF, "b": "0"}
-        for frame, pixels in enumerate(video):
+        stream: Any = container.add_stream(codec, rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        for frame, image in enumerate(video):
             alpha = np.where(masks.masks(frame).any(axis=0), 255, 0).astype(np.uint8)
-            image = av.VideoFrame.from_ndarray(np.dstack([pixels, alpha]), format="rgba")
-            container.mux(stream.encode(image.reformat(format="yuva420p")))
+            picture = av.VideoFrame.from_ndarray(np.dstack([image, alpha]), format="rgba")
+            container.mux(stream.encode(picture.reformat(format=pixels)))
         container.mux(stream.encode(None))
 
 
@@ -307,8 +333,9 @@ FORMATS: dict[str, Callable[[MaskSet, Path, Reader | None], None]] = {
     "yolo": _yolo,
     "davis": _davis,
     "png-ids": _png_ids,
-    "webm-alpha": _webm_alpha,
+    "webm-alpha": partial(_transparent, "webm", "libvpx-vp9", "yuva420p", {"crf": ALPHA_CRF, "b": "0"}),
+    "prores": partial(_transparent, "mov", "prores_ks", "yuva444p10le", {"profile": "4444", "alpha_bits": "16"}),
     "alpha": _alpha,
     "csv": _csv,
 }
-NEED_VIDEO = ("webm-alpha",)
+NEED_VIDEO = ("webm-alpha", "prores")

@@ -75,6 +75,17 @@ class Reader:
         """`num_frames`, but no more than `limit`: what lies behind is not looked at."""
         return min(limit, self.num_frames)
 
+    def expected_frames(self) -> int:
+        """As `num_frames`, or a guess where counting takes decoding the whole video."""
+        return self.num_frames
+
+    def survey(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """As `pick`, reading on to the video's end where that is needed to count its frames.
+
+        Numbers that the video turns out not to have are left out: compare `num_frames` with what was expected.
+        """
+        return self.pick(indices)
+
     @property
     def frame_names(self) -> Sequence[str]:
         """Names of all frames, as their masks are named."""

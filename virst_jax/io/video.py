@@ -171,30 +171,50 @@ class FolderReader(Reader):
 
 
 class AnimationReader(Reader):
-    """An animated WebP or PNG, or a TIFF with pages."""
+    """An animated WebP or PNG, or a TIFF with pages. When frames are shown is known once all were decoded."""
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.stem
         self._num_frames = images.num_frames(path)
         self.size = next(images.frames(path))[0].shape[:2]
-        self._starts: list[float] = [0.0]
-        for _, seconds in images.frames(path):
-            self._starts.append(self._starts[-1] + seconds)
-        self.fps = self._num_frames / self._starts[-1] if self._starts[-1] > 0 else 0.0
+        self._known: list[float] = []  # of each frame, when the next one is shown
+        self._stated: float | None = None
 
     @property
     def num_frames(self) -> int:
         return self._num_frames
 
+    @property
+    def fps(self) -> float:
+        if self._stated is not None:
+            return self._stated
+        end = self._starts()[-1]
+        return self._num_frames / end if end > 0 else 0.0
+
+    @fps.setter
+    def fps(self, value: float) -> None:
+        self._stated = value
+
+    def _starts(self) -> list[float]:
+        if len(self._known) < self._num_frames:
+            for _ in self:
+                pass
+        return [0.0, *self._known]
+
     def times_of(self, indices: Sequence[int]) -> Sequence[float] | None:
-        return [self._starts[i] for i in indices] if self._starts[-1] > 0 else super().times_of(indices)
+        starts = self._starts()
+        return [starts[i] for i in indices] if starts[-1] > 0 else super().times_of(indices)
 
     @property
     def duration(self) -> float:
-        return self._starts[-1] or super().duration
+        return self._starts()[-1] or super().duration
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return (frame for frame, _ in images.frames(self.path))
+        ends: list[float] = []
+        for frame, seconds in images.frames(self.path):
+            ends.append((ends[-1] if ends else 0.0) + seconds)
+            yield frame
+        self._known = ends
 
     def pick(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         check_indices(self.name, indices, self.num_frames)
@@ -204,6 +224,10 @@ class AnimationReader(Reader):
                 yield frame
             if index == last:
                 return
+
+    def survey(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        wanted = set(indices)
+        return (frame for index, frame in enumerate(self) if index in wanted)
 
 
 class ArrayReader(Reader):
@@ -271,24 +295,50 @@ class SampleReader(Reader):
 
 
 class StridedReader(Reader):
-    """Every k-th frame of a video, and no more than so many; what lies behind the last one is not decoded."""
+    """Every k-th frame of a range, and no more than so many; what lies behind the last one is not decoded.
 
-    def __init__(self, reader: Reader, every: int = 1, max_frames: int | None = None):
+    Args:
+      every: k.
+      max_frames: how many at most; None: all.
+      start, end: numbers of the range's first and last frame; end None: the video's last.
+
+    Raises:
+      UserError: a number that leaves nothing.
+    """
+
+    def __init__(
+        self, reader: Reader, every: int = 1, max_frames: int | None = None, start: int = 0, end: int | None = None
+    ):
         if every < 1:
             raise UserError(f"every {every} frames cannot be taken; give 1 or more")
         if max_frames is not None and max_frames < 1:
             raise UserError(f"at most {max_frames} frames leave nothing; give 1 or more")
-        self.reader, self.every, self.max_frames = reader, every, max_frames
+        if start < 0 or (end is not None and end < start):
+            raise UserError(f"frames {start} to {end} are no range; give numbers from 0 on, the first one first")
+        self.reader, self.every, self.max_frames, self.start, self.end = reader, every, max_frames, start, end
         self.name, self.size, self.still, self.format = reader.name, reader.size, reader.still, reader.format
         self.fps = reader.fps / every
+        lasts = [] if end is None else [end + 1]
+        lasts += [] if max_frames is None else [start + (max_frames - 1) * every + 1]
+        self._limit = min(lasts, default=None)  # frames from this number on are not needed
 
     @property
     def numbers(self) -> range:
         """The numbers of its frames in the whole video."""
-        if self.max_frames is None:
-            return range(0, self.reader.num_frames, self.every)
-        last = (self.max_frames - 1) * self.every
-        return range(0, self.reader.count_up_to(last + 1), self.every)
+        count = self.reader.num_frames if self._limit is None else self.reader.count_up_to(self._limit)
+        if count <= self.start:
+            raise UserError(f"{self.name}: there is no frame {self.start}; the video has frames 0 to {count - 1}")
+        return range(self.start, count, self.every)
+
+    def expected_frames(self) -> int:
+        count = self.reader.expected_frames()
+        return max(1, len(range(self.start, count if self._limit is None else min(count, self._limit), self.every)))
+
+    def survey(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        numbers = [self.start + i * self.every for i in indices]
+        if isinstance(self.reader, FileReader):
+            return self.reader.survey(numbers, self._limit)
+        return self.reader.survey(numbers)
 
     @property
     def num_frames(self) -> int:

@@ -110,22 +110,54 @@ class FileReader(Reader):
                         return
         check_indices(self.name, indices, self.num_frames)
 
+    def expected_frames(self) -> int:
+        if self._scanned.complete:
+            return len(self._scanned.times)
+        with self._opened() as (container, stream):
+            if stream.frames > 0:
+                return int(stream.frames)
+            return _count_packets(container, stream)
+
+    def survey(self, indices: Sequence[int], limit: int | None = None) -> Iterator[np.ndarray]:
+        """See Reader.survey.
+
+        Args:
+          limit: frames from this number on are not needed.
+
+        Raises:
+          UserError: a frame before the limit is damaged.
+        """
+        if self._knows(limit):
+            there = [i for i in indices if i < len(self._scanned.times)]
+            return self.pick(there) if there else iter(())
+        return self._survey(frozenset(indices).__contains__, limit)
+
+    def _knows(self, limit: int | None) -> bool:
+        return self._scanned.complete or (limit is not None and len(self._scanned.times) >= limit)
+
     def _scan(self, limit: int | None) -> _Scan:
         """Decodes up to `limit` frames, or all, without converting them, if that was not done before.
 
         Raises:
           UserError: one of them is damaged.
         """
-        if not self._scanned.complete and (limit is None or len(self._scanned.times) < limit):
-            scan = _Scan()
-            # frames are decoded in another order than they are shown: a later packet may be one of theirs
-            for _ in self._decode(lambda index: False, scan):
+        if not self._knows(limit):
+            for _ in self._survey(lambda index: False, limit):
+                pass
+        return self._scanned
+
+    def _survey(self, wanted: Callable[[int], bool], limit: int | None) -> Iterator[np.ndarray]:
+        scan = _Scan()
+        with contextlib.closing(self._decode(wanted, scan)) as frames:
+            for frame in frames:
+                if frame is not None:
+                    yield frame
+                # frames are decoded in another order than they are shown: a later packet may be one of theirs
                 if limit is not None and len(scan.times) >= limit + REORDERED:
                     break
-            self._complain(scan, limit)
-            self._scanned = scan
-            self._checked = len(scan.times) if limit is None or scan.complete else limit
-        return self._scanned
+        self._complain(scan, limit)
+        self._scanned = scan
+        self._checked = len(scan.times) if limit is None or scan.complete else limit
 
     def _complain(self, scan: _Scan, limit: int | None = None) -> None:
         """Raises a UserError that names what is damaged, unless the caller goes on with it."""
@@ -358,6 +390,17 @@ def _frames(
         for frame in frames:
             noted.frame(frame)
             yield frame
+
+
+def _count_packets(container: av.container.InputContainer, stream: av.VideoStream) -> int:
+    """Packets with content, which are as many as frames in most files; up to where the file cannot be read."""
+    import av
+
+    count = 0
+    with contextlib.suppress(av.error.FFmpegError, OSError):
+        for packet in container.demux(stream):
+            count += bool(packet.size and not packet.is_discard)
+    return count
 
 
 def _format(path: Path, container: av.container.InputContainer, stream: av.VideoStream) -> VideoFormat:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from fuzz.mutate import ODD, byte_edits, edit_bytes, edit_json, json_edits
 from fuzz.target import Target
-from virst_jax.commands import config_file, export, segment_results
+from virst_jax.commands import config_file, segment_results
 from virst_jax.config import from_json, get_preset, to_json
 from virst_jax.errors import UserError
-from virst_jax.io import atomic, digests, exports
+from virst_jax.io import atomic, digests, exports, result_folder
 from virst_jax.io.json_files import Json
 from virst_jax.io.npz import read_npz
 
@@ -60,14 +60,14 @@ def read_state(edits: Any) -> int:
 
 def read_result(case: tuple[Any, Any]) -> bool:
     with _file(_edited(RESULT, case)) as path:
-        result = segment_results.read(path)
+        result = result_folder.read_whole(path)
         if result is None:
             raise UserError("no result")
         segment_results.is_there(path.parent, result)
         segment_results.findings(result)
         out = path.parent / "a" / "b"
         out.parent.mkdir()
-        exports.export("png-ids", export.mask_set(Json(result, "result.json")), out)
+        exports.export("png-ids", result_folder.mask_set(Json(result, "result.json")), out)
         assert all(x in (path, out.parent, out) or x.parent == out for x in path.parent.rglob("*")), "left its folder"
     return True
 

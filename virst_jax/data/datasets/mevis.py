@@ -50,11 +50,13 @@ def open_mevis_v2(root: Path, split: str) -> IndexedSource:
 
 def open_custom(root: Path, split: str) -> IndexedSource:
     """One's own videos in MeViS layout, or with a table of sentences (see plain): in `root` itself, or in root/SPLIT if
-    a split is named.
+    a split is named. A folder without splits is all for training.
 
     Raises UserError: a file is missing or not in this layout.
     """
     folder = root / split if split else root
+    if split == "train" and not folder.is_dir():
+        folder = root
     if (folder / plain.TABLE).is_file():
         return plain.open_plain("custom", folder, split)
     return open_layout("custom", folder, split, (*META, *META_V2, plain.TABLE))
