@@ -1,4 +1,4 @@
-"""train.py with its work folder in a bucket, in a store on this machine: killed, continued, and its model loaded."""
+"""train.py with its work folder in a bucket, in a store on this machine: killed, continued, and by two processes."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ import pytest
 import train
 from helpers.process_cases import Group
 from helpers.train_cases import command, losses, recipe
+from helpers.train_processes import DEVICES, MESH, STOPPED, largest_difference, start_model
 from virst_jax.api import find_model
 from virst_jax.io import buckets
 from virst_jax.io.model_folder import is_whole, load_model
@@ -39,3 +40,28 @@ def test_a_killed_run_goes_on_in_a_bucket(bucket, tmp_path, monkeypatch):
     _, ours = load_model(find_model(f"{workdir}/stage/model"))
     _, theirs = load_model(tmp_path / "folder" / "stage" / "model")
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
+def test_two_processes_train_in_a_bucket(bucket, tmp_path):
+    """From a model in the bucket; one is stopped, both end, and both go on. The curve is that of one process."""
+    start = start_model(tmp_path / "start")
+    config = recipe()
+    config.model.init, config.stage.data.shapes.batch_size = str(start), 4
+    train.train(config, tmp_path / "folder")
+    workdir = buckets.place(f"{bucket.address}/run")
+    given = [*MESH, f"--config.model.init={bucket.put(start, 'start')}", "--config.stage.data.shapes.batch_size=4"]
+    given += ["--config.distributed=True", f"--workdir={workdir}"]
+    arguments = [*command(Path("WORKDIR"))[1:-1], *given]
+    environment = {"VIRST_CACHE": str(tmp_path / "cache")}
+    with Group(tmp_path / "first", 2, arguments, devices=DEVICES // 2, **environment) as group:
+        group.until(lambda: (workdir / "stage" / "checkpoints" / "2" / "commit_success.txt").exists(), seconds=600)
+        group.processes[1].send_signal(signal.SIGTERM)
+        statuses = group.wait(300)
+        assert statuses in ([STOPPED] * 2, [0] * 2), group.outputs()  # it may have been done by then
+    with Group(tmp_path / "second", 2, arguments, devices=DEVICES // 2, **environment) as group:
+        assert group.wait(600) == [0, 0], group.outputs()
+    assert largest_difference(workdir, losses(tmp_path / "folder")) < 1e-3
+    assert is_whole(workdir / "stage" / "model")
+    assert not (workdir / ".lock").exists()

@@ -1,9 +1,11 @@
 """A store of gs:// on this machine: gcs_server.py PORT
 
 gcp-storage-emulator, and what TensorStore needs beside it: generations that differ, which reads tell and conditions of
-requests name (https://cloud.google.com/storage/docs/request-preconditions).
+requests name (https://cloud.google.com/storage/docs/request-preconditions). Uploads in several parts are taken apart
+here: the emulator reads them as mail, and takes a last byte 13 of the data for the beginning of a line's end.
 """
 
+import json
 import sys
 import threading
 import time
@@ -46,13 +48,36 @@ def conditional(handler: Callable[..., None], reads: bool) -> Callable[..., None
     return handle
 
 
+def parts_of(data: bytes, boundary: bytes) -> dict[str, Any]:
+    """What is told of an object, and its content: the two parts of an upload."""
+    end = b"\r\n" if data.partition(b"\n")[0].endswith(b"\r") else b"\n"
+    first, second = data.partition(b"--" + boundary + end)[2].split(end + b"--" + boundary + end, 1)
+    header, _, content = second.partition(end + end)
+    kinds = [line.partition(b":")[2] for line in header.split(end) if line.lower().startswith(b"content-type")]
+    return {
+        "meta": json.loads(first.partition(end + end)[2]),
+        "content": content[: content.rindex(end + b"--" + boundary)],
+        "content-type": (kinds or [b"application/octet-stream"])[0].strip().decode(),
+    }
+
+
 def main() -> None:
     Storage.create_file = create_new_generation
     for name, reads in (("get", True), ("download", True), ("insert", False), ("delete", False)):
         setattr(objects, name, conditional(getattr(objects, name), reads))
-    from gcp_storage_emulator.server import create_server  # takes the handlers as they are now
+    from gcp_storage_emulator import server  # takes the handlers as they are now
 
-    create_server("127.0.0.1", int(sys.argv[1]), in_memory=True).run()
+    read_data = server._read_data
+
+    def read(handler: Any, query: Any) -> Any:
+        kind = handler.headers.get("Content-Type") or ""
+        if not kind.startswith("multipart/related"):
+            return read_data(handler, query)
+        raw = server._decode_raw_data(server._read_raw_data(handler), handler)
+        return parts_of(raw, kind.partition("boundary=")[2].partition(";")[0].strip("\"' ").encode())
+
+    server._read_data = read
+    server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True).run()
 
 
 if __name__ == "__main__":
