@@ -34,9 +34,9 @@ def test_a_killed_process_ends_the_other_within_a_minute(start, tmp_path):
 def test_a_stop_in_an_evaluation_is_made_up_for(start, tmp_path):
     """Both processes end between two videos; the checkpoint is there, and its evaluation comes first afterwards."""
     workdir, kind = tmp_path / "run", "image_text,evaluated"
-    flags = ("--config.eval.every=2", "--config.eval.videos=6", "--config.eval.source.num_videos=6")
+    flags = ("--config.eval.every=2", "--config.eval.videos=4", "--config.eval.source.num_videos=4")
     with training(workdir, start, 2, *flags, kind=kind, steps=2) as group:
-        group.until(r"held-out videos: +\d+%.* 1/6", seconds=SECONDS)
+        group.until(r"held-out videos: +\d+%.* 1/4", seconds=SECONDS)
         group.processes[1].send_signal(signal.SIGTERM)
         assert group.wait(SECONDS) == [STOPPED, STOPPED], group.outputs()
     assert checkpoints(workdir) == [2]
