@@ -145,8 +145,7 @@ class Steps(TrackerSteps):
         def read(model: Virst) -> TextReading:
             text = embeds = model.llm.embed(ids)
             if tops:
-                maps = jnp.stack(tops)
-                embeds = model.fuse_initially(embeds, seg, jnp.broadcast_to(maps, (rows, *maps.shape)))
+                embeds = model.fuse_initially(embeds, seg, jnp.stack(tops)[None])
             if not keep_layers:
                 hidden, _ = model.llm(embeds, mask, cache=known)
                 return TextReading(hidden[at_seg])
@@ -160,8 +159,7 @@ class Steps(TrackerSteps):
         self, params: PyTree, seg_hidden: jax.Array, tops: Sequence[jax.Array], anchors: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """See Network.fuse."""
-        maps = jnp.stack(tops)
-        maps = jnp.broadcast_to(maps, (seg_hidden.shape[0], *maps.shape))
+        maps = jnp.stack(tops)[None]
         prompts, scores = self._apply(params, lambda model: model.second_fusion(seg_hidden, maps))
         return prompts[:, :, anchors].swapaxes(1, 2), scores
 

@@ -131,12 +131,13 @@ class SecondFusion(nn.Module):
     def __call__(
         self, seg_hidden: jax.Array, maps: jax.Array, deterministic: bool = True
     ) -> tuple[jax.Array, jax.Array]:
-        """seg_hidden dtype[B, N, D], maps dtype[B, T, H, W, C] -> prompts dtype[B, N, T, C], scores float32[B, T]."""
+        """dtype[B, N, D], maps dtype[B or 1, T, H, W, C] -> prompts dtype[B, N, T, C] and scores float32[B, T]."""
         frames, count = maps.shape[1], seg_hidden.shape[1]
         if frames > self.cfg.max_frames:
             raise ValueError(f"{frames} segmentation frames are more than fusion.max_frames = {self.cfg.max_frames}")
         keys = SpatialReduce(self.compute, self.features, name="reduce")(maps)
         keys = layer_norm(self.compute, name="key_norm")(keys)
+        keys = jnp.broadcast_to(keys, (len(seg_hidden), *keys.shape[1:]))
         x = jnp.repeat(self.project(seg_hidden), frames, axis=1)
         for i in range(self.cfg.num_layers):
             x, scores = FusionLayer(self.cfg, self.compute, name=f"layer{i}")(x, keys, frames, deterministic)
@@ -152,12 +153,13 @@ class InitialFusion(nn.Module):
 
     @nn.compact
     def __call__(self, seg_embeds: jax.Array, maps: jax.Array) -> jax.Array:
-        """seg_embeds dtype[B, N, D], maps dtype[B, T, H, W, C] -> dtype[B, N, D]"""
+        """seg_embeds dtype[B, N, D], maps dtype[B or 1, T, H, W, C] -> dtype[B, N, D]"""
         keys = SpatialReduce(self.compute, self.features, name="reduce")(maps)
         keys = layer_norm(self.compute, name="key_norm")(keys)
         keys = dense(self.compute, seg_embeds.shape[-1], ("conv_in", "embed"), name="image_proj")(keys)
         q = layer_norm(self.compute, name="norm_q")(seg_embeds)
         kv = layer_norm(self.compute, name="norm_kv")(keys)
+        kv = jnp.broadcast_to(kv, (len(q), *kv.shape[1:]))
         fused = FusedAttention(self.compute, self.cfg.num_heads, name="attn")(q, kv)
         gate = self.param("gate", with_axes(nn.initializers.constant(0.1)), (), jnp.dtype(self.compute.param_dtype))
         return seg_embeds + gate.astype(fused.dtype) * fused

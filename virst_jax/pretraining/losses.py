@@ -110,7 +110,7 @@ def named_loss(cfg: VirstConfig, params: Params, batch: NamedBatch, dropout_rng:
     """
     tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=dropout_rng)
     features = encode_images(tracker, params, batch.frames)
-    maps = jnp.broadcast_to(features.top, (batch.words.shape[0], *features.top.shape))
+    maps = features.top[None]
     prompts = bind(cfg, params, dropout_rng)(prompts_of_words, batch.words, maps)
     frames = jnp.arange(batch.frames.shape[0])
     valid = jnp.ones(frames.shape, bool)

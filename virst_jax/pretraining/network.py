@@ -59,7 +59,7 @@ def prompts_of_words(model: Virst, words: jax.Array, maps: jax.Array) -> jax.Arr
 
     Args:
       words: int[B, N]; negative: a hidden state of zeros.
-      maps: dtype[B, T, H, W, C].
+      maps: dtype[B or 1, T, H, W, C].
     """
     hidden = jnp.where((words >= 0)[..., None], lm_head_directions(model)[jnp.maximum(words, 0)], 0)
     return model.second_fusion(hidden, maps)[0]

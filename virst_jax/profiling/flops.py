@@ -71,20 +71,22 @@ def _spatial_reduce(cfg: Sam2Config, frames: int) -> float:
     return frames * sum(2 * 9 * cfg.hidden_size**2 * side**2 for side in sides)
 
 
-def initial_fusion(sam: Sam2Config, features: int, seg_tokens: int, frames: int) -> float:
-    """One conversation; `features` is the width of the language model."""
+def initial_fusion(sam: Sam2Config, features: int, seg_tokens: int, frames: int, rows: int = 1) -> float:
+    """All conversations (rows) of a video; `features` is the width of the language model."""
     keys, width = frames * (sam.feature_size // 8) ** 2, features
     attention = 2 * width**2 * (2 * seg_tokens + 2 * keys) + 4 * seg_tokens * keys * width
-    return _spatial_reduce(sam, frames) + 2 * keys * sam.hidden_size * width + attention
+    return _spatial_reduce(sam, frames) + 2 * keys * sam.hidden_size * width + rows * attention
 
 
-def second_fusion(cfg: FusionConfig, sam: Sam2Config, features: int, seg_tokens: int, frames: int) -> float:
-    """One conversation."""
+def second_fusion(
+    cfg: FusionConfig, sam: Sam2Config, features: int, seg_tokens: int, frames: int, rows: int = 1
+) -> float:
+    """All conversations (rows) of a video."""
     keys, width, queries = frames * (sam.feature_size // 8) ** 2, sam.hidden_size, seg_tokens * frames
     self_attention = 8 * queries * width**2 + 4 * queries**2 * width
     cross_attention = 4 * (queries + keys) * width**2 + 4 * queries * keys * width
     layer = self_attention + cross_attention + 16 * queries * width**2
-    return _spatial_reduce(sam, frames) + 2 * seg_tokens * features * width + cfg.num_layers * layer
+    return _spatial_reduce(sam, frames) + rows * (2 * seg_tokens * features * width + cfg.num_layers * layer)
 
 
 def image_encoder(cfg: Sam2Config) -> float:
@@ -272,10 +274,10 @@ class StepCount:
         encoder, again = self.trains("sam2/image_encoder/"), self.remat or sam.image_size >= FRAME_BY_FRAME
         self.add("image encoder", s.frames * image_encoder(sam), weights=encoder, inputs=encoder, again=again)
         if self.cfg.fusion.initial and s.length:
-            fused = s.conversations * initial_fusion(sam, llm.hidden_size, s.seg_tokens, s.frames)
+            fused = initial_fusion(sam, llm.hidden_size, s.seg_tokens, s.frames, s.conversations)
             inputs = self.trains("llm/embed_tokens", "initial_fusion/")
             self.add("initial fusion", fused, weights=self.trains("initial_fusion/"), inputs=inputs)
-        fused = s.conversations * second_fusion(self.cfg.fusion, sam, llm.hidden_size, s.seg_tokens, s.frames)
+        fused = second_fusion(self.cfg.fusion, sam, llm.hidden_size, s.seg_tokens, s.frames, s.conversations)
         second = self.trains("second_fusion/")
         prompts = seg_hidden or second
         self.add("second fusion", fused, weights=second, inputs=prompts)

@@ -119,7 +119,6 @@ def video_losses(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rn
     """
     tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=dropout_rng)
     apply, deterministic = bind(cfg, params, dropout_rng), dropout_rng is None
-    conversations = batch.token_ids.shape[0]
 
     def encode(frame: jax.Array) -> Features:
         return jax.tree.map(lambda x: x[0], encode_images(tracker, params, frame[None]))
@@ -129,7 +128,7 @@ def video_losses(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rn
     else:  # recomputed in the backward pass, but for its outputs: the activations of a large frame are gigabytes
         keep = jax.checkpoint_policies.save_only_these_names(PYRAMID)
         features = jax.lax.map(jax.checkpoint(encode, policy=keep), batch.frames)
-    maps = jnp.broadcast_to(features.top, (conversations, *features.top.shape))
+    maps = features.top[None]
     embeds = embed(apply, batch, apply(Virst.encode_clips, normalize(batch.clips)))
     if cfg.fusion.initial:
         embeds = apply(Virst.fuse_initially, embeds, batch.seg_positions, maps)
