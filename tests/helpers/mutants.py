@@ -282,5 +282,5 @@ MUTANTS = [
     Mutant("temporal codes off by one", MEMORIES, params=("sam2/time_embed", lambda x: np.roll(x, 1, 0))),
     Mutant("pointers' time with the other sign", MEMORIES, ((sam2, "sine_1d", _backward),)),
     Mutant("memory norm's epsilon 1e-4 for 1e-5", MEMORY0, ((memory, "layer_norm", _norm(1e-4, 1e-5)),)),
-    Mutant("memory rotation reversed", MEMORY0, ((memory, "rotate_pairs", _turned_back),)),
+    Mutant("memory rotation reversed", MEMORY0, ((memory, "rotate_halves", _turned_back),)),
 ]

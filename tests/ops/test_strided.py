@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from virst_jax.ops.strided import strided_convolution
+from virst_jax.ops.strided import folded_convolution, strided_convolution
 
 
 def plain(x, kernel, stride, padding):
@@ -31,6 +31,19 @@ def test_strided_convolution(height, width, size, stride, padding):
     ours = jax.grad(loss(strided_convolution), (0, 1))(x, kernel)
     for mine, theirs in zip(ours, jax.grad(loss(plain), (0, 1))(x, kernel), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "stride", "padding"),
+    [(32, 28, 7, 4, 3), (15, 9, 3, 2, 1), (8, 12, 4, 4, 0), (11, 10, 4, 3, 2)],
+)
+def test_folded_convolution(height, width, size, stride, padding):
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.normal(size=(2, height, width, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 3, 5)), jnp.float32)
+    theirs = plain(x, kernel, stride, padding)
+    ours = folded_convolution(x, kernel, stride, padding)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6 * float(jnp.abs(theirs).max()))
 
 
 def test_each_image_of_vmap_has_its_own_gradient():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from virst_jax.config import Compute
 from virst_jax.ops.platform import target_platform
-from virst_jax.ops.strided import strided_convolution
+from virst_jax.ops.strided import folded_convolution, strided_convolution
 
 AXES = frozenset(
     {
@@ -69,10 +69,32 @@ def dense(
     )
 
 
+class Projections(nn.Module):
+    """Queries, keys and values by one stacked kernel. Slices of weights are cheaper than slices of what they give."""
+
+    compute: Compute
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """dtype[..., C] -> three of dtype[..., features]"""
+        dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
+        kernel_init = with_axes(default_init, "embed", "qkv", "heads")
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], 3, self.features), param_dtype)
+        q, k, v = (x.astype(dtype) @ kernel[:, i].astype(dtype) for i in range(3))
+        if self.use_bias:
+            init = with_axes(nn.initializers.zeros, "qkv", "heads")
+            bias = self.param("bias", init, (3, self.features), param_dtype).astype(dtype)
+            q, k, v = q + bias[0], k + bias[1], v + bias[2]
+        return q, k, v
+
+
 def layer_norm(compute: Compute, eps: float = 1e-5, *, name: str | None = None) -> nn.LayerNorm:
     return nn.LayerNorm(
         epsilon=eps,
-        use_fast_variance=False,  # E[x^2]-E[x]^2 loses digits against the release
+        # in one pass E[x^2] - E[x]^2 in float32 loses digits, but fewer than bfloat16 lacks
+        use_fast_variance=jnp.dtype(compute.dtype) != jnp.float32,
         dtype=jnp.dtype(compute.dtype),
         param_dtype=jnp.dtype(compute.param_dtype),
         scale_init=with_axes(nn.initializers.ones, "norm"),
@@ -97,6 +119,8 @@ def conv(
         implementation = _pointwise
     elif stride > 1 and groups == 1 and kernel <= STRIDED_KERNEL and target_platform() == "cpu":
         implementation = _strided
+    elif stride > 2 and groups == 1 and target_platform() == "tpu":
+        implementation = _folded
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -121,6 +145,12 @@ def _strided(
     x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, *_: object, precision: Any = None, **__: Any
 ) -> jax.Array:
     return strided_convolution(x, kernel, strides[0], padding[0][0])
+
+
+def _folded(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, *_: object, precision: Any = None, **__: Any
+) -> jax.Array:
+    return folded_convolution(x, kernel, strides[0], padding[0][0])
 
 
 class Mlp(nn.Module):
@@ -148,9 +178,9 @@ class Mlp(nn.Module):
 
 def gelu(x: jax.Array) -> jax.Array:
     """x times the normal distribution function of x, as PyTorch computes it."""
-    if x.dtype != jnp.float32:
-        return nn.gelu(x, approximate=False)  # by erfc, which keeps the left tail in few digits
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))  # CPUs fuse erf into the products on both sides, not erfc
+    # in float32 the left tail has digits enough; erf is a polynomial that compilers fuse into products, unlike erfc
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def remat(module: type[nn.Module], policy: str, **kwargs: Any) -> type[nn.Module]:

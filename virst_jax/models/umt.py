@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from virst_jax.config import Compute, VisionConfig
-from virst_jax.models.layers import default_init, dense, gelu, layer_norm, remat, with_axes
+from virst_jax.models.layers import Projections, dense, gelu, layer_norm, remat, with_axes
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
 from virst_jax.ops.position import sinusoid_table
@@ -31,22 +31,12 @@ class Attention(nn.Module):
             jnp.dtype(self.compute.dtype),
             jnp.dtype(self.compute.param_dtype),
         )
-        qkv = nn.DenseGeneral(
-            (3, width),
-            use_bias=False,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=with_axes(default_init, "embed", "qkv", "heads"),
-            name="qkv",
-        )(x)
+        q, k, v = Projections(self.compute, width, use_bias=False, name="qkv")(x)
         zeros = with_axes(nn.initializers.zeros, "heads")
         q_bias = self.param("q_bias", zeros, (width,), param_dtype).astype(dtype)
         v_bias = self.param("v_bias", zeros, (width,), param_dtype).astype(dtype)
-        q, k, v = (
-            rearrange(y, "b n (h d) -> b n h d", h=self.cfg.num_heads)
-            for y in (qkv[:, :, 0] + q_bias, qkv[:, :, 1], qkv[:, :, 2] + v_bias)
-        )
-        out = attention(q, k, v, impl=self.compute.attention)
+        heads = [rearrange(y, "b n (h d) -> b n h d", h=self.cfg.num_heads) for y in (q + q_bias, k, v + v_bias)]
+        out = attention(*heads, impl=self.compute.attention)
         return dense(self.compute, width, ("heads", "embed"), name="proj")(rearrange(out, "b n h d -> b n (h d)"))
 
 

@@ -423,7 +423,7 @@ def _splash(
 
     def to_kernel(x: jax.Array, block: int) -> jax.Array:
         """[B, N, H, D] -> [B, H, N', D'], padded to whole blocks and lanes."""
-        padding = [(0, 0), (0, -x.shape[1] % block), (0, 0), (0, -x.shape[3] % 128)]
+        padding = [(0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)]
         return jnp.pad(x, padding).transpose(0, 2, 1, 3)
 
     scaled = (scale * q.astype(jnp.float32)).astype(q.dtype)  # the kernel knows no scale

@@ -105,3 +105,10 @@ def rotate_pairs(x: jax.Array, angles: np.ndarray) -> jax.Array:
     even, odd = wide[..., 0::2], wide[..., 1::2]
     rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_halves(x: jax.Array, angles: np.ndarray) -> jax.Array:
+    """As `rotate_pairs`, of channels in another order: first of all pairs, then second of all pairs."""
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], -1).astype(x.dtype)

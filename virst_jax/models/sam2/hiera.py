@@ -1,6 +1,9 @@
 """Hiera image encoder with its feature pyramid.
 
-Axes: B images, H, W grid, C width, S window side.
+Axes: B images, H, W grid, C width, S window side, N windows of all images.
+
+Between blocks the residual stream stands as windows where the grid consists of whole ones. Blocks with windows of one
+size then need no transposition, and neither do global ones: attention does not depend on the order of its tokens.
 Source: model/sam2/modeling/backbones/{hieradet,image_encoder,utils}.py.
 """
 
@@ -13,9 +16,10 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from virst_jax.config import Compute, HieraConfig, Sam2Config
-from virst_jax.models.layers import Mlp, conv, default_init, dense, gelu, layer_norm, remat, with_axes
+from virst_jax.models.layers import Mlp, Projections, conv, dense, gelu, layer_norm, remat, with_axes
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
+from virst_jax.ops.platform import target_platform
 from virst_jax.ops.resize import resize_matrix, upsample_nearest_2x
 
 
@@ -69,7 +73,9 @@ def block_runs(cfg: HieraConfig) -> list[Run]:
 
 def max_pool_2x(x: jax.Array) -> jax.Array:
     """dtype[B, H, W, C] -> dtype[B, H // 2, W // 2, C]"""
-    return rearrange(x, "b (h p) (w q) c -> b h w (p q) c", p=2, q=2).max(3)
+    if target_platform() == "cpu":  # where windows of a reduction are slow
+        return rearrange(x, "b (h p) (w q) c -> b h w (p q) c", p=2, q=2).max(3)
+    return nn.max_pool(x, (2, 2), (2, 2))
 
 
 class Attention(nn.Module):
@@ -78,17 +84,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Windows dtype[B, S, S, dim] -> dtype[B, S, S, dim_out], S halved where the block pools its queries."""
+        """Windows dtype[N, S, S, dim] -> dtype[N, S, S, dim_out], S halved where the block pools its queries."""
         spec = self.spec
-        qkv = nn.DenseGeneral(
-            (3, spec.dim_out),
-            dtype=jnp.dtype(self.compute.dtype),
-            param_dtype=jnp.dtype(self.compute.param_dtype),
-            kernel_init=with_axes(default_init, "embed", "qkv", "heads"),
-            bias_init=with_axes(nn.initializers.zeros, "qkv", "heads"),
-            name="qkv",
-        )(x)
-        q, k, v = (qkv[..., i, :] for i in range(3))
+        q, k, v = Projections(self.compute, spec.dim_out, name="qkv")(x)
         if spec.pool:
             q = max_pool_2x(q)
         side = q.shape[1:3]
@@ -99,9 +97,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """On whole grids dtype[B, H, W, dim], or on windows dtype[N, S, S, dim] of `windows` an image (0: a grid)."""
+
     spec: BlockSpec
     mlp_ratio: float
     compute: Compute
+    windows: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
@@ -112,22 +113,33 @@ class Block(nn.Module):
             shortcut = dense(self.compute, spec.dim_out, ("conv_in", "embed"), name="proj")(x)
         if spec.pool:
             shortcut = max_pool_2x(shortcut)
-        attend = Attention(spec, self.compute, name="attn")
-        x = shortcut + (_windowed(attend, x, spec) if spec.window else attend(x))
+        x = shortcut + self._attend(Attention(spec, self.compute, name="attn"), x)
         mlp = Mlp(self.compute, (int(spec.dim_out * self.mlp_ratio), spec.dim_out), gelu, name="mlp")
         return x + mlp(layer_norm(self.compute, 1e-6, name="norm2")(x)), None
 
+    def _attend(self, attend: Attention, x: jax.Array) -> jax.Array:
+        if self.windows and not self.spec.window:  # all windows of an image, one below the other
+            whole = attend(rearrange(x, "(b n) i j d -> b (n i) j d", n=self.windows))
+            return rearrange(whole, "b (n i) j d -> (b n) i j d", n=self.windows)
+        if self.windows or not self.spec.window:
+            return attend(x)
+        # padded with zeros to whole windows, which are attended like the rest
+        height, width, side = *x.shape[1:3], self.spec.window
+        x = jnp.pad(x, ((0, 0), (0, -height % side), (0, -width % side), (0, 0)))
+        grid = (x.shape[1] // side, x.shape[2] // side)
+        x = to_grid(attend(to_windows(x, side)), grid)
+        shrink = 2 if self.spec.pool else 1
+        return x[:, : height // shrink, : width // shrink]
 
-def _windowed(attend: Attention, x: jax.Array, spec: BlockSpec) -> jax.Array:
-    """Attention within windows; the grid is padded with zeros to whole windows, which are attended like the rest."""
-    height, width = x.shape[1:3]
-    rows, columns = -(-height // spec.window), -(-width // spec.window)
-    padding = (rows * spec.window - height, columns * spec.window - width)
-    x = jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0)))
-    x = attend(rearrange(x, "b (r i) (c j) d -> (b r c) i j d", r=rows, c=columns))
-    x = rearrange(x, "(b r c) i j d -> b (r i) (c j) d", r=rows, c=columns)
-    shrink = 2 if spec.pool else 1
-    return x[:, : height // shrink, : width // shrink]
+
+def to_windows(x: jax.Array, side: int) -> jax.Array:
+    """dtype[B, H, W, C] -> dtype[N, side, side, C], row by row; H and W are multiples of side."""
+    return rearrange(x, "b (r i) (c j) d -> (b r c) i j d", i=side, j=side)
+
+
+def to_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The inverse of `to_windows`; grid: windows of an image, down and across."""
+    return rearrange(x, "(b r c) i j d -> b (r i) (c j) d", r=grid[0], c=grid[1])
 
 
 class Hiera(nn.Module):
@@ -143,7 +155,17 @@ class Hiera(nn.Module):
         self.sow("intermediates", "embedded", x)
         ends = {sum(cfg.stages[: i + 1]) for i in range(len(cfg.stages))}
         features = []
+        grid, side = (1, 1), 0  # windows of an image, and their side; 0: x is a grid
         for run in block_runs(cfg):
+            if run.spec.window and run.spec.window != side:
+                x = to_grid(x, grid) if side else x
+                fits = not any(n % run.spec.window for n in x.shape[1:3]) and not (
+                    run.spec.pool and run.spec.window % 2
+                )
+                side = run.spec.window if fits else 0
+                if side:
+                    grid = (x.shape[1] // side, x.shape[2] // side)
+                    x = to_windows(x, side)
             block: Any = remat(Block, compute.remat)
             if run.count > 1:
                 block = nn.scan(
@@ -153,9 +175,12 @@ class Hiera(nn.Module):
                     length=run.count,
                     metadata_params={nn.PARTITION_NAME: "layers"},
                 )
-            x, _ = block(run.spec, cfg.mlp_ratio, compute, name=run.name)(x, None)
+            windows = grid[0] * grid[1] if side else 0
+            x, _ = block(run.spec, cfg.mlp_ratio, compute, windows, name=run.name)(x, None)
+            if run.spec.pool:
+                side //= 2
             if run.start + run.count in ends:
-                features.append(x)
+                features.append(to_grid(x, grid) if side else x)
         return features
 
     def _position(self, grid: tuple[int, ...]) -> jax.Array:

@@ -15,11 +15,36 @@ from einops import rearrange
 
 from virst_jax.config import Compute, Sam2Config
 from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, remat, with_axes
+from virst_jax.models.sam2.folded import FoldedConv, FoldedNorm, fold
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
 from virst_jax.ops.depthwise import shifted_depthwise
 from virst_jax.ops.platform import target_platform
-from virst_jax.ops.position import axial_angles, rotate_pairs, sine_2d
+from virst_jax.ops.position import axial_angles, rotate_halves, sine_2d
+
+
+class SplitDense(nn.Module):
+    """A linear layer that gives the first channels of all rotated pairs, then their second ones, head by head.
+
+    The products of queries and keys are the same in any order of channels. Neighbours would have to be taken apart in
+    every frame, which costs a TPU more than their products.
+    """
+
+    compute: Compute
+    features: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """dtype[B, S, C] -> dtype[B, S, heads, features // heads]"""
+        dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
+        kernel_init, bias_init = with_axes(default_init, "embed", "heads"), with_axes(nn.initializers.zeros, "heads")
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), param_dtype).astype(dtype)
+        bias = self.param("bias", bias_init, (self.features,), param_dtype).astype(dtype)
+        order = "(h d p) -> (h p d)"
+        kernel = rearrange(kernel, "c " + order.replace("->", "-> c"), h=self.heads, p=2)
+        y = x.astype(dtype) @ kernel + rearrange(bias, order, h=self.heads, p=2)
+        return rearrange(y, "b n (h d) -> b n h d", h=self.heads)
 
 
 class RotaryAttention(nn.Module):
@@ -53,13 +78,14 @@ class RotaryAttention(nn.Module):
         def split(x: jax.Array) -> jax.Array:
             return rearrange(x, "b n (h d) -> b n h d", h=cfg.memory_heads)
 
-        q, k = split(project("q", q)), split(project("k", k))
+        q = SplitDense(self.compute, width, cfg.memory_heads, name="q_proj")(q)
+        k = SplitDense(self.compute, width, cfg.memory_heads, name="k_proj")(k)
         angles = axial_angles(cfg.feature_size, cfg.feature_size, width // cfg.memory_heads, cfg.rope_theta)
         whole = k.shape[1] - unrotated
         frames = rearrange(k[:, :whole], "b (f s) h d -> b f s h d", s=angles.shape[0])
-        rotated = rearrange(rotate_pairs(frames, angles), "b f s h d -> b (f s) h d")
+        rotated = rearrange(rotate_halves(frames, angles), "b f s h d -> b (f s) h d")
         out = attention(
-            rotate_pairs(q, angles),
+            rotate_halves(q, angles),
             jnp.concatenate([rotated, k[:, whole:]], axis=1),
             split(v if late else project("v", v)),
             key_mask=key_mask,
@@ -185,12 +211,16 @@ class MemoryEncoder(nn.Module):
         """Image features dtype[B or 1, H, W, C] and a mask float[B, R, R] in [-10, 10] -> memory dtype[B, H, W, D]."""
         cfg, compute = self.cfg, self.compute
         y = mask[..., None].astype(jnp.dtype(compute.dtype))
+        folded, side = target_platform() == "tpu", 16
+        y = fold(y, side) if folded else y
         for i in range(4):
-            y = conv(compute, 4 ** (i + 1), 3, stride=2, padding=1, name=f"mask_conv{i}")(y)
-            y = gelu(layer_norm(compute, 1e-6, name=f"mask_norm{i}")(y))
-            if target_platform() == "tpu":
-                # fused into the next convolution over so few channels, it takes the compiler many minutes
-                y = jax.lax.optimization_barrier(y)
+            channels = 4 ** (i + 1)
+            if folded:
+                y = FoldedConv(compute, channels, side >> i, name=f"mask_conv{i}")(y)
+                y = gelu(FoldedNorm(compute, channels, 1e-6, name=f"mask_norm{i}")(y))
+            else:
+                y = conv(compute, channels, 3, stride=2, padding=1, name=f"mask_conv{i}")(y)
+                y = gelu(layer_norm(compute, 1e-6, name=f"mask_norm{i}")(y))
         y = conv(compute, cfg.hidden_size, 1, name="mask_proj")(y)
         x = conv(compute, cfg.hidden_size, 1, name="image_proj")(image) + y
         for i in range(cfg.memory_fuser_layers):
