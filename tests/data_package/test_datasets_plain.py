@@ -1,5 +1,6 @@
 """One's own videos without JSON."""
 
+import argparse
 import pickle
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from virst_jax.commands import data
 from virst_jax.data.datasets.registry import guess_name, open_dataset
 from virst_jax.data.datasets.validate import check
 from virst_jax.data.samples import Video
@@ -76,6 +78,8 @@ def test_samples(folder: Path, delimiter: str) -> None:
 
 def test_a_folder_without_splits_is_for_training(folder: Path) -> None:
     assert open_dataset("custom", folder, "train").names == open_dataset("custom", folder).names
+    args = argparse.Namespace(dataset="custom", folder=folder, split=None)
+    assert [source.split for source in data._sources(args)] == [""]  # it is checked once
     with pytest.raises(UserError, match="mine/valid: holds no"):
         open_dataset("custom", folder, "valid")
     (folder / "train").mkdir()

@@ -1,5 +1,7 @@
 """Frames that come one by one: what is computed, what is dropped, and how a stream ends."""
 
+import functools
+import http.server
 import math
 import threading
 import time
@@ -222,3 +224,51 @@ def test_the_options_default_by_the_source():
     assert [queue.get().index for _ in range(6)] == list(range(6))
     assert queue.get() is None
     queue.close()
+
+
+def write_film(path, count: int) -> None:
+    import av
+
+    with av.open(str(path), "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuvj420p"
+        for number in range(count):
+            image = np.full((32, 48, 3), 20 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def test_an_address_is_read_without_a_file(tmp_path):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *given):
+            pass
+
+    write_film(tmp_path / "film.mkv", 9)
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}"
+            source = LiveSource(f"{address}/film.mkv")
+            assert source.is_paced  # it would drop frames, not wait
+            assert source.fps == pytest.approx(25)
+            frames = list(source)
+            source.close()
+            with pytest.raises(UserError, match=r"none\.mkv: cannot be opened") as error:
+                LiveSource(f"{address}/none.mkv")
+        finally:
+            server.shutdown()
+    assert len(str(error.value).splitlines()) == 1
+    assert [frame.index for frame in frames] == list(range(9))
+    assert [frame.time for frame in frames] == pytest.approx([i / 25 for i in range(9)], abs=1e-3)
+    # JPEG of one colour, in limited chroma
+    assert all(abs(frame.image.astype(int) - 20 * frame.index).max() < 4 for frame in frames)
+
+
+def test_an_open_file_is_read(tmp_path):
+    write_film(tmp_path / "film.mkv", 5)
+    with (tmp_path / "film.mkv").open("rb") as file:
+        source = LiveSource(file)
+        assert not source.is_paced
+        assert len(list(source)) == 5
+        source.close()

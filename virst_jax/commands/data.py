@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
@@ -160,10 +161,13 @@ def _sources(args: argparse.Namespace) -> list:
 
     if args.split or ALIASES.get(args.dataset, ("", ""))[1]:
         return [open_dataset(args.dataset, args.folder, split) for split in args.split or [""]]
-    sources, errors = [], []
+    sources: list[Any] = []
+    errors: list[UserError] = []
     for split in DATASETS[resolve(args.dataset)[0]].splits:
         try:
-            sources.append(open_dataset(args.dataset, args.folder, split))
+            source = open_dataset(args.dataset, args.folder, split)
+            if source.split not in [other.split for other in sources]:  # a folder without splits is that of training
+                sources.append(source)
         except UserError as error:
             errors.append(error)
     if not sources:

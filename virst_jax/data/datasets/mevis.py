@@ -56,7 +56,7 @@ def open_custom(root: Path, split: str) -> IndexedSource:
     """
     folder = root / split if split else root
     if split == "train" and not folder.is_dir():
-        folder = root
+        folder, split = root, ""
     if (folder / plain.TABLE).is_file():
         return plain.open_plain("custom", folder, split)
     return open_layout("custom", folder, split, (*META, *META_V2, plain.TABLE))
