@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
                 atomic.write_json(args.json, results)
             if report:
                 sections.append(report.case_section(case, checks, seconds))
-                report.write_page(args.report, f"Parity of {folder.name}", sections, _conclusion(results)[0])
+                report.write_page(args.report, f"Parity: the cases of {folder.name}", sections, _conclusion(results)[0])
     conclusion, failed = _conclusion(results)
     console.print(conclusion)
     return 1 if failed else 0

@@ -24,6 +24,7 @@ from .recording.checkout import build_network, load_tokenizer, open_checkout
 from .recording.inputs import from_like, read_like
 from .recording.run import prepare
 from .recording.state import Rule
+from .recording.versions import versions
 
 ENDS = (151645, 151643)  # <|im_end|>, <|endoftext|>
 TAKEN = ("config", "n_frames", "sam_idx", "hw", "t_vlm", "manifest", "video", "clip", "vlm_idx", "video_salt", "labels")
@@ -87,7 +88,13 @@ def run(args: argparse.Namespace) -> int:
             answer = run_answer(network.virst, inputs.images_clip, prompt, args.tokens, ENDS, args.device)
     name = f"chat_{args.case.stem.removeprefix('e2e_')}"
     facts: dict[str, Any] = {key: like.facts[key] for key in TAKEN if key in like.facts}
-    facts |= {"case": name, "salt": like.facts.get("salt"), "state": network.state, "dtype": args.dtype}
+    facts |= {
+        "case": name,
+        "salt": like.facts.get("salt"),
+        "state": network.state,
+        "dtype": args.dtype,
+        "versions": versions(),
+    }
     # the rule's clip is named by the case that it was made for
     facts["clip"] = inputs.clip
     facts |= {"prompt_ids": prompt, "answer_ids": answer.tokens, "question": args.question}

@@ -9,11 +9,9 @@ torchvision and PyAV; JAX is not needed.
 import argparse
 import contextlib
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from .recording.checkout import Release, open_checkout
 from .recording.clips import KINDS, write_clip
 from .recording.stubs import require
 from .recording.texts import make_texts
+from .recording.versions import versions
 from .targets import ellipse_masks, scaled_ellipse
 from .weights_rule import make_input, make_video
 
@@ -89,15 +88,7 @@ def run(args: argparse.Namespace) -> int:
 def _write(folder: Path, name: str, facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write_npz(folder / f"{name}.npz", arrays, compressed=True)
-    atomic.write_json(folder / f"{name}.json", facts | {"versions": _versions()})
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "transformers", "tokenizers", "decord", "av", "pillow", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    atomic.write_json(folder / f"{name}.json", facts | {"versions": versions()})
 
 
 def record_reading(release: Release, folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -6,9 +6,7 @@ Needs torch, torchvision and sam2 (`SAM2_BUILD_CUDA=0 pip install sam2==1.1.0`),
 """
 
 import argparse
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from virst_jax.io import atomic
 
 from .recording.sam2 import BLOCK_GRID, CONFIGS, IMAGE_SIZE, build, run_blocks, run_images, run_video, video_of
 from .recording.stubs import require
+from .recording.versions import versions
 
 SALT = 1
 BLOCKS = {"tiny": [3, 5], "small": [3, 7], "base_plus": [5, 12], "large": [8, 23]}  # the third stage's first; a global
@@ -68,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """
     require("torchvision", "sam2")
     args.out.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version()} | {name: version(name) for name in ("sam2", "torch", "numpy")}
-    common: dict[str, Any] = {"salt": SALT, "versions": versions}
+    common: dict[str, Any] = {"salt": SALT, "versions": versions()}
     for size in args.size:
         predictor, manifest = build(size, SALT)
         sized: dict[str, Any] = common | {"size": size, "image_size": IMAGE_SIZE, "manifest": manifest}

@@ -8,7 +8,6 @@ Runs in the Python environment of the release (torch, no JAX). The parameters ar
 import argparse
 import contextlib
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from virst_jax.io.json_files import read_json
 from .recording.checkout import Release, build_network, open_checkout
 from .recording.state import Rule
 from .recording.training import run_batch, run_curve, run_training
+from .recording.versions import versions
 from .targets import KEPT, ellipse_masks
 
 GRADIENTS = ".gradients.npz"  # behind the name of a train_loss case
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             with release.blaming("its training fails"):
                 losses = run_batch(release, virst, facts)
             path = args.out / args.case.name
-            atomic.write_json(path, facts | {"losses": losses, "versions": _versions()})
+            atomic.write_json(path, facts | {"losses": losses, "versions": versions()})
         else:
             with release.blaming("its training fails"):
                 curve = run_curve(virst, facts)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
                 arrays |= {f"{step}/{key}": value for key, value in parameters.items()}
             path = args.out / f"{name}.npz"
             atomic.write_npz(path, arrays, compressed=True)
-            atomic.write_json(args.out / args.case.name, facts | {"versions": _versions()})
+            atomic.write_json(args.out / args.case.name, facts | {"versions": versions()})
         print(path, file=printed)
     return 0
 
@@ -122,16 +122,3 @@ def _network(release: Release, facts: dict[str, Any]) -> Any:
         attention="eager",
     )
     return network.virst
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    import torch
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }

@@ -64,9 +64,8 @@ def case_section(case: Case, checks: Iterable[Check], seconds: float) -> Section
         )
     frames = [detail for detail in case.details if detail.frames is not None]
     if frames:
-        section.illustrations.append(
-            Illustration(_along_frames(frames), "error along the frames, or along the tokens of an answer")
-        )
+        step = "token" if case.name.startswith("chat_") else "frame"
+        section.illustrations.append(Illustration(_along_frames(frames, step), f"error along the {step}s"))
     for detail in case.details:
         section.illustrations += [
             Illustration(
@@ -148,13 +147,13 @@ def _histograms(details: Sequence[Detail]) -> str:
     return _png(figure)
 
 
-def _along_frames(details: Sequence[Detail]) -> str:
+def _along_frames(details: Sequence[Detail], step: str) -> str:
     figure = Figure(figsize=(9, 3), layout="constrained")
     axis = figure.subplots()
     for detail in details:
         assert detail.frames is not None
         axis.plot(np.maximum(detail.frames, 1e-9), marker=".", label=detail.output)
-    axis.set(yscale="log", xlabel="frame", ylabel="relative L2 error")
+    axis.set(yscale="log", xlabel=step, ylabel="relative L2 error")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)

@@ -122,13 +122,11 @@ def test_another_salt_fails(tmp_path):
 @pytest.mark.heavy
 def test_another_prompt_fails(tmp_path):
     """A click that is read as one beside the object."""
-    copy_case("sam2_video_large", tmp_path)
-    meta = json.loads((tmp_path / "sam2_video_large.json").read_text())
-    meta["operations"] = meta["operations"][:1]
-    meta["operations"][0]["labels"] = [0]
-    (tmp_path / "sam2_video_large.json").write_text(json.dumps(meta))
-    found = failures("sam2_video_large", tmp_path)
-    assert len(found) == 3, found
+    copy_case("sam2_image_large", tmp_path)
+    meta = json.loads((tmp_path / "sam2_image_large.json").read_text())
+    meta["prompts"][0]["labels"] = [0]
+    (tmp_path / "sam2_image_large.json").write_text(json.dumps(meta))
+    assert len(failures("sam2_image_large", tmp_path)) == 2
 
 
 def test_memories_are_thinned_once():
