@@ -276,3 +276,39 @@ def test_a_step_is_compiled_and_predicted():
         )
     assert report.prediction is not None
     assert 0.9 < 2 * size**3 / 197e12 / report.prediction.slow.category(PRODUCTS) < 1
+
+
+STACKED = """HloModule m, is_scheduled=true
+
+%slices (w: bf16[28,1024,1024], i: s32[]) -> bf16[1024,1024] {
+  %w = bf16[28,1024,1024]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %s = bf16[1,1024,1024]{2,1,0} dynamic-slice(%w, %i, %z, %z), dynamic_slice_sizes={1,1024,1024}
+  ROOT %b = bf16[1024,1024]{1,0} bitcast(%s)
+}
+
+%product (x: bf16[1024,1024], v: bf16[28,1024,1024], j: s32[]) -> bf16[1024,1024] {
+  %x = bf16[1024,1024]{1,0:S(1)} parameter(0)
+  %v = bf16[28,1024,1024]{2,1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %same = bf16[28,1024,1024]{2,1,0} bitcast(%v)
+  %one = bf16[1024,1024]{1,0} fusion(%same, %j), kind=kLoop, calls=%slices
+  ROOT %c = bf16[1024,1024]{1,0:S(1)} convolution(%x, %one), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[1024,1024], v: bf16[28,1024,1024], j: s32[]) -> bf16[1024,1024] {
+  %x = bf16[1024,1024]{1,0:S(1)} parameter(0)
+  %v = bf16[28,1024,1024]{2,1,0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %f = bf16[1024,1024]{1,0:S(1)} fusion(%x, %v, %j), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"9"}
+}
+"""  # noqa: E501
+
+
+def test_a_product_reads_one_layer_of_stacked_weights():
+    schedule = Schedule(STACKED, PEAKS["v5e"], Fabric.of("v5e:1x1"))
+    product = schedule.module.instructions["main"]["f"]
+    hbm, fast = schedule.moved(product, "main")
+    assert hbm == pytest.approx(2 * MIB + 4)  # the slice, and its number
+    assert fast == 2 * 2 * MIB  # read from and written to fast memory

@@ -124,20 +124,37 @@ class Schedule:
         return [(array, array.size) for array in one.result]
 
     def _read(self, result: tuple[Array, ...], place: int, inner: dict[str, Instruction]) -> list[tuple[Array, float]]:
-        parameter = next((x.name for x in inner.values() if f" parameter({place})" in x.line), None)
-        if parameter is None:
+        read = self._part_read(inner, place)
+        if read is None:
             return [(array, array.size) for array in result]
-        total = 0.0
-        for user in inner.values():
-            if parameter not in user.operands:
-                continue
-            if user.opcode in _TAKES_PART and user.operands[0] == parameter:
-                total += sum(array.size for array in user.result)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter:
-                continue  # what is not overwritten stays
-            else:
-                return [(array, array.size) for array in result]
-        return [(array, total if i == 0 else 0.0) for i, array in enumerate(result)]
+        return [(array, min(read, array.size) if i == 0 else 0.0) for i, array in enumerate(result)]
+
+    def _part_read(self, inner: dict[str, Instruction], place: int) -> float | None:
+        """Bytes that a computation reads of a parameter of which it takes slices; None: it reads all of it."""
+        names = [one.name for one in inner.values() if f" parameter({place})" in one.line]
+        total, found = 0.0, False
+        while names:
+            name = names.pop()
+            for user in inner.values():
+                if name not in user.operands:
+                    continue
+                found = True
+                if user.opcode in _TAKES_PART and user.operands[0] == name:
+                    total += sum(array.size for array in user.result)
+                elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                    continue  # what is not overwritten stays
+                elif user.opcode == "bitcast":
+                    names.append(user.name)
+                elif user.opcode == "fusion":  # stacked weights are sliced within the product that takes them
+                    called = self.module.instructions.get(next(iter(_calls(user)), ""), {})
+                    for index, operand in enumerate(user.operands):
+                        part = self._part_read(called, index) if operand == name else 0.0
+                        if part is None:
+                            return None
+                        total += part
+                else:
+                    return None
+        return total if found else None
 
 
 def _sum(sizes: Iterable[tuple[Array, float]], on_chip: bool) -> float:
