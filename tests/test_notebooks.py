@@ -36,6 +36,7 @@ def test_there_are_notebooks():
     assert {path.stem for path in NOTEBOOKS} == {"quickstart", "correct_by_clicks", "convert_and_check"}
 
 
+@pytest.mark.heavy
 def test_convert_and_check(tmp_path):
     """On a checkpoint in the release's three files."""
     from helpers.small_checkpoint import small, write_checkpoint
