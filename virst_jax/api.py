@@ -30,7 +30,7 @@ from virst_jax.inference.live import EVERY, ROOM, LiveOptions, LiveStream
 from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed, check_options
 from virst_jax.inference.results import FrameMasks, Segmentation, read_result
 from virst_jax.inference.resume import State
-from virst_jax.inference.session import BUDGET
+from virst_jax.inference.session import BUDGET, HOST_BUDGET
 from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import SegmentationStream
 from virst_jax.inference.survey import Progress, Survey
@@ -99,13 +99,13 @@ def load(
     cfg = model_folder.read_config(folder)
     # before the parameters, which take long
     tokenizer = load_tokenizer(folder / model_folder.TOKENIZER, cfg.seg_token_id)
-    shardings, context = _placement(cfg, mesh, device)
+    shardings, context = find_placement(cfg, mesh, device)
     keep_compiled(compilation_cache)
     cfg, params = model_folder.load_model(folder, dtype, shardings, check=check)
     return Model(cfg, params, tokenizer, name=str(path), dtype=dtype, context=context, answers=not is_small(folder))
 
 
-def _placement(
+def find_placement(
     cfg: VirstConfig, mesh: jax.sharding.Mesh | None, device: str | jax.Device | None
 ) -> tuple[PyTree, Context | None]:
     """Where the parameters go, and the context in which to compute with them; None, None: JAX's default."""
@@ -380,6 +380,7 @@ class Model:
         seed: Seed = 0,
         exclusive: bool = False,
         budget: int = BUDGET,
+        host_budget: int = HOST_BUDGET,
     ) -> TextSession:
         """Begins a session on a video: objects by sentences, clicks, boxes and masks, corrected on any frame.
 
@@ -394,6 +395,8 @@ class Model:
           video, fps, seed: as of `segment`.
           exclusive: masks of different objects do not overlap.
           budget: bytes of frames' features to keep on the device, so that no frame is encoded twice while they suffice.
+          host_budget: bytes of masks and memories of tracked frames to keep in the host's memory; the rest goes to a
+            temporary file.
 
         Raises:
           UserError: a video that cannot be read.
@@ -402,7 +405,9 @@ class Model:
         check_options(self.cfg, options)
         reader = open_video(video, fps=fps)
         options = dataclasses.replace(options, still=reader.still)
-        return TextSession(self.network, self.tokenizer, reader, options, exclusive=exclusive, budget=budget)
+        return TextSession(
+            self.network, self.tokenizer, reader, options, exclusive=exclusive, budget=budget, host_budget=host_budget
+        )
 
     def live(
         self,

@@ -44,7 +44,10 @@ def test_frames_are_encoded_once(told: TextSession) -> None:
     # the sampled ones when the sentences were read, the others while tracking
     assert sorted(told.features.kept) == list(range(COUNT))
     assert told.features.num_encoded < COUNT
-    assert told.num_bytes == sum(state.num_bytes for state in told._objects.values()) > 0
+    states = told._objects.values()
+    kept = {id(x): x.num_bytes for state in states for x in (*state.anchors.values(), *state.tracked.values())}
+    assert told.num_bytes == sum(kept.values()) > 0
+    assert told.num_bytes_on_disk == 0
 
 
 def test_a_correction_and_undo(told: TextSession) -> None:

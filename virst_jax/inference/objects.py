@@ -1,9 +1,7 @@
 """What a session keeps of every object, on the host: prompts, and the outcome of every frame.
 
-A frame of an object costs L*L*4 + S*D*2 + C*4 bytes: at SAM 2.1's size 0.77 MB.
-
 Axes: O objects, A anchor slots, R remembered frames, P remembered pointers, S positions of the feature grid, C width,
-D memory width, L mask side.
+D memory width.
 """
 
 import dataclasses
@@ -14,23 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from virst_jax.config import Sam2Config
+from virst_jax.inference.outcomes import Outcome
 from virst_jax.inference.prompts import Prompt
 from virst_jax.models.sam2.prompted import NO_FRAME, ObjectAnchors, ObjectBank
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """One object on one frame."""
-
-    low_res: np.ndarray  # float32[L, L], logits
-    pointer: np.ndarray  # [C]
-    memory: np.ndarray  # [S, D]
-    score: float  # logit: the object is there where it is above 0
-    iou: float  # predicted
-
-    @property
-    def num_bytes(self) -> int:
-        return self.low_res.nbytes + self.pointer.nbytes + self.memory.nbytes
 
 
 @dataclass
@@ -95,10 +79,6 @@ class ObjectState:
         """All that are kept, each once."""
         kept = (*self.anchors.values(), *self.settled.values(), *self.tracked.values())
         return list({id(outcome): outcome for outcome in kept}.values())
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(outcome.num_bytes for outcome in self.outcomes())
 
 
 def gather_anchors(objects: Sequence[ObjectState]) -> ObjectAnchors:

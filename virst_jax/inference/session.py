@@ -26,7 +26,8 @@ import numpy as np
 from virst_jax.errors import UserError
 from virst_jax.inference import objects as store
 from virst_jax.inference.frame_features import FrameFeatures
-from virst_jax.inference.objects import ObjectState, Outcome
+from virst_jax.inference.objects import ObjectState
+from virst_jax.inference.outcomes import Outcome, OutcomeStore
 from virst_jax.inference.prompts import Clicks, Prompt, check_clicks, check_mask, mask_for_network
 from virst_jax.inference.tiles import MaskTiles
 from virst_jax.inference.tracker_steps import Past, TrackerNetwork
@@ -34,7 +35,8 @@ from virst_jax.io.video import Reader
 from virst_jax.models.sam2.sam2 import NO_OBJECT_LOGIT
 from virst_jax.models.sam2.tracker import Tracked
 
-BUDGET = 2 * 2**30  # bytes of frames' features that a session keeps
+BUDGET = 2 * 2**30  # bytes of frames' features that a session keeps on the device
+HOST_BUDGET = 4 * 2**30  # bytes of frames' outcomes that a session keeps in the host's memory
 UNDO_STEPS = 32
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -75,7 +77,9 @@ class Session:
       exclusive: masks do not overlap: a pixel belongs to the object with the largest logit.
       keep_previous: clicks on a frame that has a mask are read together with it, as SAM 2 does.
       budget: bytes of frames' features that are kept on the device, so that no frame is encoded twice while they
-        suffice. The outcomes of tracked frames are kept beside it, on the host: `num_bytes` says how much.
+        suffice.
+      host_budget: bytes of the outcomes of tracked frames, those that `undo` needs among them, that are kept in the
+        host's memory; the rest lies in a temporary file. See `num_bytes` and `num_bytes_on_disk`.
       batch: frames that are encoded at a time.
       chunk: frames that are tracked in one call.
       group_size: objects that are tracked in one call, a power of two.
@@ -93,17 +97,20 @@ class Session:
         exclusive: bool = False,
         keep_previous: bool = True,
         budget: int = BUDGET,
+        host_budget: int = HOST_BUDGET,
         batch: int = 1,
         chunk: int = 4,
         group_size: int = 8,
     ):
-        if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 0:
-            raise UserError(f"the budget is {budget!r}; give a number of bytes")
+        for name, value in (("budget", budget), ("host_budget", host_budget)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+                raise UserError(f"the {name} is {value!r}; give a number of bytes")
         self.network, self.reader = network, reader
         self.exclusive, self.keep_previous = bool(exclusive), keep_previous
         self.chunk, self.group_size = chunk, group_size
         self.num_frames = reader.num_frames
         self.features = FrameFeatures(network, reader, int(budget), batch)
+        self._store = OutcomeStore(int(host_budget))
         self._objects: dict[int, ObjectState] = {}
         self._past: collections.deque[dict[int, ObjectState]] = collections.deque(maxlen=UNDO_STEPS)
         self._tiles = MaskTiles(reader.size, network.tracker_cfg.low_res_size)
@@ -134,8 +141,13 @@ class Session:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of host memory that the outcomes of frames take now, those that `undo` needs left out."""
-        return sum(state.num_bytes for state in self._objects.values())
+        """Bytes of host memory that the outcomes of frames take now, those that `undo` needs among them."""
+        return self._store.num_bytes
+
+    @property
+    def num_bytes_on_disk(self) -> int:
+        """Bytes of the temporary file with the outcomes that `host_budget` has no room for."""
+        return self._store.num_bytes_on_disk
 
     @property
     def num_undo(self) -> int:
@@ -384,6 +396,8 @@ class Session:
                         if number not in state.anchors:
                             state.tracked[number] = outcome
                         state.backward[number] = sign < 0
+                for outcome in (outcome for found in outcomes for outcome in found):
+                    self._store.keep(outcome)
                 yield from self._shown(numbers, states, [[s.on(n) for s in states] for n in numbers])
 
     def _padded(self, group: list[ObjectState]) -> list[ObjectState]:
@@ -407,7 +421,7 @@ class Session:
 
     def _set_anchor(self, state: ObjectState, frame: int, prompt: Prompt, outcome: Outcome) -> None:
         state.prompts[frame] = prompt
-        state.anchors[frame] = outcome
+        state.anchors[frame] = self._store.keep(outcome)
         self._objects[state.object_id] = state
 
     def _shown(
@@ -481,15 +495,16 @@ def _outcomes(out: Tracked) -> list[Outcome]:
     """Of one frame, by object."""
     got: Tracked = jax.device_get(out)
     p = got.prediction
-    low_res, pointer, memory = (np.asarray(x) for x in (p.low_res, p.pointer, got.memory))
+    arrays = [np.asarray(x) for x in (p.low_res, p.pointer, got.memory)]
+    # each owns its arrays: one object's may go to the file while another's stay
     return [
-        Outcome(low_res[i], pointer[i], memory[i], float(p.object_score[i]), float(p.iou[i]))
-        for i in range(len(low_res))
+        Outcome(low_res.copy(), pointer.copy(), memory.copy(), float(p.object_score[i]), float(p.iou[i]))
+        for i, (low_res, pointer, memory) in enumerate(zip(*arrays))
     ]
 
 
 def _by_frame(out: Tracked, frames: int, count: int) -> list[list[Outcome]]:
-    """Of a chunk of frames, the first `count` objects; each outcome owns its arrays."""
+    """Of a chunk of frames, the first `count` objects."""
     got: Tracked = jax.device_get(out)
-    per_frame = [jax.tree.map(lambda x, t=t: x[t, :count].copy(), got) for t in range(frames)]
+    per_frame = [jax.tree.map(lambda x, t=t: x[t, :count], got) for t in range(frames)]
     return [_outcomes(tracked) for tracked in per_frame]

@@ -11,7 +11,8 @@ import numpy as np
 
 from virst_jax.data.prompts import Tokenizer
 from virst_jax.errors import UserError
-from virst_jax.inference.objects import ObjectState, Outcome
+from virst_jax.inference.objects import ObjectState
+from virst_jax.inference.outcomes import Outcome
 from virst_jax.inference.plan import Options
 from virst_jax.inference.prompts import Sentence
 from virst_jax.inference.session import Progress, Session
@@ -68,6 +69,8 @@ class TextSession(Session):
                 outcomes = [anchors for batch in stream.batches for anchors in _anchors(batch)]
             for object_id, text, anchors in zip(numbers, stream.expressions, outcomes):
                 prompts = dict.fromkeys(anchors, Sentence(text))
+                for outcome in anchors.values():
+                    self._store.keep(outcome)
                 self._objects[object_id] = ObjectState(object_id, text, True, dict(prompts), anchors)
         return numbers
 
@@ -91,9 +94,9 @@ def _anchors(batch: ExpressionBatch) -> list[dict[int, Outcome]]:
     return [
         {
             int(anchors.frames[a]): Outcome(
-                p.low_res[a, i],
-                p.pointer[a, i],
-                anchors.memory[a, i],
+                p.low_res[a, i].copy(),
+                p.pointer[a, i].copy(),
+                anchors.memory[a, i].copy(),
                 float(p.object_score[a, i]),
                 float(p.iou[a, i]),
             )
