@@ -10,12 +10,14 @@ import pytest
 from PIL import Image
 
 from helpers.network import CFG, params
-from virst_jax import cli
-from virst_jax.commands import track
+from virst_jax import cli, load_tracker
+from virst_jax.commands import segment_results, track
 from virst_jax.errors import UserError
+from virst_jax.inference.automatic import AutomaticOptions
 from virst_jax.io import model_folder, tracker_folder
 
 FRAMES, HEIGHT, WIDTH = 5, 24, 32
+THRESHOLDS = {"iou_threshold": 0.0, "stability_threshold": 0.0, "overlap_threshold": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,37 @@ def test_a_point_and_a_mask(tracker: Path, video: Path, tmp_path: Path, capsys: 
     assert "exists already" in capsys.readouterr().err
 
 
+def test_everything_in_an_image(
+    tracker: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask for each of what `find_masks` finds, its figures beside it, and an export of it."""
+    found = load_tracker(tracker).find_masks(video / "00000.png", AutomaticOptions(points_per_side=2, **THRESHOLDS))
+    assert len(found) > 1
+    out = tmp_path / "out"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in THRESHOLDS.items()]
+    arguments = ["track", str(video / "00000.png"), "--model", str(tracker), "--everything", "--points-per-side", "2"]
+    assert cli.main([*arguments, *options, "--out", str(out), "--quiet"]) == 0
+    assert f"'object {len(found)}': found in 1 of 1 frames" in capsys.readouterr().out
+    result = json.loads((out / "result.json").read_text())
+    assert result["prompts"] == [["everything", ""]]
+    assert [x["object_id"] for x in result["objects"]] == list(range(1, len(found) + 1))
+    for record, mask in zip(result["objects"], found):
+        assert (read(out / record["folder"] / f"{result['frame_names'][0]}.png") == mask.mask).all()
+        assert record["areas"] == [mask.area]
+        assert record["predicted_iou"] == pytest.approx(mask.predicted_iou, abs=1e-4)
+        assert record["point"] == pytest.approx(mask.point, abs=1e-2)
+    coco = tmp_path / "coco"
+    assert cli.main(["export", str(out), "--format", "coco", "--out", str(coco)]) == 0
+    assert len(json.loads((coco / "annotations.json").read_text())["annotations"]) == len(found)
+    # without names, where there are too many of them
+    with Image.open(out / "preview.png") as before:
+        height = before.height
+    monkeypatch.setattr(segment_results, "MOST_NAMED", 1)
+    assert cli.main([*arguments, *options, "--out", str(out), "--overwrite", "--quiet"]) == 0
+    with Image.open(out / "preview.png") as after:
+        assert after.height < height
+
+
 def test_prompts_hold_for_what_follows() -> None:
     texts, given = track.read_prompts(
         [
@@ -112,6 +145,16 @@ def test_prompts_that_are_none(prompts: list[tuple[str, Any]], message: str) -> 
         (["--box", "9,9,3,3"], "has no area"),
         (["--text", "the dog"], "reads no sentences"),
         (["--point", "1,1", "--start", "9"], "no frame 9"),
+        (["--everything"], "has 5 frames; --everything looks at one image"),
+        (["--everything", "--point", "1,1"], "--everything needs no prompt; leave out --point"),
+        (["--point", "1,1", "--crop-layers", "1"], "--crop-layers belongs to --everything"),
+        (["--everything", "--iou-threshold", "1.5"], "iou_threshold is 1.5"),
+        (["--point", "1,-1"], "outside of the frame"),
+        (["--negative", "nan,1"], "finite numbers"),
+        (["--box=-1,2,30,20"], "leaves the frame"),
+        (["--mask", "MASK"], "the mask is 8x8 pixels, the video 32x24"),
+        (["--frame", "-1", "--point", "1,1"], "no frame -1"),
+        (["--point", "1,1", "--first", "3", "--last", "2"], "frame"),
     ],
 )
 def test_bad_input_takes_one_line(
@@ -122,8 +165,16 @@ def test_bad_input_takes_one_line(
     arguments: list[str],
     message: str,
 ) -> None:
-    out = tmp_path / "out"
+    """And an earlier result stays as it is."""
+    out, other = tmp_path / "out", tmp_path / "other.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(other)
+    arguments = [str(other) if x == "MASK" else x for x in arguments]
+    (out / "01-object-1").mkdir(parents=True)
+    for file in (out / "result.json", out / "01-object-1" / "00000.png"):
+        file.write_text("{}")
+    arguments = [*arguments, "--overwrite"]
     assert cli.main(["track", str(video), "--model", str(tracker), *arguments, "--out", str(out), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert (out / "result.json").read_text() == (out / "01-object-1" / "00000.png").read_text() == "{}"

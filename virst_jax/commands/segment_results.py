@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OVERLAY, PREVIEW = "overlay.mp4", "preview.png"
 SHEET_FRAMES = 8
+MOST_NAMED = 24  # objects in a legend: the names of more would hide the images
 
 
 def is_there(out: Path, result: Mapping[str, Any]) -> bool:
@@ -78,9 +79,10 @@ class Images:
         from virst_jax.io import visualize
         from virst_jax.io.video import VideoWriter
 
-        self._visualize, self._out, self._expressions = visualize, out, expressions
+        self._visualize, self._out = visualize, out
+        self._named = expressions if len(expressions) <= MOST_NAMED else ()
         self._names, self._times = list(reader.frame_names), reader.times_of(range(reader.num_frames))
-        self._strip = visualize.legend(expressions, reader.size[1])[: None if legend else 0]
+        self._strip = visualize.legend(self._named, reader.size[1])[: None if legend and self._named else 0]
         size = (reader.size[0] + len(self._strip), reader.size[1])
         last = len(self._names) - 1
         self._shown = {round(i * last / max(1, SHEET_FRAMES - 1)) for i in range(SHEET_FRAMES)}
@@ -115,7 +117,7 @@ class Images:
         self.lacking = self._video.sound_fault
         labels = [_label(self._names[i], None if self._times is None else self._times[i]) for i in sorted(self._shown)]
         with atomic.new_file(self._out / PREVIEW) as file:
-            sheet = self._visualize.contact_sheet(self._sheet, labels, self._expressions)
+            sheet = self._visualize.contact_sheet(self._sheet, labels, self._named)
             Image.fromarray(sheet).save(file, format="PNG")
 
 

@@ -8,24 +8,28 @@ import argparse
 import contextlib
 import importlib.metadata
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from virst_jax.commands import _common, interrupt, segment, segment_results
+from virst_jax.commands import _common, everything, interrupt, segment, segment_results
 from virst_jax.commands.progress import Progress
 from virst_jax.commands.segment_run import RESULT, SETTINGS, STATE, claimed, clear_folder, slug, write_mask
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, small_model
 
 if TYPE_CHECKING:
+    from virst_jax.inference.automatic import AutomaticOptions
     from virst_jax.inference.session import Session
     from virst_jax.io.reader import Reader
 
 HELP = """Track objects through a video, or segment them in an image, from points, boxes and masks.
+
+With --everything, the objects of an image are found without any of these: a grid of clicks is tried, and the masks
+that are good, stable and different are kept, the surest first.
 
 --object and --frame hold for the prompts behind them, until they are given again; without them, prompts are for object
 1 and frame 0. Several prompts of an object on one frame are read together. Coordinates are pixels of the video,
@@ -36,7 +40,8 @@ EXAMPLES = """examples:
   virst track dog.mp4 --model sam2_large --point 120,340 --object 2 --frame 30 --box 10,20,200,180 --out masks
   virst track dog.mp4 --model sam2_large --mask first.png --frame 12 --out masks
   virst track dog.mp4 --model virst_7b --text "the dog" --object 1 --frame 40 --negative 300,80 --out masks
-  virst track photo.jpg --model sam2_large --box 10,20,200,180 --out masks"""
+  virst track photo.jpg --model sam2_large --box 10,20,200,180 --out masks
+  virst track photo.jpg --model sam2_large --everything --crop-layers 1 --out masks"""
 
 
 @dataclass
@@ -76,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts.add_argument("--mask", type=Path, metavar="FILE", help="an image of the object's mask", **prompt)
     prompts.add_argument("--text", metavar="SENTENCE", help="a sentence that begins an object (VIRST models)", **prompt)
     parser.set_defaults(prompts=[])
+    everything.add_arguments(parser)
     parser.add_argument("--start", type=int, metavar="N", help="where tracking begins (default: the first prompt)")
     parser.add_argument("--direction", choices=["forward", "backward", "both"], default="both", help="(default: both)")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="first frame of the range (default: 0)")
@@ -93,7 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from virst_jax.io.video import open_video
 
-    texts, given = read_prompts(args.prompts)
+    options = everything.read_options(args)
+    texts, given = read_prompts(args.prompts) if options is None else ({}, {})
     reader = open_video(args.video, fps=args.fps, allow_damaged=args.allow_damaged)
     atomic.check_writable(args.out)
     small = small_model.is_small(args.model)
@@ -105,8 +112,11 @@ def run(args: argparse.Namespace) -> int:
                 _common.tell(f"note: {note}")
         progress("load the model", 0, 0)
         session = open_session(args, reader)
-        _add_prompts(session, texts, given, progress)
-        result = _track(args, session, notes, progress)
+        if options is None:
+            _add_prompts(session, texts, given, progress)
+            result = _track(args, session, notes, progress)
+        else:
+            result = _find(args, session, options, notes, progress)
     segment.report(args, result)
     return 0
 
@@ -132,7 +142,9 @@ def read_prompts(prompts: Sequence[tuple[str, Any]]) -> tuple[dict[int, str], di
         else:
             _add_given(given.setdefault((object_id, frame), Given()), kind, value, f"object {object_id}, frame {frame}")
     if not texts and not given:
-        raise UserError("no prompt was given; add --point X,Y, --box X0,Y0,X1,Y1, --mask FILE or --text SENTENCE")
+        raise UserError(
+            "no prompt was given; add --point X,Y, --box X0,Y0,X1,Y1, --mask FILE or --text SENTENCE, or --everything"
+        )
     return texts, given
 
 
@@ -197,42 +209,108 @@ def _add_prompts(
             session.add_points(object_id, frame, what.points or None, what.labels or None, box=what.box)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """What the result says of an object beside its masks."""
+
+    object_id: int
+    label: str
+    scores: np.ndarray  # float32[T], nan: unknown
+    more: Mapping[str, Any]
+
+    def folder(self, out: Path) -> Path:
+        return out / f"{self.object_id:02d}-{slug(self.label)}"
+
+
 def _track(args: argparse.Namespace, session: "Session", notes: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """Tracks the objects of a session, and writes what was found."""
     reader, start = session.reader, time.perf_counter()
     passed = session.propagate(
         args.start, direction=args.direction, first=args.first, last=args.last, progress=progress
     )
-    names, labels = list(reader.frame_names), session.labels
-    if args.overwrite:
-        clear_folder(args.out)
-    folders = [args.out / f"{object_id:02d}-{slug(label)}" for object_id, label in labels.items()]
-    for folder in folders:
-        folder.mkdir(exist_ok=True)
-    settings = {"video": segment.source_of(args.video), "prompts": [[k, str(v)] for k, v in args.prompts]}
-    (args.out / STATE).mkdir(exist_ok=True)
-    segment_results.write(args.out / STATE / SETTINGS, settings)
-    scores = np.full((len(labels), len(names)), np.nan, np.float32)
+    scores = np.full((len(session.labels), reader.num_frames), np.nan, np.float32)
+    objects = [
+        _Shown(object_id, label, row, {"anchors": list(session.anchors[object_id])})
+        for (object_id, label), row in zip(session.labels.items(), scores)
+    ]
+    _begin(args, objects)
     with contextlib.closing(passed):
         for shown in passed:
             interrupt.check()
             scores[:, shown.index] = shown.scores
-            _write(folders, names[shown.index], shown.masks)
-    for index in np.flatnonzero(np.isnan(scores).all(0)):
-        shown = session.masks(int(index))  # prompted outside of the range, or never reached
+            _write(args, objects, reader.frame_names[shown.index], shown.masks)
+    for index in np.flatnonzero(np.isnan(scores).all(0)).tolist():
+        shown = session.masks(index)  # prompted outside of the range, or never reached
         scores[:, index] = shown.scores
-        _write(folders, names[index], shown.masks)
-    tracked = time.perf_counter() - start
-    objects, lacking = segment_results.write_images(
-        reader, list(labels.values()), folders, args.out, legend=not args.no_legend, progress=progress
+        _write(args, objects, reader.frame_names[index], shown.masks)
+    return _finish(args, reader, objects, notes, time.perf_counter() - start, progress)
+
+
+def _find(
+    args: argparse.Namespace,
+    session: "Session",
+    options: "AutomaticOptions",
+    notes: Sequence[str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Finds everything in the image of a session, and writes it."""
+    reader, start = session.reader, time.perf_counter()
+    found = everything.find(session, options, progress)
+    objects = [
+        _Shown(number, f"object {number}", np.array([x.predicted_iou], np.float32), everything.described(x))
+        for number, x in enumerate(found, 1)
+    ]
+    _begin(args, objects)
+    _write(args, objects, reader.frame_names[0], [x.mask for x in found])
+    return _finish(args, reader, objects, notes, time.perf_counter() - start, progress)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    prompts = [[kind, str(value)] for kind, value in args.prompts]
+    return {"video": segment.source_of(args.video), "prompts": prompts or [["everything", ""]]}
+
+
+def _begin(args: argparse.Namespace, objects: Sequence[_Shown]) -> None:
+    """Makes the folders of the masks."""
+    if args.overwrite:
+        clear_folder(args.out)
+    for item in objects:
+        item.folder(args.out).mkdir(exist_ok=True)
+    (args.out / STATE).mkdir(exist_ok=True)
+    segment_results.write(args.out / STATE / SETTINGS, _settings(args))
+
+
+def _write(args: argparse.Namespace, objects: Sequence[_Shown], name: str, masks: Iterable[np.ndarray]) -> None:
+    for item, mask in zip(objects, masks, strict=True):
+        write_mask(item.folder(args.out) / f"{name}.png", mask)
+
+
+def _finish(
+    args: argparse.Namespace,
+    reader: "Reader",
+    objects: Sequence[_Shown],
+    notes: Sequence[str],
+    seconds: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Images of the masks that were written, and result.json."""
+    start, names, labels = time.perf_counter(), list(reader.frame_names), [item.label for item in objects]
+    records, lacking = segment_results.write_images(
+        reader,
+        labels,
+        [item.folder(args.out) for item in objects],
+        args.out,
+        legend=not args.no_legend,
+        progress=progress,
     )
-    for record, object_id, folder, row in zip(objects, labels, folders, scores):
-        rounded = [None if np.isnan(score) else round(float(score), 4) for score in row]
-        record.update(object_id=object_id, expression=labels[object_id], folder=folder.name, scores=rounded)
-        record["anchors"] = list(session.anchors[object_id])
+    for record, item in zip(records, objects):
+        rounded = [None if np.isnan(score) else round(float(score), 4) for score in item.scores]
+        record.update(object_id=item.object_id, expression=item.label, folder=item.folder(args.out).name)
+        record.update(scores=rounded, **item.more)
     times = reader.times_of(range(len(names)))
     result = {
-        **settings,
-        "expressions": list(labels.values()),
+        **_settings(args),
+        "expressions": labels,
         "model": {"name": args.model},
         "virst_jax": importlib.metadata.version("virst-jax"),
         "notes": [*notes, *filter(None, [lacking])],
@@ -243,14 +321,9 @@ def _track(args: argparse.Namespace, session: "Session", notes: Sequence[str], p
         "times": None if times is None else [round(t, 6) for t in times],
         "damaged_frames": list(reader.damaged),
         "cut": reader.is_cut,
-        "timings": {"track": round(tracked, 3), "total": round(time.perf_counter() - start, 3)},
+        "timings": {"track": round(seconds, 3), "total": round(seconds + time.perf_counter() - start, 3)},
         "versions": _common.versions(args.device),
-        "objects": objects,
+        "objects": records,
     }
     segment_results.write(args.out / RESULT, result)
     return result
-
-
-def _write(folders: Sequence[Path], name: str, masks: np.ndarray) -> None:
-    for folder, mask in zip(folders, masks):
-        write_mask(folder / f"{name}.png", mask)
