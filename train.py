@@ -27,20 +27,20 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from virst_jax import cli
-from virst_jax.api import EMBEDDED, Model, find_model
+from virst_jax.api import EMBEDDED, Model, find_folder, find_model
 from virst_jax.commands import train as command
-from virst_jax.config import VirstConfig, get_preset
+from virst_jax.config import TrackerConfig, VirstConfig, get_preset
 from virst_jax.data.prompts import Tokenizer, load_tokenizer
 from virst_jax.data.samples import Source, Video
 from virst_jax.errors import UserError
 from virst_jax.evaluation.held_out import Segment
-from virst_jax.io import buckets, lock, model_folder, remote
+from virst_jax.io import buckets, lock, model_folder, remote, tracker_folder
 from virst_jax.models.virst import Virst
 from virst_jax.parallel import compiler_flags, processes, sharding
 from virst_jax.pretraining import tasks as _pretraining  # noqa: F401, adds its kinds of batch
 from virst_jax.pretraining.mimetic import mimic_attention
 from virst_jax.profiling.trace import Trace
-from virst_jax.training import dry_run, recipe
+from virst_jax.training import dry_run, folders, recipe
 from virst_jax.training.checkpoints import METRIC, TrainCheckpoints
 from virst_jax.training.evaluate import evaluate, held_out_videos
 from virst_jax.training.goodput import Goodput, open_goodput
@@ -49,7 +49,7 @@ from virst_jax.training.meter import Meter
 from virst_jax.training.start import Start, StateLayout
 from virst_jax.training.step import TrainState, make_train_step
 from virst_jax.training.streams import Stream, choose_stream, open_streams, stage_seed
-from virst_jax.training.tasks import Batch
+from virst_jax.training.tasks import Batch, check_kind
 from virst_jax.training.time_use import CHECKPOINT, COMPILE, DATA, EVALUATION, STEPS, TimeUse
 from virst_jax.training.tracking import open_tracker
 from virst_jax.types import PyTree
@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: "Place") -> None:
         goodput = open_goodput(config.get("goodput") or {}) if processes.is_main() else None
         for stage in stages:
             folder = workdir / stage.name
-            if not model_folder.is_whole(folder / EXPORT):
+            if not folders.is_whole(folder / EXPORT, run.cfg):
                 train_stage(run, stage, folder, remote.local_copy(start) if start else None, goodput=goodput)
             start = folder / EXPORT
             if goodput:
@@ -130,6 +130,8 @@ def open_run(config: ConfigDict) -> tuple["Run", Path | None]:
     if tokenizer.num_rows > cfg.llm.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.num_rows} tokens, the network {cfg.llm.vocab_size} rows")
     sharding.check_mesh(cfg, mesh)
+    for data in (data for stage in recipe.stages(config) for data in stage.data):
+        check_kind(cfg, data.batch.kind)
     return Run(config, cfg, tokenizer, tokenizer_folder, mesh, Segmenter(cfg, tokenizer)), start
 
 
@@ -149,12 +151,20 @@ def alone_in(workdir: "Place") -> Iterator[None]:
 
 def starting_point(config: ConfigDict) -> tuple[VirstConfig, Path | None, Path]:
     """The network, the model folder to start from (None: random parameters), and the tokenizer's folder."""
-    start = find_model(config.model.init) if config.model.init else None
-    base = model_folder.read_config(start) if start else get_preset(config.model.preset)
+    start = find_start(config.model.init) if config.model.init else None
+    base = folders.read_config(start) if start else get_preset(config.model.preset)
     cfg = recipe.network(base, config)
     if config.model.tokenizer:
         return cfg, start, remote.local_copy(config.model.tokenizer)
-    return cfg, start, (start or EMBEDDED["tiny"]) / model_folder.TOKENIZER
+    if start is None or isinstance(cfg, TrackerConfig):  # a tracker alone reads no text
+        return cfg, start, EMBEDDED["tiny"] / model_folder.TOKENIZER
+    return cfg, start, start / model_folder.TOKENIZER
+
+
+def find_start(name: str) -> Path:
+    """The folder of a model or of a tracker alone. Raises UserError: there is none."""
+    folder = find_folder(name)
+    return folder if tracker_folder.is_tracker(folder) else find_model(name)
 
 
 @dataclass(frozen=True)
@@ -264,7 +274,7 @@ def train_stage(
                     score(state, step + 1)
                 meter.restart()
             # what virst_jax.load and the next stage read
-            model_folder.save_model(folder / EXPORT, cfg, state.all_params(averaged=True), run.tokenizer_folder)
+            folders.save(folder / EXPORT, cfg, state.all_params(averaged=True), run.tokenizer_folder)
             use.lap("export")
             stop.check()
             return use

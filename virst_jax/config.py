@@ -180,6 +180,18 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class PromptLossConfig:
+    """Weights of the losses of training from prompts; the defaults are SAM 2's."""
+
+    focal: float = 20.0
+    focal_alpha: float = 0.25  # share of the pixels on the object; below 0: as many as there are
+    focal_gamma: float = 2.0  # 0, with alpha below 0: cross-entropy
+    dice: float = 1.0
+    iou: float = 1.0
+    score: float = 1.0
+
+
+@dataclass(frozen=True)
 class VirstConfig:
     name: str = "virst_7b"
     llm: QwenConfig = QwenConfig()
@@ -187,6 +199,7 @@ class VirstConfig:
     sam2: Sam2Config = Sam2Config()
     fusion: FusionConfig = FusionConfig()
     loss: LossConfig = LossConfig()
+    prompt_loss: PromptLossConfig = PromptLossConfig()
     compute: Compute = Compute()
     seg_token_id: int = 151646
     num_seg_tokens: int = 10
@@ -198,6 +211,13 @@ class VirstConfig:
     def max_anchors(self) -> int:
         """Anchor slots that a tracker needs at evaluation."""
         return max(1, self.max_seg_frames // self.frames_per_anchor)
+
+
+@dataclass(frozen=True)
+class TrackerConfig(VirstConfig):
+    """SAM 2.1 alone, in the place of a whole network: of the other parts' sizes nothing is built."""
+
+    name: str = "tracker"
 
 
 def virst_7b() -> VirstConfig:

@@ -1,18 +1,17 @@
 """SAM 2.1 alone, without language model: `load_tracker` loads one, and a session tracks what a person points at."""
 
 import contextlib
-import functools
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from virst_jax.api import DTYPES, Context, ImageLike, VideoLike, find_device, keep_compiled
-from virst_jax.config import Compute, Sam2Config
+from virst_jax.api import DTYPES, Context, ImageLike, VideoLike, find_placement, keep_compiled
+from virst_jax.config import Compute, Sam2Config, TrackerConfig
 from virst_jax.errors import UserError
 from virst_jax.inference.automatic import AutomaticOptions, ImageMask, Progress, find_masks
-from virst_jax.inference.session import BUDGET, Session
+from virst_jax.inference.session import BUDGET, HOST_BUDGET, Session
 from virst_jax.inference.tracker_steps import TrackerNetwork, TrackerSteps
 from virst_jax.io import arrays, tracker_folder
 from virst_jax.io.video import open_video
@@ -25,6 +24,7 @@ def load_tracker(
     path: str | os.PathLike[str],
     *,
     dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     device: str | jax.Device | None = None,
     compilation_cache: bool | str | os.PathLike[str] = True,
     check: bool = True,
@@ -35,7 +35,7 @@ def load_tracker(
       path: a folder that `virst convert --sam2 FILE.pt --out DIR` wrote.
       dtype: of parameters and activations, "float32" or "bfloat16"; None: parameters as stored, activations bfloat16 on
         accelerators if the parameters are, and float32 on CPUs.
-      device, compilation_cache, check: as of `virst_jax.load`.
+      mesh, device, compilation_cache, check: as of `virst_jax.load`.
 
     Raises:
       UserError: no such folder or device, or a broken folder.
@@ -45,14 +45,10 @@ def load_tracker(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: choose {' or '.join(DTYPES)}")
     folder = Path(path)
-    shapes = tracker_folder.parameter_shapes(tracker_folder.read_config(folder))
-    found = find_device(device)
+    shardings, context = find_placement(TrackerConfig(sam2=tracker_folder.read_config(folder)), mesh, device)
+    if shardings is not None:
+        shardings = shardings["sam2"]
     keep_compiled(compilation_cache)
-    shardings, context = None, None
-    if device is not None:
-        placed = jax.sharding.SingleDeviceSharding(found)
-        shardings = jax.tree.map(lambda _: placed, shapes)
-        context = functools.partial(jax.default_device, found)
     cfg, params = tracker_folder.load_tracker(folder, dtype, shardings, check=check)
     return TrackerModel(cfg, params, name=str(path), dtype=dtype, context=context)
 
@@ -93,7 +89,13 @@ class TrackerModel:
         return f"TrackerModel({self.name!r}, {count / 1e6:,.1f} M parameters, {self.dtype})"
 
     def session(
-        self, video: VideoLike, *, fps: float | None = None, exclusive: bool = False, budget: int = BUDGET
+        self,
+        video: VideoLike,
+        *,
+        fps: float | None = None,
+        exclusive: bool = False,
+        budget: int = BUDGET,
+        host_budget: int = HOST_BUDGET,
     ) -> Session:
         """Begins a session on a video: objects by clicks, boxes and masks, corrected on any frame.
 
@@ -105,13 +107,15 @@ class TrackerModel:
         Args:
           video, fps: as of `Model.segment`.
           exclusive: masks of different objects do not overlap.
-          budget: bytes of frames' features to keep on the device, so that no frame is encoded twice while they suffice.
+          budget, host_budget: as of `Model.session`.
 
         Raises:
           UserError: a video that cannot be read.
         """
         reader = open_video(video, fps=fps)
-        return Session(self.network, reader, exclusive=exclusive, budget=budget, batch=self.batch)
+        return Session(
+            self.network, reader, exclusive=exclusive, budget=budget, host_budget=host_budget, batch=self.batch
+        )
 
     def image_session(self, image: ImageLike, *, exclusive: bool = False) -> Session:
         """As `session`, of one image: a file, an array [H, W, 3] or a PIL image. Its frame has number 0.

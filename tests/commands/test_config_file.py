@@ -20,7 +20,7 @@ def parsed(command, *arguments: str) -> argparse.Namespace:
 
 
 def test_every_recipe_has_a_name():
-    assert config_file.recipes() == ["finetune", "stage1", "stage2", "stage3", "synthetic"]
+    assert config_file.recipes() == ["clicks", "finetune", "stage1", "stage2", "stage3", "synthetic"]
     for name in config_file.recipes():
         by_path = config_file.load(str(ROOT / "configs" / f"{name}.py"))
         assert config_file.load(name).to_dict() == by_path.to_dict()
@@ -84,7 +84,7 @@ def test_a_large_network_starts_from_a_model():
     ("given", "settings", "message"),
     [
         ("stage7", [], "stage7: no such config; did you mean stage"),
-        ("zzz", [], "zzz: no such config: give a Python file, or one of finetune, stage1,"),
+        ("zzz", [], "zzz: no such config: give a Python file, or one of clicks, finetune, stage1,"),
         ("nowhere/synthetik.py", [], "nowhere/synthetik.py: no such config; did you mean synthetic?"),
         ("synthetic", ["--config.sed=1"], "--config.sed: unknown key 'sed' in config; did you mean seed?"),
         ("stage1", ["--config.batch=1"], "--config.batch: unknown key 'batch' in config"),

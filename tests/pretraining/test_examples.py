@@ -37,7 +37,8 @@ def source(batch, **arguments):
 
 
 def test_every_kind_is_in_the_table():
-    assert {*PATCHES, *NAMED, *READ} | {"video", "image", "video_text", "image_text"} == set(TASKS)
+    core = {f"{sample}{what}" for sample in ("video", "image") for what in ("", "_text", "_prompted")}
+    assert {*PATCHES, *NAMED, *READ} | core == set(TASKS)
     register(TASKS["image_cells"])  # the same again
     with pytest.raises(ValueError, match="'image_cells' is registered already"):
         register(dataclasses.replace(TASKS["image_cells"], count_flops=pretraining_tasks.patch_flops))

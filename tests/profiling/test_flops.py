@@ -20,7 +20,8 @@ from virst_jax.pretraining.losses import CellBatch, NamedBatch, PatchBatch, cell
 from virst_jax.pretraining.tasks import cell_flops, named_flops, patch_flops
 from virst_jax.profiling import flops
 from virst_jax.training.losses import VideoBatch, video_losses
-from virst_jax.training.tasks import get_task, video_shape
+from virst_jax.training.prompted import PromptedBatch, prompted_loss
+from virst_jax.training.tasks import get_task, prompted_flops, video_shape
 
 S = jax.ShapeDtypeStruct
 
@@ -254,6 +255,26 @@ def test_step_of_what_is_named_agrees_with_xla():
     expected, measured = expected_and_counted(named_loss, named_flops, image, ("sam2/mask_decoder", "second_fusion"))
     assert "language model" not in expected.parts
     assert expected.model == pytest.approx(measured, rel=0.05)
+
+
+def test_step_of_what_is_prompted_agrees_with_xla():
+    """One prediction of an image: XLA counts the bodies of loops once."""
+    size, one = CFG.sam2.image_size, S((1,), jnp.int32)
+    image = PromptedBatch(
+        S((1, size, size, 3), jnp.uint8),
+        S((2, 1, size, size), bool),
+        object_valid=S((2,), bool),
+        first=one,
+        first_valid=S((1,), bool),
+        kinds=one,
+        corrected=S((0,), jnp.int32),
+        corrected_valid=S((0,), bool),
+        from_truth=S((1, 1), bool),
+        seed=S((), jnp.int32),
+    )
+    expected, measured = expected_and_counted(prompted_loss, prompted_flops, image, ("sam2/mask_decoder",))
+    assert {"memory attention", "memory encoder"} & set(expected.parts) == set()  # a still image needs none
+    assert computed(expected) == pytest.approx(measured, rel=0.08)
 
 
 def test_rematerialisation_costs_a_forward_pass():

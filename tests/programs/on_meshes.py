@@ -46,8 +46,10 @@ def run(program: Callable[[Mesh], tuple[Any, dict[str, Any]]]) -> None:
 
 def share(params: Any) -> float:
     """How much of a large kernel one device holds."""
-    llm = params.get("llm", params)
-    kernel = llm["layers"]["mlp"]["up_proj"]["kernel"]
+    if "llm" not in params and "sam2" in params:
+        kernel = params["sam2"]["memory_attention"]["layers"]["linear1"]["kernel"]
+    else:
+        kernel = params.get("llm", params)["layers"]["mlp"]["up_proj"]["kernel"]
     return kernel.addressable_shards[0].data.size / kernel.size
 
 

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 HELP = """Train a model by a recipe. The same command goes on where an earlier run stopped, or was killed.
 
-A recipe is one of the package (synthetic, stage1, stage2, stage3, finetune) or a Python file of your own; every value
-of it can be changed: --config.seed=3, --config.stage1.optim.learning_rate=1e-4."""
+A recipe is one of the package (synthetic, stage1, stage2, stage3, finetune, clicks) or a Python file of your own; every
+value of it can be changed: --config.seed=3, --config.stage1.optim.learning_rate=1e-4."""
 EXAMPLES = """examples:
   virst train --config=synthetic --workdir=runs/synthetic
   virst train --config=synthetic --dry-run                 does all of it run?
   virst train --config=finetune --workdir=runs/mine --config.model.init=virst_7b --config.data_root=my_videos
+  virst train --config=clicks --workdir=runs/clicks --config.model.init=sam2_large --config.data_root=my_videos
   virst train --config=stage1 --compile-only --topology=v5e:4x4
   virst train --config=stage1 --compile-only --topology=v5e:4x4 --effort=full     and how long will it take?"""
 

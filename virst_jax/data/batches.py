@@ -47,6 +47,15 @@ class BatchConfig:
     # label the positions after [SEG] with the words of the expression's answer, in place of the fixed sentence around
     # [SEG]: without this, a network of random weights takes long to depend on the expression
     name_targets: bool = False
+    # Of batches whose objects are prompted by clicks, boxes and masks; the defaults are SAM 2's. There `conversations`
+    # are objects, `seg_frames` frames, and `anchors` the most frames that have a first prompt.
+    max_stride: int = 1  # the most frames from one to the next
+    click_share: float = 0.5  # of the videos begin with clicks or boxes, the others with masks
+    box_share: float = 0.5  # of the former begin with boxes
+    corrected_frames: int = 2  # the most, with those of the first prompts
+    corrections: int = 7  # clicks of each
+    truth_share: float = 0.1  # of them lie on the object, whatever the mask looks like
+    central_share: float = 0.0  # of them lie in the middle of what is wrong, the others anywhere in it
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,22 @@ def save_model(path: "Place", cfg: VirstConfig, params: Params, tokenizer: Path 
     Raises:
       UserError: the folder exists or cannot be written, or `tokenizer` holds none.
     """
+
+    def describe(part: "Place", written: Params | None) -> None:
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, part / TOKENIZER)
+        write_description(part, cfg, written)
+
+    save_folder(path, params, describe)
+
+
+def save_folder(path: "Place", params: Params, describe: Callable[["Place", Params | None], None]) -> None:
+    """As `save_model`. describe: writes the rest into a folder, given what was written there; None: read it back."""
     with _new_folder(path) as part:
         write_parameters(part / PARAMS, params)  # every process its shards
         if processes.is_main():
-            if tokenizer is not None:
-                copy_tokenizer(tokenizer, part / TOKENIZER)
             # another process's shards are read back
-            write_description(part, cfg, params if jax.process_count() == 1 else None)
+            describe(part, params if jax.process_count() == 1 else None)
 
 
 @contextlib.contextmanager
@@ -125,16 +134,16 @@ def _new_folder(path: "Place") -> Iterator["Place"]:
     processes.barrier("folder there")
 
 
-def is_whole(path: "Place") -> bool:
-    """Whether there is a model folder.
+def is_whole(path: "Place", config: str = CONFIG) -> bool:
+    """Whether there is a model folder; `config` is the name of its config's file.
 
     Raises:
-      UserError: there is one without config.json, as several processes of an earlier version left it when killed.
+      UserError: there is one without that, as several processes of an earlier version left it when killed.
     """
     if buckets.is_bucket(path):
         return (path / digests.FILE).is_file()
-    if path.exists() and not (path / CONFIG).is_file():
-        raise UserError(f"{path}: is not a whole model ({CONFIG} is missing); remove it and run the same command again")
+    if path.exists() and not (path / config).is_file():
+        raise UserError(f"{path}: is not a whole model ({config} is missing); remove it and run the same command again")
     return path.exists()
 
 

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from virst_jax.config import VirstConfig
+from virst_jax.config import TrackerConfig, VirstConfig
 from virst_jax.models.layers import dense
 from virst_jax.models.projector import Projector
 from virst_jax.models.qwen2 import Qwen2
@@ -118,5 +118,12 @@ class Virst(nn.Module):
 
 @functools.lru_cache(maxsize=8)
 def boxed_shapes(cfg: VirstConfig) -> PyTree:
-    """Shape, dtype and logical axes of every parameter: jax.ShapeDtypeStructs in boxes of flax. Computes none."""
+    """Shape, dtype and logical axes of every parameter: jax.ShapeDtypeStructs in boxes of flax. Computes none.
+
+    Those of a TrackerConfig lie under "sam2", as in a whole network.
+    """
+    if isinstance(cfg, TrackerConfig):
+        image = jnp.zeros((cfg.sam2.image_size, cfg.sam2.image_size, 3))
+        sam = Sam2(cfg.sam2, cfg.compute)
+        return {"sam2": jax.eval_shape(lambda: sam.init(jax.random.key(0), image))["params"]}
     return jax.eval_shape(lambda: Virst(cfg).init(jax.random.key(0)))["params"]

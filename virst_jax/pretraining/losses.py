@@ -96,7 +96,7 @@ def cell_loss(cfg: VirstConfig, params: Params, batch: CellBatch, dropout_rng: j
       does.
     """
     tracker = Tracker(Sam2(cfg.sam2, cfg.compute))
-    features = encode_images(tracker, params, batch.frames)
+    features = encode_images(tracker.sam, params, batch.frames)
     cells = features.top.astype(jnp.float32).reshape(*batch.weights.shape, -1)
     loss, recall, _ = _word_loss(bind(cfg, params, None)(cell_logits, cells), batch)
     length = LENGTH_WEIGHT * jnp.square(jnp.log(jnp.square(cells).mean(-1) + 1e-6)).mean()
@@ -109,7 +109,7 @@ def named_loss(cfg: VirstConfig, params: Params, batch: NamedBatch, dropout_rng:
     Neither language model nor video encoder runs. Parts as of video_losses, without "ce_loss".
     """
     tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=dropout_rng)
-    features = encode_images(tracker, params, batch.frames)
+    features = encode_images(tracker.sam, params, batch.frames)
     maps = features.top[None]
     prompts = bind(cfg, params, dropout_rng)(prompts_of_words, batch.words, maps)
     frames = jnp.arange(batch.frames.shape[0])

@@ -298,6 +298,44 @@ class StepCount:
         return StepFlops(self.parts)
 
 
+@dataclass(frozen=True)
+class PromptedShape:
+    """The sizes of a video whose objects are prompted that decide its cost."""
+
+    objects: int
+    frames: int
+    firsts: int  # frames with a first prompt
+    anchors: int  # with those that are corrected later
+    steps: int  # predictions of a frame: the first, and one a click
+
+
+def prompted_flops(count: StepCount, s: PromptedShape) -> StepFlops:
+    """One training step of the tracker from prompts; see training.prompted."""
+    sam = count.cfg.sam2
+    large = sam.image_size >= FRAME_BY_FRAME
+    encoder, again = count.trains("sam2/image_encoder/"), count.remat or large
+    masks = 1 + sam.num_multimask if sam.evaluated_mask == "multimask" else 1
+    tracked = s.frames if s.frames > 1 else 0
+    decoded = (s.firsts + tracked) * s.steps
+    tokens = s.steps + 2  # a box or a point and none, a click for each further step, and the one that SAM appends
+    count.add("image encoder", s.frames * image_encoder(sam), weights=encoder, inputs=encoder, again=again)
+    attention, decoder = count.trains("sam2/memory_attention/"), count.trains("sam2/mask_decoder/")
+    through = encoder or count.trains("sam2/")  # memories have gradients
+    if tracked:
+        attending = tracked * s.objects * memory_attention(sam, s.anchors)
+        count.add("memory attention", attending, weights=attention, inputs=through, again=large)
+    decoding = decoded * (mask_decoder(sam, tokens) + mask_prompt(sam))
+    if tracked:  # given masks are decoded, too, for their pointers
+        decoding += s.firsts * mask_decoder(sam, 2)
+        encoding = s.objects * (s.firsts + tracked) * memory_encoder(sam)
+        memory = count.trains("sam2/memory_encoder/")
+        count.add("memory encoder", encoding, weights=memory, inputs=through, again=large)
+    count.add("mask decoder", s.objects * decoding, weights=decoder, inputs=through, again=large)
+    full = s.objects * decoded * masks * full_size_mask(sam)
+    count.add("full-size masks", full, weights=False, inputs=True)
+    return count.total()
+
+
 def step_flops(cfg: VirstConfig, shape: StepShape, trained: Iterable[str] | None = None) -> StepFlops:
     """One training step over all conversations of a batch, with segmentation if `shape` has frames.
 

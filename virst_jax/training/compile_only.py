@@ -16,7 +16,7 @@ from virst_jax.profiling.interconnect import CHIPS
 from virst_jax.training import recipe
 from virst_jax.training.start import StateLayout
 from virst_jax.training.step import TrainState, make_train_step
-from virst_jax.training.tasks import get_task, visual_tokens
+from virst_jax.training.tasks import check_kind, get_task, visual_tokens
 from virst_jax.types import PyTree
 
 PREFIX_TOKENS = 16  # of the prompt before the video, where no tokenizer tells
@@ -50,6 +50,7 @@ def compile_only(
         reports = []
         for data in stage.data:
             sharding.check_batch(data.batch.batch_size, mesh)
+            check_kind(cfg, data.batch.kind)
             key = (stage.groups, stage.optim, data.batch)  # stages share kinds of batch
             if key not in known:
                 known[key] = _compile(cfg, stage, data, layout, topology, slices, mesh, predict, options)

@@ -120,14 +120,7 @@ def video_losses(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rn
     tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=dropout_rng)
     apply, deterministic = bind(cfg, params, dropout_rng), dropout_rng is None
 
-    def encode(frame: jax.Array) -> Features:
-        return jax.tree.map(lambda x: x[0], encode_images(tracker, params, frame[None]))
-
-    if cfg.sam2.image_size < FRAME_BY_FRAME:
-        features = jax.vmap(encode)(batch.frames)
-    else:  # recomputed in the backward pass, but for its outputs: the activations of a large frame are gigabytes
-        keep = jax.checkpoint_policies.save_only_these_names(PYRAMID)
-        features = jax.lax.map(jax.checkpoint(encode, policy=keep), batch.frames)
+    features = encode_frames(tracker.sam, params, batch.frames)
     maps = features.top[None]
     embeds = embed(apply, batch, apply(Virst.encode_clips, normalize(batch.clips)))
     if cfg.fusion.initial:
@@ -170,10 +163,23 @@ def normalize(pixels: jax.Array) -> jax.Array:
     return (pixels.astype(jnp.float32) / 255 - mean) / std
 
 
-def encode_images(tracker: Tracker, params: Params, frames: jax.Array) -> Features:
+def encode_images(sam: Sam2, params: Params, frames: jax.Array) -> Features:
     """Features of the tracker's frames [T, R, R, 3], with a leading axis T."""
-    encoded: Any = tracker.sam.apply({"params": params["sam2"]}, normalize(frames), method=Sam2.encode_image)
+    encoded: Any = sam.apply({"params": params["sam2"]}, normalize(frames), method=Sam2.encode_image)
     return encoded
+
+
+def encode_frames(sam: Sam2, params: Params, frames: jax.Array) -> Features:
+    """As encode_images, frame by frame; large ones one after another."""
+
+    def encode(frame: jax.Array) -> Features:
+        return jax.tree.map(lambda x: x[0], encode_images(sam, params, frame[None]))
+
+    if sam.cfg.image_size < FRAME_BY_FRAME:
+        return jax.vmap(encode)(frames)
+    # recomputed in the backward pass, but for its outputs: the activations of a large frame are gigabytes
+    keep = jax.checkpoint_policies.save_only_these_names(PYRAMID)
+    return jax.lax.map(jax.checkpoint(encode, policy=keep), frames)
 
 
 def embed(apply: Apply, batch: Conversations, visual: jax.Array) -> jax.Array:

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from virst_jax.config import VirstConfig
+from virst_jax.config import TrackerConfig, VirstConfig
 from virst_jax.io import model_folder
 from virst_jax.models.lora import add_lora
 from virst_jax.parallel import sharding
+from virst_jax.training import folders
 from virst_jax.training.optim import flatten
 from virst_jax.training.recipe import Stage
 from virst_jax.training.step import TrainState, init_state
@@ -76,9 +77,10 @@ class Start:
         if self.folder is None:
             make = jax.jit(lambda key: begin(self.initialize(key)), out_shardings=out_shardings)
             return make(jax.random.key(self.seed))
-        shardings = sharding.parameter_shardings(model_folder.read_config(self.folder), self.mesh)
-        stored, params = model_folder.load_model(self.folder, shardings=shardings)
-        params = add_lora(params, stored.llm.lora, self.cfg.llm.lora, self.seed)
+        shardings = sharding.parameter_shardings(folders.read_config(self.folder), self.mesh)
+        stored, params = folders.load(self.folder, shardings)
+        if not isinstance(stored, TrackerConfig):
+            params = add_lora(params, stored.llm.lora, self.cfg.llm.lora, self.seed)
         with warnings.catch_warnings():
             # parameters that are cast, or not asked for, cannot be reused; they are freed all the same
             warnings.filterwarnings("ignore", "Some donated buffers were not usable")

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import jax
 
-from virst_jax.config import VirstConfig
-from virst_jax.data import batches
+from virst_jax.config import TrackerConfig, VirstConfig
+from virst_jax.data import batches, prompted
 from virst_jax.data.batches import BatchConfig, ExampleMaker, Shapes
 from virst_jax.data.prompts import Tokenizer
 from virst_jax.data.samples import Question
@@ -19,6 +19,7 @@ from virst_jax.errors import UserError
 from virst_jax.profiling import flops
 from virst_jax.profiling.flops import StepFlops, StepShape
 from virst_jax.training.losses import Losses, TextBatch, VideoBatch, text_loss, video_losses
+from virst_jax.training.prompted import PromptedBatch, prompted_loss
 from virst_jax.types import PyTree
 
 Batch = Any  # one of the tasks' batch classes, a pytree of arrays or ShapeDtypeStructs with a leading axis B
@@ -43,6 +44,7 @@ class Task:
     count_flops: network, batch and paths of the trained parameters (None: all) -> operations of a step.
     is_image: whether samples are still images.
     evaluated: whether J&F on held-out videos tells how training goes.
+    needs_language: whether it needs more than the tracker; a tracker alone is trained by the others only.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Task:
     count_flops: Callable[[VirstConfig, Batch, Iterable[str] | None], StepFlops]
     is_image: bool = False
     evaluated: bool = False
+    needs_language: bool = True
 
     @property
     def takes_questions(self) -> bool:
@@ -98,12 +101,22 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
+def check_kind(cfg: VirstConfig, name: str) -> None:
+    """Raises UserError: an unknown kind of batch, or one that a tracker alone cannot be trained with."""
+    if get_task(name).needs_language and isinstance(cfg, TrackerConfig):
+        others = ", ".join(task.name for task in TASKS.values() if not task.needs_language)
+        raise UserError(
+            f"batches of kind {name!r} need a language model, and the model to start from is SAM 2.1 alone: "
+            f"take {others}, or start from a VIRST model"
+        )
+
+
 def visual_tokens(cfg: VirstConfig, batch: BatchConfig) -> int:
     """Visual tokens of an example."""
     return batches.ExampleSizes.of(cfg, batch, get_task(batch.kind).is_image).visual_tokens
 
 
-# The core's kinds: videos and images that are segmented, and questions about both
+# The core's kinds: videos and images that are segmented, questions about both, and objects that are pointed at
 
 
 def text_shape(batch: TextBatch) -> StepShape:
@@ -122,6 +135,19 @@ def video_shape(batch: VideoBatch) -> StepShape:
         used=batch.frames_used.shape[1],
         anchors=batch.anchors.shape[1],
         seg_tokens=batch.seg_positions.shape[2],
+    )
+
+
+def prompted_flops(cfg: VirstConfig, batch: PromptedBatch, trained: Iterable[str] | None = None) -> StepFlops:
+    """Operations of a step with a PromptedBatch; arguments as of flops.StepCount.
+
+    Every frame is tracked and corrected: of those that need not be the outcome is thrown away.
+    """
+    videos, frames = batch.frames.shape[:2]
+    objects, firsts, steps = batch.targets.shape[1], batch.first.shape[1], batch.from_truth.shape[2]
+    return flops.prompted_flops(
+        flops.StepCount(cfg, videos, trained),
+        flops.PromptedShape(objects, frames, firsts, firsts + batch.corrected.shape[1], steps),
     )
 
 
@@ -144,5 +170,15 @@ register(
         batch=lambda arrays, prefix_len: TextBatch(**arrays, prefix_len=prefix_len),
         loss=text_loss,
         count_flops=lambda cfg, batch, trained: flops.step_flops(cfg, text_shape(batch), trained),
+    ),
+    *for_both(
+        "video_prompted",
+        "image_prompted",
+        maker=prompted.PromptedMaker,
+        array_shapes=prompted.prompted_shapes,
+        batch=lambda arrays, prefix_len: PromptedBatch(**arrays),
+        loss=prompted_loss,
+        count_flops=prompted_flops,
+        needs_language=False,
     ),
 )

@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from virst_jax.config import Sam2Config
 from virst_jax.models.sam2.anchors import select_anchors
 from virst_jax.models.sam2.mask_decoder import multimask, single_mask
 from virst_jax.models.sam2.prompt_encoder import PADDING
@@ -43,6 +44,27 @@ class ObjectBank:
     pointer_frames: jax.Array  # int32[O, P]
     pointers: jax.Array  # [O, P, C]
 
+    @classmethod
+    def empty(cls, cfg: Sam2Config, objects: int, memory_dtype: Any, dtype: Any) -> "ObjectBank":
+        """Before the first frame."""
+        memories, pointers = cfg.num_maskmem - 1, cfg.max_pointers - 1
+        return cls(
+            jnp.full((objects, memories), NO_FRAME, jnp.int32),
+            jnp.zeros((objects, memories, cfg.feature_size**2, cfg.memory_dim), memory_dtype),
+            jnp.full((objects, pointers), NO_FRAME, jnp.int32),
+            jnp.zeros((objects, pointers, cfg.hidden_size), dtype),
+        )
+
+    def after(self, number: jax.Array, memory: jax.Array, pointer: jax.Array) -> "ObjectBank":
+        """With frame `number`: memory [O, S, D], pointer [O, C]."""
+        m, p = number % self.memory_frames.shape[1], number % self.pointer_frames.shape[1]
+        return ObjectBank(
+            self.memory_frames.at[:, m].set(number),
+            self.memory.at[:, m].set(memory),
+            self.pointer_frames.at[:, p].set(number),
+            self.pointers.at[:, p].set(pointer),
+        )
+
 
 @flax.struct.dataclass
 class PromptTokens:
@@ -63,17 +85,19 @@ class PromptedTracker:
     Args:
       sam: the module.
       memory_dtype: of memories; SAM 2 keeps them in bfloat16.
+      dropout_rng: a jax.random key, for memory attention with dropout; None: without.
     """
 
-    def __init__(self, sam: Sam2, memory_dtype: str = "bfloat16"):
-        self.sam, self.cfg = sam, sam.cfg
+    def __init__(self, sam: Sam2, memory_dtype: str = "bfloat16", dropout_rng: jax.Array | None = None):
+        self.sam, self.cfg, self.dropout_rng = sam, sam.cfg, dropout_rng
         self.tracker = Tracker(sam)
         self.memory_dtype = self.tracker.memory_dtype = jnp.dtype(memory_dtype)
 
     def _apply(self, params: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         return self.sam.apply({"params": params}, *args, method=method, **kwargs)
 
-    def _encode_memory(self, params: Any, frame: Features, prediction: Prediction, binary: bool) -> Tracked:
+    def encode_memory(self, params: Any, frame: Features, prediction: Prediction, binary: bool) -> Tracked:
+        """The outcome of a frame with its memory; `binary` as of Sam2.encode_memory."""
         memory = self._apply(params, Sam2.encode_memory, frame, prediction, binary)
         return Tracked(prediction, memory.astype(self.memory_dtype))
 
@@ -104,7 +128,7 @@ class PromptedTracker:
         if past is None:
             image = self._apply(params, Sam2.without_memory, frame, objects)
         else:
-            image = self._condition(params, frame, *past)
+            image = self.condition(params, frame, *past)
         several = self.cfg.evaluated_mask == "multimask"
         prediction = self._apply(
             params,
@@ -118,12 +142,12 @@ class PromptedTracker:
             sparse_mask=there,
             ambiguous=tokens.count <= 1 if several else None,
         )
-        return self._encode_memory(params, frame, prediction, binary=True)
+        return self.encode_memory(params, frame, prediction, binary=True)
 
     def use_mask(self, params: Any, frame: Features, mask: jax.Array) -> Tracked:
         """Takes a given mask float32[O, I, I] of 0 and 1 for the outcome of a frame."""
         prediction = self._apply(params, Sam2.use_mask, frame, mask)
-        return self._encode_memory(params, frame, prediction, binary=True)
+        return self.encode_memory(params, frame, prediction, binary=True)
 
     def every_mask(self, params: Any, frame: Features, points: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The masks of clicks on one image, each of its own: points float32[O, 2] in pixels of the model's image ->
@@ -178,26 +202,20 @@ class PromptedTracker:
             anchored = here.any(1)
 
             def track() -> Tracked:
-                image = self._condition(params, frame, anchors, bank, number, sign, num_frames)
+                image = self.condition(params, frame, anchors, bank, number, sign, num_frames)
                 sparse = self._apply(params, Sam2.no_prompt, image.shape[0])
                 prediction = self._apply(params, Sam2.predict, image, frame, sparse, mode=self.cfg.evaluated_mask)
-                return self._encode_memory(params, frame, prediction, binary=False)
+                return self.encode_memory(params, frame, prediction, binary=False)
 
             out = jax.lax.cond(alive & ~anchored.all(), track, lambda: empty)
             memory = jnp.where(anchored[:, None, None], _take(anchors.memory, here), out.memory)
             pointer = jnp.where(anchored[:, None], _take(anchors.pointers, here), out.prediction.pointer)
-            m, p = number % bank.memory_frames.shape[1], number % bank.pointer_frames.shape[1]
-            after = ObjectBank(
-                bank.memory_frames.at[:, m].set(number),
-                bank.memory.at[:, m].set(memory),
-                bank.pointer_frames.at[:, p].set(number),
-                bank.pointers.at[:, p].set(pointer),
-            )
+            after = bank.after(number, memory, pointer)
             return jax.tree.map(lambda new, old: jnp.where(alive, new, old), after, bank), out
 
         return jax.lax.scan(step, bank, (features, frames, valid))
 
-    def _condition(
+    def condition(
         self,
         params: Any,
         frame: Features,
@@ -232,6 +250,7 @@ class PromptedTracker:
             1,
         )
         pointers = jnp.concatenate([jnp.take_along_axis(anchors.pointers, slots[..., None], 1), bank.pointers], 1)
+        key = self.dropout_rng
         image: jax.Array = self._apply(
             params,
             Sam2.with_memory,
@@ -242,6 +261,8 @@ class PromptedTracker:
             pointers,
             jnp.where(mask, time, 0),  # empty slots lie far away: no huge angles
             mask,
+            key is None,
+            rngs=None if key is None else {"dropout": jax.random.fold_in(key, number)},
         )
         return image
 

@@ -4,8 +4,6 @@ Axes: T frames, B objects, N prompt tokens, H, W feature grid, S = H*W, C width,
 Source: model/sam2/modeling/sam2_base.py, model/sam2/sam2_virst.py.
 """
 
-from collections.abc import Callable, Mapping
-
 import flax.linen as nn
 import flax.struct
 import jax
@@ -155,7 +153,20 @@ class Sam2(nn.Module):
         sparse_mask: jax.Array | None = None,
         ambiguous: jax.Array | None = None,
     ) -> Prediction:
-        """Decodes the masks of one frame and chooses one for every object.
+        """Decodes the masks of one frame and chooses one for every object: `decode`, then `choose`."""
+        masks = self.decode(image, frame, sparse, mask_prompt, has_mask_prompt, sparse_mask)
+        return self.choose(masks, mode=mode, ambiguous=ambiguous)
+
+    def decode(
+        self,
+        image: jax.Array,
+        frame: Features,
+        sparse: jax.Array,
+        mask_prompt: jax.Array | None = None,
+        has_mask_prompt: jax.Array | None = None,
+        sparse_mask: jax.Array | None = None,
+    ) -> Masks:
+        """All masks of one frame.
 
         Args:
           image: dtype[B, H, W, C] from `with_memory` or `without_memory`.
@@ -163,17 +174,13 @@ class Sam2(nn.Module):
           sparse: dtype[B, N, C], prompt tokens.
           mask_prompt: float32[B, L, L], logits.
           has_mask_prompt: bool[], whether the mask prompt counts; None: it does where it is given.
-          mode: "multimask": the best of three by predicted IoU, as the release evaluates; "single": the first, as
-            it trains; "stable": the first unless it is unstable, SAM 2's fallback.
           sparse_mask: bool[B, N], which prompt tokens exist; None: all.
-          ambiguous: bool[B], takes the place of `mode`: "multimask" where it is True, elsewhere "stable".
         """
-        batch = image.shape[0]
-        dense_prompt = self.prompt_encoder.no_mask(batch)
+        dense_prompt = self.prompt_encoder.no_mask(image.shape[0])
         if mask_prompt is not None:
             prompted = self.prompt_encoder.masks(mask_prompt)
             dense_prompt = prompted if has_mask_prompt is None else jnp.where(has_mask_prompt, prompted, dense_prompt)
-        masks = self.mask_decoder(
+        masks: Masks = self.mask_decoder(
             image,
             self.prompt_encoder.dense_position(),
             sparse,
@@ -181,12 +188,30 @@ class Sam2(nn.Module):
             (frame.high0[None], frame.high1[None]),
             sparse_mask,
         )
+        return masks
+
+    def choose(
+        self, masks: Masks, *, mode: str = "multimask", ambiguous: jax.Array | None = None, clear: str = "stable"
+    ) -> Prediction:
+        """One of the decoded masks for every object.
+
+        Args:
+          mode: "multimask": the best of three by predicted IoU, as the release evaluates; "single": the first, as
+            it trains; "stable": the first unless it is unstable, SAM 2's fallback.
+          ambiguous: bool[B], takes the place of `mode`: "multimask" where it is True, elsewhere `clear`.
+          clear: "stable" as at inference, or "single" as in training.
+        """
         choose = {
             "multimask": lambda: best_mask(multimask(masks)),
             "single": lambda: single_mask(masks),
             "stable": lambda: single_mask(masks, self.cfg),
         }
-        chosen = choose[mode]() if ambiguous is None else self._by_ambiguity(choose, ambiguous)
+        if ambiguous is None:
+            chosen = choose[mode]()
+        else:
+            several, one = choose["multimask"](), choose[clear]()
+            pick = lambda a, b: jnp.where(ambiguous.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
+            chosen = jax.tree.map(pick, several, one)
         present = chosen.object_score > 0
         pointer = self.pointer_proj(chosen.tokens[:, 0])
         return Prediction(
@@ -195,14 +220,6 @@ class Sam2(nn.Module):
             object_score=chosen.object_score[:, 0],
             iou=chosen.ious[:, 0],
         )
-
-    @staticmethod
-    def _by_ambiguity(choose: Mapping[str, Callable[[], Masks]], ambiguous: jax.Array) -> Masks:
-        def pick(several: jax.Array, one: jax.Array) -> jax.Array:
-            return jnp.where(ambiguous.reshape(-1, *[1] * (several.ndim - 1)), several, one)
-
-        masks: Masks = jax.tree.map(pick, choose["multimask"](), choose["stable"]())
-        return masks
 
     def high_res(self, low_res: jax.Array) -> jax.Array:
         """Mask logits float32[B, L, L] at the model's image size."""
