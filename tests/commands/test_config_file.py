@@ -20,7 +20,8 @@ def parsed(command, *arguments: str) -> argparse.Namespace:
 
 
 def test_every_recipe_has_a_name():
-    assert config_file.recipes() == ["clicks", "finetune", "stage1", "stage2", "stage3", "synthetic"]
+    stages = ["stage1", "stage2", "stage3"]
+    assert config_file.recipes() == ["clicks", "finetune", *stages, "synthetic", "synthetic_clicks"]
     for name in config_file.recipes():
         by_path = config_file.load(str(ROOT / "configs" / f"{name}.py"))
         assert config_file.load(name).to_dict() == by_path.to_dict()
