@@ -2,17 +2,20 @@
 
 import contextlib
 import io
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
 from helpers.segmenting import small_model, video
 from virst_jax.serve.app import make_app
 from virst_jax.serve.limits import Limits
+from virst_jax.serve.server import address_of, listen
 from virst_jax.serve.service import AnyModel, Service
 
 FRAMES, HEIGHT, WIDTH = 6, 40, 56
@@ -27,6 +30,22 @@ def serving(
     service = Service(model or small_model(), limits, home=home)
     with TestClient(make_app(service, **settings), base_url=BASE) as client:
         yield client, service
+
+
+@contextlib.contextmanager
+def listening(home: Path, model: AnyModel) -> Iterator[str]:
+    """As `serving`, for a browser: the address."""
+    sock = listen("127.0.0.1", 0)
+    app = make_app(Service(model, home=home))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        yield address_of(sock, "127.0.0.1", None).rstrip("/")
+    finally:
+        server.should_exit = True
+        thread.join()
+        sock.close()
 
 
 def animation(frames: np.ndarray) -> bytes:

@@ -20,6 +20,10 @@ def test_names_of_this_machine(tmp_path: Path) -> None:
         for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8321", "", "[::1", "@localhost"):
             answer = client.get("/server", headers={"host": host})
             assert answer.status_code == (200 if host == "@localhost" else 421), host
+    with serving(tmp_path, token=TOKEN, names=["Virst.example"]) as (client, _):
+        right = {"authorization": f"Bearer {TOKEN}", "origin": "https://virst.example"}
+        assert client.post("/sessions", headers={**right, "host": "virst.example"}).status_code == 415
+        assert client.get("/server", headers={**right, "host": "evil.example"}).status_code == 421
 
 
 def test_pages_of_other_sites(tmp_path: Path) -> None:

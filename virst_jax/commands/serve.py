@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what users must bring; also taken from {TOKEN}, which other users of this machine cannot see (default: "
         "none on this machine alone, else one is made)",
     )
+    parser.add_argument(
+        "--name",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="another name of this server, such as that of a proxy; may be given several times, and asks for a token",
+    )
     _common.add_model_arguments(parser)
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-upload", type=int, default=512, metavar="MB", help="of a video (default: %(default)s)")
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     token = args.token if args.token is not None else os.environ.get(TOKEN) or None
     if token is not None:
         check_token(token)
-    elif not is_local(args.host):
+    elif args.name or not is_local(args.host):
         token = secrets.token_urlsafe(24)
     sock = listen(args.host, args.port)  # before the model, which takes long
     try:
@@ -69,9 +76,12 @@ def run(args: argparse.Namespace) -> int:
         raise
     address = address_of(sock, args.host, token)
     try:
-        serve(service, sock, args.host, token, lambda: print(f"open {address}  (Ctrl-C stops)", flush=True))
+        told = f"open {address}  (Ctrl-C stops)"
+        serve(service, sock, args.host, token, lambda: print(told, flush=True), names=args.name)
     except KeyboardInterrupt:  # how a server ends
         _common.tell("stopped; the uploaded videos are deleted")
+    if service.is_stuck:
+        os._exit(0)  # within a compiler's thread, the interpreter's own end could crash
     return 0
 
 

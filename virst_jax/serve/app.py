@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import importlib.metadata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import anyio.to_thread
@@ -28,11 +28,11 @@ DESCRIPTION = """Videos, sentences, clicks and boxes in; masks out.
 What takes long is a job: ask for it until its state is `done`. Errors are JSON, `{"error": "one line"}`."""
 
 
-def make_app(service: Service, *, token: str | None = None, local: bool = True) -> ASGIApp:
+def make_app(service: Service, *, token: str | None = None, local: bool = True, names: Sequence[str] = ()) -> ASGIApp:
     """An ASGI application. The service is closed when it ends.
 
     Args:
-      token, local: as of `Guard`.
+      token, local, names: as of `Guard`.
     """
 
     @contextlib.asynccontextmanager
@@ -67,7 +67,8 @@ def make_app(service: Service, *, token: str | None = None, local: bool = True) 
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(ClientDisconnect, _gone)
-    return Guard(app, service.limits, token=token, local=local)
+    app.add_exception_handler(Exception, _failed(service))
+    return Guard(app, service.limits, token=token, local=local, names=names)
 
 
 async def _sweep(service: Service) -> None:
@@ -95,6 +96,13 @@ async def _invalid(request: Request, error: Exception) -> Response:
     fault = error.errors()[0]
     where = ".".join(str(part) for part in fault["loc"][1:]) or str(fault["loc"][0])
     return JSONResponse({"error": f"{where[:80]}: {str(fault['msg'])[:200]}"}, 422)
+
+
+def _failed(service: Service) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def answer(request: Request, error: Exception) -> Response:
+        return JSONResponse({"error": service.line_of(error)}, 500)  # uvicorn logs the traceback
+
+    return answer
 
 
 async def _gone(request: Request, error: Exception) -> Response:

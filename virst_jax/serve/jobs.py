@@ -214,6 +214,11 @@ class JobTable:
                 raise Refusal("there is no such job; it may have been deleted with its session", 404)
             return self._jobs[job_id]
 
+    def unfinished(self, session_id: str) -> list[str]:
+        """Ids of a session's jobs that wait or are at work, the first one first."""
+        with self._lock:
+            return [x.id for x in self._jobs.values() if x.session_id == session_id and not x.finished]
+
     def forget_session(self, session_id: str) -> None:
         with self._lock:
             self._jobs = {k: job for k, job in self._jobs.items() if job.session_id != session_id}

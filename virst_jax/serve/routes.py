@@ -151,7 +151,7 @@ def _add_sessions(router: APIRouter, service: Service) -> None:
     @router.get("/sessions/{session_id}", tags=["sessions"])
     async def state(session_id: str) -> schema.SessionState:
         """The video, its objects with their prompts and scores, and the conversation."""
-        return _state(get(session_id))
+        return _state(service, get(session_id))
 
     @router.delete("/sessions/{session_id}", status_code=204, tags=["sessions"])
     async def delete(session_id: str) -> Response:
@@ -320,7 +320,7 @@ def _status(service: Service, job: Job) -> schema.JobStatus:
     )
 
 
-def _state(session: ServedSession) -> schema.SessionState:
+def _state(service: Service, session: ServedSession) -> schema.SessionState:
     view, reader = session.view, session.reader
     count = 0 if reader is None else reader.num_frames
     objects = [
@@ -347,4 +347,5 @@ def _state(session: ServedSession) -> schema.SessionState:
         num_undo=view.num_undo,
         objects=objects,
         history=session.history,
+        jobs=service.registry.jobs.unfinished(session.id),
     )

@@ -85,6 +85,7 @@ class SessionState(BaseModel):
     num_undo: int = Field(description="changes that can be taken back")
     objects: list[FoundObject]
     history: list[tuple[str, str]] = Field(description="questions and answers")
+    jobs: list[str] = Field(description="those that wait or are at work")
 
 
 class Masks(BaseModel):

@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -59,11 +59,15 @@ class Guard:
 
     Args:
       token: None: nobody is asked for one.
-      local: the server is reached from this machine alone, so that only names of this machine can mean it.
+      local: the server listens for this machine alone, so that only names of this machine can mean it.
+      names: other names that it has, such as that of a proxy before it.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, *, token: str | None, local: bool):
+    def __init__(
+        self, app: ASGIApp, limits: Limits, *, token: str | None = None, local: bool = True, names: Sequence[str] = ()
+    ):
         self.app, self.limits, self.token, self.local = app, limits, token, local
+        self.names = {*LOCAL_NAMES, *(name.lower() for name in names)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,8 +91,8 @@ class Guard:
     def _check_place(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Which name the server is called by, and whose page calls it."""
         host = headers.get("host", "")
-        if self.local and _name(host) not in LOCAL_NAMES:
-            raise Refusal(f"this server is called localhost, not {_name(host)[:80]!r}", 421)
+        if self.local and _name(host) not in self.names:
+            raise Refusal(f"this server is not called {_name(host)[:80]!r}; give its other names with --name", 421)
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         opens_page = scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"
         if site not in ("same-origin", "none") and not opens_page:

@@ -2,7 +2,7 @@
 
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
 import uvicorn
@@ -55,16 +55,26 @@ def address_of(sock: socket.socket, host: str, token: str | None) -> str:
     return f"http://{name}:{sock.getsockname()[1]}/" + (f"?token={quote(token)}" if token else "")
 
 
-def serve(service: Service, sock: socket.socket, host: str, token: str | None, ready: Callable[[], None]) -> None:
+def serve(
+    service: Service,
+    sock: socket.socket,
+    host: str,
+    token: str | None,
+    ready: Callable[[], None],
+    *,
+    names: Sequence[str] = (),
+) -> None:
     """Serves until SIGINT or SIGTERM, then ends all work and deletes all files.
 
     Args:
+      host: that the socket listens on.
+      token, names: as of `Guard`.
       ready: called when requests are answered.
 
     Raises:
       KeyboardInterrupt: the signal, once everything is at its end.
     """
-    app = make_app(service, token=token, local=is_local(host))
+    app = make_app(service, token=token, local=is_local(host), names=names)
     config = uvicorn.Config(
         app,
         log_level="warning",

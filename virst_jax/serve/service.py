@@ -40,7 +40,8 @@ class Service:
         home: Path | None = None,
     ):
         self.model, self.limits, self.notes = model, limits or Limits(), tuple(notes)
-        self._one_line = one_line
+        self._one_line, self._closed = one_line, False
+        self.is_stuck = False  # closed, while a thread is still within a step that nothing can interrupt
         each = {"waiting": self.limits.waiting, "waiting_each": self.limits.waiting_each}
         self.decoding = Worker("decode", self._explain, **each)
         self.device = Worker("device", self._explain, **each)
@@ -99,8 +100,11 @@ class Service:
 
     def close(self) -> None:
         """Ends all work and deletes all files."""
-        self.decoding.stop(STOP_SECONDS)
-        self.device.stop(STOP_SECONDS)
+        if self._closed:
+            return
+        self._closed = True
+        stopped = [worker.stop(STOP_SECONDS) for worker in (self.decoding, self.device)]
+        self.is_stuck = not all(stopped)
         self.registry.close()
 
     def _submit(self, worker: Worker, job: Job, work: Work) -> Job:
@@ -117,10 +121,14 @@ class Service:
 
         return run
 
-    def _explain(self, error: BaseException) -> str:
+    def line_of(self, error: BaseException) -> str:
+        """What users are told of an exception that is no bad input."""
         with contextlib.suppress(Exception):
-            line = self._one_line(error)
-            if line is not None:
-                return line
-        traceback.print_exception(error)
+            return self._one_line(error) or FAULT
         return FAULT
+
+    def _explain(self, error: BaseException) -> str:
+        line = self.line_of(error)
+        if line == FAULT:
+            traceback.print_exception(error)
+        return line
