@@ -33,7 +33,7 @@ def test_jupytext_reads_it(path):
 
 
 def test_there_are_notebooks():
-    assert {path.stem for path in NOTEBOOKS} == {"quickstart", "correct_by_clicks", "convert_and_check"}
+    assert {path.stem for path in NOTEBOOKS} == {"quickstart", "correct_by_clicks", "convert_and_check", "fine_tune"}
 
 
 @pytest.mark.heavy
@@ -59,3 +59,10 @@ def test_convert_and_check(tmp_path):
 @pytest.mark.parametrize("name", ["quickstart.py", "correct_by_clicks.py"])
 def test_it_runs(name, tmp_path):
     assert run(name, tmp_path)
+
+
+@pytest.mark.heavy
+def test_fine_tune(tmp_path):
+    """A folder of one's own videos without JSON, checked, trained on for two steps, and scored."""
+    printed = run("fine_tune.py", tmp_path)
+    assert "J&F" in printed
