@@ -218,6 +218,7 @@ class TrackerConfig(VirstConfig):
     """SAM 2.1 alone, in the place of a whole network: of the other parts' sizes nothing is built."""
 
     name: str = "tracker"
+    seg_token_id: int = 617  # of the small model's tokenizer: batches are made with one, though these do not read it
 
 
 def virst_7b() -> VirstConfig:
