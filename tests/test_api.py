@@ -343,7 +343,7 @@ def test_chat_runs_within_the_context(model, monkeypatch):
         return np.zeros((1, 1), np.int32), np.ones(1, np.int32)
 
     monkeypatch.setattr(model.network, "context", context)
-    monkeypatch.setattr("virst_jax.api.generate", spy)
+    monkeypatch.setattr("virst_jax.inference.chat.generate", spy)
     model.chat(video(4), "what is it?")
     assert inside == [True]
 

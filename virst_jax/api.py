@@ -5,28 +5,24 @@ Axes: N expressions, T frames of the video, H, W its size, F segmentation frames
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from PIL import Image
 
 from virst_jax.config import VirstConfig
-from virst_jax.data.frames import get_frame_indices
-from virst_jax.data.prompts import Tokenizer, build_chat, load_tokenizer, time_message
+from virst_jax.data.prompts import Tokenizer, build_chat, load_tokenizer
 from virst_jax.data.samples import Video
-from virst_jax.data.sequence import splice
-from virst_jax.data.transforms import resize_frames
-from virst_jax.errors import UserError, no_device
+from virst_jax.errors import UserError
+from virst_jax.inference.chat import answer_question
 from virst_jax.inference.instances import InstanceStream
 from virst_jax.inference.live import EVERY, ROOM, LiveOptions, LiveStream
+from virst_jax.inference.placement import Context, find_placement, keep_compiled
 from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed, check_options
 from virst_jax.inference.results import FrameMasks, Segmentation, read_result
 from virst_jax.inference.resume import State
@@ -35,15 +31,12 @@ from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import SegmentationStream
 from virst_jax.inference.survey import Progress, Survey
 from virst_jax.inference.text_session import TextSession
-from virst_jax.inference.texts import TEXT_BUCKET, check_expressions, round_up
+from virst_jax.inference.texts import check_expressions
 from virst_jax.io import arrays, model_folder, remote, tracker_folder
 from virst_jax.io.address import is_address
 from virst_jax.io.run_length_masks import RunLengthMasks
 from virst_jax.io.small_model import EMBEDDED, NO_ANSWERS, is_small
 from virst_jax.io.video import Reader, open_video
-from virst_jax.models.generate import generate
-from virst_jax.models.qwen2 import Qwen2
-from virst_jax.parallel import sharding
 from virst_jax.types import PyTree
 
 __all__ = [
@@ -59,11 +52,9 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "bfloat16")
-CACHE_SECONDS = 0.2  # programs that compile faster are not kept
 
 ImageLike = str | os.PathLike[str] | np.ndarray | jax.Array | Image.Image
 VideoLike = str | os.PathLike[str] | np.ndarray | jax.Array | Iterable[ImageLike] | Reader | Video
-Context = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def load(
@@ -103,65 +94,6 @@ def load(
     keep_compiled(compilation_cache)
     cfg, params = model_folder.load_model(folder, dtype, shardings, check=check)
     return Model(cfg, params, tokenizer, name=str(path), dtype=dtype, context=context, answers=not is_small(folder))
-
-
-def find_placement(
-    cfg: VirstConfig, mesh: jax.sharding.Mesh | None, device: str | jax.Device | None
-) -> tuple[PyTree, Context | None]:
-    """Where the parameters go, and the context in which to compute with them; None, None: JAX's default."""
-    if mesh is not None:
-        if device is not None:
-            raise UserError("mesh and device exclude each other; a mesh has its devices")
-        if not isinstance(mesh, jax.sharding.Mesh) or set(mesh.axis_names) != set(sharding.MESH_AXES):
-            shown = mesh.axis_names if isinstance(mesh, jax.sharding.Mesh) else repr(mesh)
-            raise UserError(f"mesh is {shown}; make one with virst_jax.parallel.sharding.make_mesh")
-        return sharding.parameter_shardings(cfg, mesh), functools.partial(sharding.use_mesh, mesh)
-    found = find_device(device)
-    if device is None:
-        return None, None
-    placed = jax.sharding.SingleDeviceSharding(found)
-    shapes = model_folder.parameter_shapes(cfg)
-    return jax.tree.map(lambda _: placed, shapes), functools.partial(jax.default_device, found)
-
-
-def find_device(device: str | jax.Device | None = None) -> jax.Device:
-    """A device by its name, as "cpu", "gpu", "cuda:1" or "tpu:0"; None: JAX's default.
-
-    Raises:
-      UserError: there is none, or JAX cannot start the platform.
-    """
-    if isinstance(device, jax.Device):
-        return device
-    if device is not None and not isinstance(device, str):
-        raise UserError(f"device is {device!r}; give a name such as 'cpu' or 'gpu:0', or one of jax.devices()")
-    platform, _, number = (device or "").lower().partition(":")
-    if number and not number.isdecimal():
-        raise UserError(f"device {device!r}: {number!r} is no number; give a name such as 'cpu' or 'gpu:0'")
-    try:
-        devices = jax.local_devices(backend=platform or None)
-    except RuntimeError as error:
-        asked = os.environ.get("JAX_PLATFORMS")
-        if not device and asked:
-            raise UserError(no_device(asked)) from error
-        lines = str(error).splitlines() or [type(error).__name__]
-        wanted = f"device {device!r} is not here" if device else "JAX finds no device"
-        raise UserError(f"{wanted} ({lines[0][:200]}); check JAX_PLATFORMS and how jax was installed") from error
-    if int(number or 0) >= len(devices):
-        raise UserError(f"device {device!r} is not here; there are {', '.join(map(str, devices))}")
-    return devices[int(number or 0)]
-
-
-def keep_compiled(where: bool | str | os.PathLike[str] = True) -> None:
-    """Has JAX keep compiled programs on disk; see `compilation_cache` of `load`."""
-    if not isinstance(where, (bool, str, os.PathLike)):
-        raise UserError(f"compilation_cache is {where!r}; give True, False or a folder")
-    if where is False or (where is True and getattr(jax.config, "jax_compilation_cache_dir", None)):
-        return
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.path.join(home, "virst_jax") if where is True else os.fspath(where)
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_SECONDS)
-    jax_cache.reset_cache()  # JAX looks at the setting once, when it first compiles
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:
@@ -496,7 +428,6 @@ class Model:
         """
         if not self.answers:
             raise UserError(NO_ANSWERS)
-        cfg, clip = self.cfg, self.cfg.vision.clip_frames
         _check_integers(max_new_tokens=max_new_tokens, max_frames=max_frames, seed=seed)
         is_number = isinstance(temperature, (int, float, np.floating)) and not isinstance(temperature, bool)
         if not is_number or not 0 <= temperature < math.inf:
@@ -507,51 +438,17 @@ class Model:
             raise UserError(f"seed is {seed}; give an integer of 0 to 2**63 - 1")
         history = _checked_history(history)
         build_chat(self.tokenizer, question, history=history)  # what is wrong with the texts shows before the video
-        reader = open_video(video, fps=fps)
-        limit = (max_frames or cfg.max_video_frames) // clip * clip
-        if limit < clip:
-            raise UserError(f"max_frames is {max_frames}; give at least {clip}")
-        local, count = min(8, limit), reader.num_frames
-        if reader.fps > 0:
-            numbers = get_frame_indices(
-                limit,
-                count,
-                "dynamic_fps1",
-                fps=reader.fps,
-                min_num_frames=min(limit, cfg.max_video_frames),
-                max_num_frames=limit,
-                local_num_frames=local,
-            )
-            time_text = time_message(reader.duration, len(numbers))
-        else:
-            # frames without times: as many as there are, in whole clips
-            numbers = get_frame_indices(min(limit, max(clip, count // clip * clip)), count, "middle")
-            time_text = ""
-        numbers += [numbers[-1]] * (-len(numbers) % clip)
-        prompt = build_chat(self.tokenizer, question, time=time_text, history=history)
-        unique = sorted(set(numbers))
-        side = cfg.vision.image_size
-        resized = {n: resize_frames(f[None], side, "bicubic")[0] for n, f in zip(unique, reader.pick(unique))}
-        clips = np.stack([resized[n] for n in numbers]).reshape(-1, clip, side, side, 3)
-        visual = self.network.encode_visual(clips, max(len(clips), cfg.max_video_frames // clip))
-        count = len(clips) * visual[0].shape[0]
-        length = round_up(len(prompt.input_ids) - 1 + count, TEXT_BUCKET)
-        row = splice(prompt.input_ids.tolist(), prompt.labels.tolist(), count, cfg.seg_token_id, length)
-        ends = (self.tokenizer.end_id, self.tokenizer.pad_id)
-        embeds = self.network.embed(visual, row.token_ids[None], row.visual_index[None])
-        with self.network.context():
-            tokens, lengths = generate(
-                Qwen2(cfg.llm, cfg.compute),
-                self.network.params["llm"],
-                embeds,
-                jnp.asarray(row.mask[None]),
-                max_new_tokens=max_new_tokens,
-                eos_ids=ends,
-                temperature=temperature,
-                rng=jax.random.key(seed) if temperature > 0 else None,
-            )
-        answer = np.asarray(tokens)[0, : int(lengths[0])].tolist()
-        return self.tokenizer.decode(token for token in answer if token not in ends).strip()
+        return answer_question(
+            self.network,
+            self.tokenizer,
+            open_video(video, fps=fps),
+            question,
+            history=history,
+            max_new_tokens=max_new_tokens,
+            max_frames=max_frames or self.cfg.max_video_frames,
+            temperature=temperature,
+            seed=seed,
+        )
 
 
 def _check_integers(**values: object) -> None:

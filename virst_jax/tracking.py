@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 
-from virst_jax.api import DTYPES, Context, ImageLike, VideoLike, find_placement, keep_compiled
+from virst_jax.api import DTYPES, ImageLike, VideoLike
 from virst_jax.config import Compute, Sam2Config, TrackerConfig
 from virst_jax.errors import UserError
 from virst_jax.inference.automatic import AutomaticOptions, ImageMask, Progress, find_masks
+from virst_jax.inference.placement import Context, find_placement, keep_compiled
 from virst_jax.inference.session import BUDGET, HOST_BUDGET, Session
 from virst_jax.inference.tracker_steps import TrackerNetwork, TrackerSteps
 from virst_jax.io import arrays, tracker_folder

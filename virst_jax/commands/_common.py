@@ -56,7 +56,7 @@ def load_model(args: argparse.Namespace) -> "Model":
 
 def versions(device: str | None = None) -> dict[str, str]:
     """What a result depends on: packages, and the device of this name."""
-    from virst_jax.api import find_device
+    from virst_jax.inference.placement import find_device
 
     packages = ("virst-jax", "jax", "jaxlib", "flax", "numpy", "pillow", "av")
     found = find_device(device)
