@@ -115,9 +115,9 @@ TANH_GELU = _constant(functools.partial(nn.gelu, approximate=True))
 def _pairs_of_neighbours(old: Any) -> Any:
     """Rotary pairs (2i, 2i + 1) instead of (i, i + W / 2)."""
 
-    def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    def rotate(x: jax.Array, *rotary: Any) -> jax.Array:
         halves = jnp.concatenate([x[..., ::2], x[..., 1::2]], -1)
-        y = old(halves, cos, sin)
+        y = old(halves, *rotary)
         first, second = jnp.split(y, 2, -1)
         return jnp.stack([first, second], -1).reshape(x.shape)
 
@@ -210,7 +210,7 @@ def _ten_epsilons(old: Any) -> Any:
 
 
 def _shifted_windows(old: Any) -> Any:
-    return lambda attend, x, spec: old(attend, jnp.roll(x, 1, 1), spec)
+    return lambda x, side: old(jnp.roll(x, 1, 1), side)
 
 
 def _mean_of_extremes(old: Any) -> Any:
@@ -244,7 +244,7 @@ ENCODER = "anchor 0 / memory encoder"
 MUTANTS = [
     Mutant("frames resized bicubic", "image / pixels", ((encoders, "sam_pixels", _last("bicubic")),)),
     Mutant("position table bilinear", "image / patches", ((hiera, "resize_matrix", _last("bilinear")),)),
-    Mutant("windows shifted by one", FIRST, ((hiera, "_windowed", _shifted_windows),)),
+    Mutant("windows shifted by one", FIRST, ((hiera, "to_windows", _shifted_windows),)),
     Mutant("layer norm's epsilon 1e-5 for 1e-6", FIRST, ((hiera, "layer_norm", _norm(1e-5)),)),
     Mutant("tanh-GELU in Hiera", FIRST, ((hiera, "gelu", TANH_GELU),)),
     Mutant("mean pooling", "image / block 1", ((hiera, "max_pool_2x", _mean_of_extremes),)),

@@ -266,7 +266,7 @@ def test_what_cudnn_takes(
 
 def test_unknown_name_and_misfits_raise() -> None:
     q, k, v = inputs()
-    with pytest.raises(ValueError, match=r"'flash'.*auto, plain, chunked, cudnn, splash"):
+    with pytest.raises(ValueError, match=r"'flash'.*auto, plain, eager, chunked, cudnn, splash"):
         attention(q, k, v, impl="flash")
     with pytest.raises(ValueError, match="do not fit"):
         attention(q[:, :, :5], k, v)
