@@ -24,7 +24,7 @@ from .bisection.walk import Row, Walk, operations
 from .cases.case import BLOCKS, Case, load_case
 from .cases.network import open_network
 
-MAX_BLOCKS = 1 << 36  # bytes; the full network gives 2 GB and 40 MB a frame
+MAX_BLOCKS = 1 << 36  # bytes; the full network gives 2 GB and 70 MB a frame
 HELP = "Find the first operation of the network that differs from a recorded run."
 EXAMPLES = """examples:
   virst parity bisect cases/e2e_dog --checkpoint virst_7b
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 HEADER = ("operation", "output", "accumulated", "alone", "explained", "condition", "")
-WIDTHS = (34, 20, 11, 9, 9, 9, 0)
+WIDTHS = (34, 22, 11, 9, 9, 9, 0)
 
 
 def _line(*cells: str) -> str:

@@ -78,7 +78,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     run_of.add_argument(
         "--blocks",
         action="store_true",
-        help="also write what every block gives, for `virst parity bisect`: NAME.blocks.npz, about 2 GB and 40 MB a "
+        help="also write what every block gives, for `virst parity bisect`: NAME.blocks.npz, about 2 GB and 70 MB a "
         "frame for the full network",
     )
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of cases; NAME.json and NAME.npz")

@@ -111,26 +111,45 @@ def layer_of(params: Mapping[str, Any], index: int | None) -> Any:
 Interceptor = Callable[[Any, Any, Any, Any], Any]
 
 
-def replacing(module: type[nn.Module], give: Callable[..., Any]) -> Interceptor:
-    """For flax.linen.intercept_methods: every module of a class gives `give(*args)` and computes nothing."""
+Which = type[nn.Module] | str  # modules of a class, or of a name
+
+
+def replacing(which: Which, give: Callable[..., Any]) -> Interceptor:
+    """For flax.linen.intercept_methods: such modules give `give(*args)` and compute nothing."""
 
     def intercept(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, module) and context.method_name == "__call__":
-            return give(*args)
-        return following(*args, **kwargs)
+        return give(*args) if _meant(which, context) else following(*args, **kwargs)
 
     return intercept
 
 
-def hearing(module: type[nn.Module], heard: list[Any]) -> Interceptor:
-    """For flax.linen.intercept_methods: appends the arguments of every call of a class's modules to `heard`."""
+def hearing(which: Which, heard: list[Any]) -> Interceptor:
+    """For flax.linen.intercept_methods: appends the arguments of every call of such modules to `heard`."""
 
     def intercept(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, module) and context.method_name == "__call__":
+        if _meant(which, context):
             heard.append((args, kwargs))
         return following(*args, **kwargs)
 
     return intercept
+
+
+def keeping(which: Which, kept: list[Any]) -> Interceptor:
+    """For flax.linen.intercept_methods: appends what every call of such modules gives to `kept`."""
+
+    def intercept(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        out = following(*args, **kwargs)
+        if _meant(which, context):
+            kept.append(out)
+        return out
+
+    return intercept
+
+
+def _meant(which: Which, context: Any) -> bool:
+    if context.method_name != "__call__":
+        return False
+    return context.module.name == which if isinstance(which, str) else isinstance(context.module, which)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 Axes: A anchors, S = H*W positions, K keys, C width, D memory width, L mask side.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,9 +16,12 @@ from virst_jax.inference.reading import anchor_positions
 from virst_jax.inference.steps import Network
 from virst_jax.models.sam2 import memory as memories
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
-from virst_jax.models.sam2.tracker import Anchors, MemoryBank, Tracked, Tracker
+from virst_jax.models.sam2.tracker import PROMPT_LOGIT_LIMIT, Anchors, MemoryBank, Tracked
 
+from .decoder import DecoderPrograms, decoder_operations, entry_of
 from .encoders import encode_frame
+from .frames import Frames, add_to_bank, outcome
+from .memory_encoder import EncoderPrograms, memory_operations
 from .operation import Array, Operation, apply, compiled, hearing, layer_of, replacing
 
 OUTCOME = ("low_res", "pointer", "score")
@@ -39,76 +41,6 @@ def second_moments(keys: Array, positions: Array, mask: Array) -> jax.Array:
     return jnp.matmul(rows.T, rows, precision="highest")
 
 
-class _Frames:
-    """Names, and what the tracker's functions take, of tensors by name."""
-
-    def __init__(self, network: Network, anchor_frames: tuple[int, ...], num_frames: int):
-        self.network, self.num_frames = network, num_frames
-        self.tracker: Tracker = network.steps.tracker
-        self.cfg = network.cfg.sam2
-        self.dtype = jnp.dtype(network.cfg.compute.dtype)
-        self.anchor_frames = anchor_frames  # one for each anchor, in the order of computation
-
-    @staticmethod
-    def features_of(t: int) -> tuple[str, str, str]:
-        return f"frame{t}.high0", f"frame{t}.high1", f"frame{t}.top"
-
-    @staticmethod
-    def outcome_of(t: int) -> tuple[str, str, str]:
-        return f"frame{t}.low_res", f"frame{t}.pointer", f"frame{t}.score"
-
-    def features(self, *levels: Array) -> Features:
-        high0, high1, top = (jnp.asarray(x, self.dtype) for x in levels)
-        return Features(high0, high1, top)
-
-    @property
-    def unique(self) -> list[int]:
-        return list(dict.fromkeys(self.anchor_frames))
-
-    def remembered(self, t: int) -> list[int]:
-        """Frames before t of which the tracker may still hold something."""
-        return list(range(max(0, t - max(self.cfg.num_maskmem, self.cfg.max_pointers)), t))
-
-    def memory_inputs(self, t: int) -> tuple[str, ...]:
-        frames = [*self.unique, *self.remembered(t)]
-        return tuple(f"frame{n}.{part}" for n in frames for part in ("memory", "pointer"))
-
-    def state(self, t: int, given: Sequence[Array]) -> tuple[Anchors, MemoryBank]:
-        """Anchors and the memories before frame t, of the tensors that `memory_inputs` names."""
-        pairs = list(zip(given[::2], given[1::2], strict=True))
-        count = len(self.unique)
-        empty = self.tracker.empty(1)
-        slots = self.network.cfg.max_anchors
-        memory = np.zeros((slots, *empty.memory.shape), np.float32)
-        pointer = np.zeros((slots, *empty.prediction.pointer.shape), np.float32)
-        for i, (m, p) in enumerate(pairs[:count]):
-            memory[i, 0], pointer[i, 0] = m, p
-        numbers = np.pad(np.asarray(self.unique, np.int32), (0, slots - count))
-        spread: Any = jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape)), empty.prediction)
-        prediction = dataclasses.replace(spread, pointer=jnp.asarray(pointer, empty.prediction.pointer.dtype))
-        anchors = Anchors(
-            jnp.asarray(numbers),
-            jnp.arange(slots) < count,
-            prediction,
-            jnp.asarray(memory, self.tracker.memory_dtype),
-        )
-        bank = self.tracker.start(1)
-        for n, (m, p) in zip(self.remembered(t), pairs[count:], strict=True):
-            bank = add_to_bank(bank, n, jnp.asarray(m)[None], jnp.asarray(p)[None])
-        return anchors, bank
-
-
-def add_to_bank(bank: MemoryBank, number: int, memory: Array, pointer: Array) -> MemoryBank:
-    """The state after frame `number`."""
-    m, p = number % bank.memory_frames.shape[0], number % bank.pointer_frames.shape[0]
-    return MemoryBank(
-        bank.memory_frames.at[m].set(number),
-        bank.memory.at[m].set(jnp.asarray(memory, bank.memory.dtype)),
-        bank.pointer_frames.at[p].set(number),
-        bank.pointers.at[p].set(jnp.asarray(pointer, bank.pointers.dtype)),
-    )
-
-
 def tracking_operations(network: Network, video: np.ndarray, plan: Plan, recorded_anchors: Any) -> Iterator[Operation]:
     """Anchors and all frames of uint8[T, h, w, 3].
 
@@ -116,7 +48,7 @@ def tracking_operations(network: Network, video: np.ndarray, plan: Plan, recorde
     """
     chosen = np.asarray(plan.anchor_frames, np.int32)
     yield Operation("anchors / choice", (), ("anchors",), lambda _: (chosen,))
-    frames = _Frames(network, tuple(chosen if recorded_anchors is None else recorded_anchors), len(video))
+    frames = Frames(network, tuple(chosen if recorded_anchors is None else recorded_anchors), len(video))
     for t in range(len(video)):
 
         def encode(_: None, t: int = t) -> tuple[jax.Array, ...]:
@@ -134,7 +66,7 @@ def tracking_operations(network: Network, video: np.ndarray, plan: Plan, recorde
 class _Programs:
     """Compiled once for all frames."""
 
-    def __init__(self, frames: _Frames):
+    def __init__(self, frames: Frames):
         self.frames, tracker = frames, frames.tracker
         sam, cfg, compute = tracker.sam, frames.cfg, frames.network.cfg.compute
 
@@ -169,12 +101,6 @@ class _Programs:
             out: Prediction = apply(sam, params, image[None], frame, sparse, mode=tracker.mode, method=Sam2.predict)
             return out
 
-        def encode(params: Any, frame: Features, low_res: jax.Array, score: jax.Array) -> jax.Array:
-            prediction = dataclasses.replace(
-                tracker.empty(1).prediction, low_res=low_res[None], object_score=score.reshape(1)
-            )
-            return tracker._encode_memory(params, frame, prediction).memory[0]
-
         def step(
             params: Any, anchors: Anchors, bank: MemoryBank, frame: Features, t: Any, count: Any
         ) -> tuple[MemoryBank, Tracked]:
@@ -185,15 +111,12 @@ class _Programs:
             return bank, jax.tree.map(lambda x: x[0], out)
 
         self.enter, self.layer, self.norm = compiled(enter), compiled(layer), compiled(norm)
-        self.decode, self.encode, self.step = compiled(decode), compiled(encode), compiled(step)
+        self.decode, self.step = compiled(decode), compiled(step)
         self.prompt = compiled(tracker.prompt_anchors)
+        self.decoder, self.encoder = DecoderPrograms(tracker), EncoderPrograms(tracker)
 
 
-def _outcome(prediction: Prediction) -> tuple[jax.Array, ...]:
-    return prediction.low_res[0], prediction.pointer[0], prediction.object_score[0]
-
-
-def _anchor_operations(frames: _Frames, programs: _Programs, plan: Plan) -> Iterator[Operation]:
+def _anchor_operations(frames: Frames, programs: _Programs, plan: Plan) -> Iterator[Operation]:
     network, params = frames.network, frames.network.params["sam2"]
     slots, numbers, unique = network.cfg.max_anchors, frames.anchor_frames, frames.unique
     last = [max(i for i, n in enumerate(numbers) if n == frame) for frame in unique]
@@ -206,25 +129,37 @@ def _anchor_operations(frames: _Frames, programs: _Programs, plan: Plan) -> Iter
         padded = jnp.asarray(np.pad(np.asarray(numbers, np.int32), (0, slots - len(numbers))))
         chosen = jnp.asarray(prompts, frames.dtype).swapaxes(1, 2)[:, anchor_positions(network.cfg, plan)]
         out = programs.prompt(params, stacked, padded, jnp.arange(slots) < len(numbers), chosen).prediction
-        return tuple(x for i in last for x in _outcome(jax.tree.map(lambda x, i=i: x[i], out)))
+        return tuple(x for i in last for x in outcome(jax.tree.map(lambda x, i=i: x[i], out)))
 
+    for n in unique:
+        yield _anchor_entry(frames, programs, anchor_positions(network.cfg, plan), n)
+        yield from decoder_operations(frames, programs.decoder, n, f"anchor {n} / decoder")
     levels = tuple(name for n in unique for name in frames.features_of(n))
     outputs = tuple(name for n in unique for name in frames.outcome_of(n))
-    yield Operation("anchors / masks", ("prompts", *levels), outputs, prompt, params)
+    yield Operation("anchors / masks", ("prompts", *levels), outputs, prompt, params, whole="anchor ")
     for n in unique:
-        yield _memory_operation(frames, programs, n, "anchor")
+        yield from memory_operations(frames, programs.encoder, n, f"anchor {n} / memory encoder")
 
 
-def _memory_operation(frames: _Frames, programs: _Programs, t: int, kind: str) -> Operation:
-    def encode(params: Any, low_res: Array, score: Array, *levels: Array) -> tuple[jax.Array]:
-        return (programs.encode(params, frames.features(*levels), jnp.asarray(low_res), jnp.asarray(score)),)
+def _anchor_entry(frames: Frames, programs: _Programs, positions: np.ndarray, n: int) -> Operation:
+    """What enters the decoder for the last anchor on frame n: an earlier one there hands on its logits."""
+    *earlier, last = [i for i, number in enumerate(frames.anchor_frames) if number == n]
+    side = frames.cfg.low_res_size
 
-    low_res, _, score = frames.outcome_of(t)
-    inputs, params = (low_res, score, *frames.features_of(t)), frames.network.params["sam2"]
-    return Operation(f"{kind} {t} / memory encoder", inputs, (f"frame{t}.memory",), encode, params)
+    def enter(params: Any, prompts: Array, *levels: Array) -> tuple[Any, ...]:
+        features, sparse = frames.features(*levels), jnp.asarray(prompts, frames.dtype)[0].swapaxes(0, 1)[positions]
+        logits, prompted = jnp.zeros((1, side, side)), False
+        for i in earlier:
+            low_res = programs.decoder.anchor(params, features, sparse[i][None], logits, prompted).low_res
+            logits, prompted = jnp.clip(low_res, -PROMPT_LOGIT_LIMIT, PROMPT_LOGIT_LIMIT), True
+        out: tuple[Any, ...] = programs.decoder.enter_anchor(params, features, sparse[last][None], logits, prompted)
+        return out
+
+    inputs = ("prompts", *frames.features_of(n))
+    return Operation(f"anchor {n} / decoder entry", inputs, entry_of(n), enter, frames.without_image_encoder)
 
 
-def _frame_operations(frames: _Frames, programs: _Programs, t: int) -> Iterator[Operation]:
+def _frame_operations(frames: Frames, programs: _Programs, t: int) -> Iterator[Operation]:
     params = frames.network.params["sam2"]
     state = frames.memory_inputs(t)
     levels = frames.features_of(t)
@@ -257,17 +192,24 @@ def _frame_operations(frames: _Frames, programs: _Programs, t: int) -> Iterator[
     yield Operation(f"frame {t} / memory norm", (before,), (image,), norm, params)
 
     def decode(params: Any, image: Array, *levels: Array) -> tuple[jax.Array, ...]:
-        return _outcome(programs.decode(params, jnp.asarray(image, frames.dtype), frames.features(*levels)))
+        return outcome(programs.decode(params, jnp.asarray(image, frames.dtype), frames.features(*levels)))
 
-    outcome = frames.outcome_of(t)
-    yield Operation(f"frame {t} / decoder", (image, *levels), outcome, decode, params)
-    yield _memory_operation(frames, programs, t, "frame")
+    def enter_decoder(params: Any, image: Array) -> tuple[jax.Array, ...]:
+        out: tuple[jax.Array, ...] = programs.decoder.enter_frame(params, jnp.asarray(image, frames.dtype))
+        return out
+
+    later = frames.without_image_encoder
+    stage, results = f"frame {t} / decoder", frames.outcome_of(t)
+    yield Operation(f"{stage} entry", (image,), entry_of(t), enter_decoder, later)
+    yield from decoder_operations(frames, programs.decoder, t, stage)
+    yield Operation(stage, (image, *levels), results, decode, later, whole=f"{stage} ")
+    yield from memory_operations(frames, programs.encoder, t, f"frame {t} / memory encoder")
 
     def step(params: Any, *given: Array) -> tuple[Any, ...]:
         bank, out = programs.step(params, *arguments(given))
         after = add_to_bank(arguments(given)[1], t, out.memory, out.prediction.pointer)
         same = jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), bank, after))
-        return *_outcome(out.prediction), out.memory[0], np.asarray(same)
+        return *outcome(out.prediction), out.memory[0], np.asarray(same)
 
-    outputs = (*outcome, f"frame{t}.memory", "scan.state")
+    outputs = (*results, f"frame{t}.memory", "scan.state")
     yield Operation(f"frame {t} / scan", (*levels, *state), outputs, step, params)

@@ -15,6 +15,9 @@ import numpy as np
 from virst_jax.errors import UserError
 from virst_jax.io import atomic
 
+from .listening import around, wrapped
+from .masks import listening_to_frames
+
 SUFFIX = ".blocks.npz"  # behind a case's name
 
 
@@ -43,14 +46,16 @@ class Blocks:
                 if after is not None:
                     stack.callback(module.register_forward_hook(_result(after)).remove)
             listeners: tuple[tuple[str, Callable[..., Any]], ...] = (
-                ("_get_image_feature", _around(None, self._featured)),
-                ("track_step_eval", _around(self._tracking, None)),
-                ("forward_image", _around(None, self._encoded)),
+                ("_get_image_feature", around(None, self._featured)),
+                ("track_step_eval", around(self._tracking, None)),
+                ("_run_memory_encoder", around(self._encoding_anchor, None)),
+                ("forward_image", around(None, self._encoded)),
             )
             for name, listener in listeners:
                 stack.enter_context(wrapped(seg_model, name, listener))
             hook = seg_model.memory_attention.register_forward_pre_hook(self._remembering, with_kwargs=True)
             stack.callback(hook.remove)
+            stack.enter_context(listening_to_frames(seg_model, self.of_frame))
             yield
 
     def _listeners(self, virst: Any) -> Iterator[tuple[str, Callable[[Any], None] | None, Callable[[Any], None]]]:
@@ -119,6 +124,14 @@ class Blocks:
     def _tracking(self, frame_idx: int, *_: Any, **__: Any) -> None:
         self._frame = int(frame_idx)
 
+    def _encoding_anchor(self, inference_state: Any, frame_idx: int, *_: Any, **__: Any) -> None:
+        """Anchors' memories are encoded when all of them have their masks."""
+        self._frame = int(frame_idx)
+
+    def of_frame(self, part: str, value: Any) -> None:
+        """Keeps the last value of a part of the frame: of several anchors on one frame, the last one counts."""
+        self.arrays[f"frame{self._frame}.{part}"] = np.array(value.detach().float().cpu().numpy(), order="C")
+
     def _remembering(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         keys, positions = (kwargs[name][:, 0].detach().float() for name in ("memory", "memory_pos"))
         self.arrays[f"frame{self._frame}.keys"] = second_moments(keys.cpu().numpy(), positions.cpu().numpy())
@@ -175,32 +188,6 @@ def _result(take: Callable[[Any], None]) -> Callable[..., None]:
         take(out[0] if isinstance(out, tuple) else out)
 
     return hook
-
-
-def _around(before: Callable[..., None] | None, after: Callable[..., None] | None) -> Callable[..., Any]:
-    def listener(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if before:
-            before(*args, **kwargs)
-        out = call(*args, **kwargs)
-        if after:
-            after(out, *args, **kwargs)
-        return out
-
-    return listener
-
-
-@contextlib.contextmanager
-def wrapped(owner: Any, name: str, listener: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, `owner.name(...)` is `listener(method, ...)`. Blocks of the same method may be nested."""
-    method, before = getattr(owner, name), vars(owner).get(name)
-    setattr(owner, name, lambda *args, **kwargs: listener(method, *args, **kwargs))
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(owner, name)  # the class's own method shows again
-        else:
-            setattr(owner, name, before)
 
 
 def _batch_first(x: Any) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from .blocks import Blocks, wrapped
+from .blocks import Blocks
 from .inputs import Inputs
+from .listening import wrapped
 
 WIDE = 512  # token features wider than this are thinned
 

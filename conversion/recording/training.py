@@ -14,8 +14,8 @@ import numpy as np
 
 from ..targets import KEPT, ellipse_masks, thinned
 from ..weights_rule import make_input, make_video
-from .blocks import wrapped
 from .checkout import Release
+from .listening import wrapped
 
 
 @dataclass(frozen=True)

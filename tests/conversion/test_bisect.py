@@ -1,5 +1,6 @@
 """Bisecting: a run like the recorded one has no difference, and a fault is named where it was put in."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from conversion.bisect import load_blocks
 from conversion.bisection.operation import Operation, conditioning, explained, jitter, relative_error
 from conversion.bisection.walk import Walk, first_difference
 from helpers.bisect_case import NAME, write_case
-from helpers.mutants import MUTANTS, Mutant, first_named, open_recorded
+from helpers.mutants import DECODER, ENCODER, MUTANTS, Mutant, first_named, open_recorded
 
 QUICK = ("layer norm's epsilon 1e-5 for 1e-6", "mean pooling")
 BEGINNING = 5  # operations: up to the image encoder's third block
@@ -35,10 +36,22 @@ def test_every_fault_is_named(tmp_path):
     assert len(MUTANTS) >= 30
     wrong = {}
     for mutant in MUTANTS:
-        row = first_named(mutant, recorded)
+        # nothing before the anchors' decoder decodes masks, and the decoder encodes no memories
+        begin = next((stage for stage in (DECODER, ENCODER) if mutant.expected.startswith(stage)), "")
+        row = first_named(mutant, recorded, begin=begin)
         if row is None or row.operation != mutant.expected:
             wrong[mutant.name] = row
     assert not wrong
+    # recorded before the parts were
+    parts = (".decoder", ".encoder")
+    older = {name: x for name, x in recorded.tensors.items() if not any(part in name for part in parts)}
+    before = dataclasses.replace(recorded, tensors=older)
+    cases = (("upscaling kernel flipped", DECODER, "anchors / masks"), ("depthwise kernel flipped", ENCODER, ENCODER))
+    for name, begin, whole in cases:
+        (mutant,) = (m for m in MUTANTS if m.name == name)
+        row = first_named(mutant, before, begin=begin)
+        assert row is not None
+        assert row.operation == whole
 
 
 def test_without_a_fault_there_is_no_difference(path):

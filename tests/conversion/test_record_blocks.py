@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from conversion.recording import blocks
-from conversion.recording.blocks import Blocks, second_moments, wrapped, write_blocks
+from conversion.recording.blocks import Blocks, second_moments, write_blocks
+from conversion.recording.listening import wrapped
 from virst_jax.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -56,10 +57,63 @@ class Encoder(nn.Module):
         return {"backbone_fpn": [x.permute(0, 3, 1, 2) + i for i in range(3)]}
 
 
+class TwoWayBlock(nn.Module):
+    def forward(self, queries, keys, query_pe, key_pe):
+        return queries + 1, keys + 2
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([TwoWayBlock(), TwoWayBlock()])
+
+    def forward(self, src, pos, tokens):
+        queries, keys = tokens, src.flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            queries, keys = layer(queries=queries, keys=keys, query_pe=tokens, key_pe=pos)
+        return queries + 10, keys
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.transformer = Transformer()
+
+    def forward(self, image, tokens):
+        masks, ious, _, score = self.predict_masks(image, tokens)
+        return masks[:, 1:], ious[:, 1:], score
+
+    def predict_masks(self, image, tokens):
+        hs, _ = self.transformer(image, 0 * image, tokens)
+        return image[:, :4], hs[:, 1, :4], hs[:, 2:6], hs[:, 0, :1]
+
+
+class Fuser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Add(), Add()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class MemoryEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mask_downsampler, self.fuser = Add(), Fuser()
+
+    def forward(self, image, mask):
+        mask = self.mask_downsampler(mask)
+        return self.fuser(image + mask)
+
+
 class Tracker(nn.Module):
     def __init__(self):
         super().__init__()
         self.image_encoder, self.memory_attention = Encoder(), Attention()
+        self.sam_mask_decoder, self.memory_encoder = Decoder(), MemoryEncoder()
 
     def forward_image(self, images):
         out = self.image_encoder(images)
@@ -70,8 +124,17 @@ class Tracker(nn.Module):
         levels = self.forward_image(state[frame_idx][None])["backbone_fpn"]
         return None, None, [x.flatten(2).permute(2, 0, 1) for x in levels]
 
-    def track_step_eval(self, frame_idx, features):
-        return self.memory_attention(curr=features, memory=torch.full((5, 1, 2), 2.0), memory_pos=torch.ones(5, 1, 2))
+    def track_step_eval(self, frame_idx, features, prompt=None):
+        """With a prompt: an anchor, whose memory is encoded later."""
+        if prompt is None:
+            self.memory_attention(curr=features, memory=torch.full((5, 1, 2), 2.0), memory_pos=torch.ones(5, 1, 2))
+        image = torch.full((1, WIDTH, SIDE, SIDE), float(frame_idx))
+        self.sam_mask_decoder(image, torch.zeros(1, 7, WIDTH) if prompt is None else prompt)
+        if prompt is None:
+            self.memory_encoder(image, 10 * image)
+
+    def _run_memory_encoder(self, inference_state, frame_idx):
+        self.memory_encoder(*torch.ones(2, 1, WIDTH, SIDE, SIDE))
 
 
 def network():
@@ -104,6 +167,10 @@ def run(virst, video):
     model.seg_model.forward_image(video[:2])
     model.seg_prompter.memory_norm(torch.zeros(9, 1, WIDTH))
     model.seg_prompter.decoder[0](tgt=torch.zeros(8, 1, WIDTH))
+    for prompt in (3.0, 5.0):  # the second anchor on frame 0 replaces the first
+        prompts = torch.full((1, 7, WIDTH), prompt)
+        model.seg_model.track_step_eval(frame_idx=0, features=None, prompt=prompts)
+    model.seg_model._run_memory_encoder(inference_state={}, frame_idx=0)
     for t in range(FRAMES):
         _, _, levels = model.seg_model._get_image_feature(video, t, 1)
         if t:
@@ -145,6 +212,24 @@ def test_every_block_is_kept():
     np.testing.assert_array_equal(arrays["frame2.attention1"], arrays["frame2.enter"] + 2)
     flat = arrays["frame2.conditioned"].reshape(1, SIDE * SIDE, -1)
     np.testing.assert_array_equal(flat, arrays["frame2.attention1"] + 2)
+    assert arrays["frame0.decoder.tokens"].shape == (1, 7, WIDTH)
+    decoder = (
+        "decoder.tokens",
+        "decoder0.tokens",
+        "decoder1.tokens",
+        "decoder.final",
+        "decoder.ious",
+        "decoder.object",
+    )
+    assert [arrays[f"frame0.{n}"].max() for n in decoder] == [5, 6, 7, 17, 17, 17]
+    assert [arrays[f"frame2.{n}"].max() for n in decoder] == [0, 1, 2, 12, 12, 12]
+    assert arrays["frame2.decoder1.image"].shape == (1, SIDE * SIDE, WIDTH)
+    assert [arrays[f"frame2.{n}.image"].max() for n in ("decoder", "decoder0", "decoder1")] == [2, 4, 6]
+    assert arrays["frame2.decoder.masks"].shape == (1, 4, SIDE, SIDE)
+    assert arrays["frame2.encoder.mask"].shape == (1, SIDE, SIDE, WIDTH)
+    for t, (image, mask) in enumerate([(1, 2), (1, 11), (2, 21)]):
+        kept_values = [arrays[f"frame{t}.{n}"].max() for n in ("encoder.mask", "encoder.sum", "encoder0", "encoder1")]
+        assert kept_values == [mask, image + mask, image + mask + 1, image + mask + 2]
     assert arrays["frame1.score"].shape == ()
     np.testing.assert_array_equal(arrays["frame1.memory"][1], [1, 17])
     assert arrays["anchors"].tolist() == [0]
@@ -156,10 +241,12 @@ def test_network_is_left_as_it_was():
     kept = Blocks()
     with kept.listening(virst):
         assert "forward_image" in vars(virst.model.seg_model)
+        assert "predict_masks" in vars(virst.model.seg_model.sam_mask_decoder)
     before = dict(kept.arrays)
     run(virst, torch.zeros(FRAMES, 3, SIDE, SIDE))
     assert kept.arrays == before == {}
     assert "forward_image" not in vars(virst.model.seg_model)
+    assert "predict_masks" not in vars(virst.model.seg_model.sam_mask_decoder)
 
 
 def test_wrapped_twice():

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import types
+import unittest.mock
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,13 +80,18 @@ def open_recorded(path: Path) -> Recorded:
     return Recorded(case, cases.open_network(case), load_blocks(path.parent / f"{path.name}{BLOCKS}"))
 
 
-def first_named(mutant: Mutant, recorded: Recorded, count: int | None = None) -> Row | None:
-    """The row of the first operation that differs from the recorded tensors; of the first `count` ones, or of all."""
+def first_named(mutant: Mutant, recorded: Recorded, count: int | None = None, begin: str = "") -> Row | None:
+    """The row of the first operation that differs from the recorded tensors.
+
+    count: of the first so many ones only.
+    begin: only of those from the first one on whose name begins so; on recorded inputs, none needs those before it.
+    """
     with mutant.applied(), jax.default_matmul_precision("highest"):
         network = mutant.network(recorded.network)
         walk = Walk(recorded.tensors, epsilon("float32"), accumulate=False)
         steps = operations(recorded.case, network, recorded.tensors.get("anchors"))
-        return first_difference(walk.rows(itertools.islice(steps, count)))
+        later = itertools.dropwhile(lambda step: not step.name.startswith(begin), steps)
+        return first_difference(walk.rows(itertools.islice(later, count)))
 
 
 def _given(**changes: Any) -> Replacement:
@@ -233,13 +239,26 @@ def _turned_back(old: Any) -> Any:
     return lambda x, angles: old(x, -angles)
 
 
+def _transposed(kernel: np.ndarray) -> np.ndarray:
+    return kernel.swapaxes(1, 2)
+
+
+def _tanh_inside(old: Any) -> Any:
+    def call(self: Any, x: jax.Array) -> Any:
+        with unittest.mock.patch.object(memory, "gelu", functools.partial(nn.gelu, approximate=True)):
+            return old(self, x)
+
+    return call
+
+
 SECOND_ZERO, SECOND_TURNED = _other_layer(1, np.zeros_like), _other_layer(1, np.transpose)
+SAM, SAM_BLOCK = "sam2/mask_decoder", "sam2/mask_decoder/blocks_1"
 TRUNK, O_PROJ = "sam2/image_encoder/trunk", "llm/layers/attn/o_proj/kernel"
 MERGING = "video / token merging"
 NO_SCALE = types.SimpleNamespace(sqrt=lambda x: 1.0, isqrt=math.isqrt)
 FIRST, LAYER0 = "image / block 0", "language / layer 0"
-MEMORIES, MEMORY0, ANCHORS = "frame 1 / memories", "frame 1 / memory layer 0", "anchors / masks"
-ENCODER = "anchor 0 / memory encoder"
+MEMORIES, MEMORY0 = "frame 1 / memories", "frame 1 / memory layer 0"
+DECODER, ENCODER = "anchor 0 / decoder", "anchor 0 / memory encoder"  # what the operations' names begin with
 
 MUTANTS = [
     Mutant("frames resized bicubic", "image / pixels", ((encoders, "sam_pixels", _last("bicubic")),)),
@@ -271,13 +290,29 @@ MUTANTS = [
     Mutant("logits not scaled", "fusion / layer 0", ((st_fusion, "math", _constant(NO_SCALE)),)),
     Mutant("anchors one frame early", "anchors / choice", ((cases, "eval_anchors", _one_earlier),)),
     Mutant("tracked frames resized bilinear", "frame 0 / features", ((encoders, "resize_frames", _last("bilinear")),)),
-    Mutant("mask of the least predicted IoU", ANCHORS, ((sam2, "best_mask", _least_iou),)),
-    Mutant("upscaling kernel flipped", ANCHORS, params=("sam2/mask_decoder/upscale0/kernel", lambda x: x[:, ::-1])),
-    Mutant("decoder norm's epsilon 1e-6 for 1e-5", ANCHORS, ((mask_decoder, "layer_norm", _norm(1e-6, 1e-5)),)),
-    Mutant("no-memory embedding dropped", ANCHORS, params=("sam2/no_memory_embed", np.zeros_like)),
-    Mutant("mask bias -9.5 for -10", ENCODER, config=_sam2(mem_sigmoid_bias=-9.5)),
-    Mutant("depthwise kernel flipped", ENCODER, ((memory, "shifted_depthwise", _flipped_kernel),)),
-    Mutant("memories in float32", ENCODER, ((tracker.Tracker, "__init__", _float32_memories),)),
+    Mutant("no-memory embedding dropped", f"{DECODER} entry", params=("sam2/no_memory_embed", np.zeros_like)),
+    Mutant(
+        "decoder norm's epsilon 1e-6 for 1e-5", f"{DECODER} block 0", ((mask_decoder, "layer_norm", _norm(1e-6, 1e-5)),)
+    ),
+    Mutant("second block's bias dropped", f"{DECODER} block 1", params=(f"{SAM_BLOCK}/mlp/layer1/bias", np.zeros_like)),
+    Mutant("final norm's bias dropped", f"{DECODER} attention", params=(f"{SAM}/final_norm/bias", np.zeros_like)),
+    Mutant("upscaling kernel flipped", f"{DECODER} masks", params=(f"{SAM}/upscale0/kernel", lambda x: x[:, ::-1])),
+    Mutant("upscaling kernel transposed", f"{DECODER} masks", params=(f"{SAM}/upscale1/kernel", _transposed)),
+    Mutant("tanh-GELU in upscaling", f"{DECODER} masks", ((mask_decoder, "gelu", TANH_GELU),)),
+    Mutant("IoU without sigmoid", f"{DECODER} scores", ((mask_decoder, "Mlp", _given(sigmoid_output=False)),)),
+    Mutant("mask of the least predicted IoU", f"{DECODER} choice", ((sam2, "best_mask", _least_iou),)),
+    Mutant("pointer bias dropped", f"{DECODER} choice", params=("sam2/pointer_proj/layer2/bias", np.zeros_like)),
+    Mutant("mask bias -9.5 for -10", f"{ENCODER} mask", config=_sam2(mem_sigmoid_bias=-9.5)),
+    Mutant("tanh-GELU in the mask's convolutions", f"{ENCODER} mask", ((memory, "gelu", TANH_GELU),)),
+    Mutant("image bias dropped", f"{ENCODER} sum", params=("sam2/memory_encoder/image_proj/bias", np.zeros_like)),
+    Mutant("depthwise kernel flipped", f"{ENCODER} fuser 0", ((memory, "shifted_depthwise", _flipped_kernel),)),
+    Mutant("tanh-GELU in the fuser", f"{ENCODER} fuser 0", ((memory.ConvNextBlock, "__call__", _tanh_inside),)),
+    Mutant(
+        "second scale not loaded",
+        f"{ENCODER} fuser 1",
+        params=("sam2/memory_encoder/fuser1/gamma", np.ones_like),
+    ),
+    Mutant("memories in float32", f"{ENCODER} output", ((tracker.Tracker, "__init__", _float32_memories),)),
     Mutant("the next anchor", MEMORIES, ((tracker, "select_anchors", _next_anchor),)),
     Mutant("temporal codes off by one", MEMORIES, params=("sam2/time_embed", lambda x: np.roll(x, 1, 0))),
     Mutant("pointers' time with the other sign", MEMORIES, ((sam2, "sine_1d", _backward),)),
