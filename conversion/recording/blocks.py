@@ -111,7 +111,7 @@ class Blocks:
             self.keep(f"image.fpn{i}", _channels_last(level[:1]))
 
     def _encoded(self, out: Mapping[str, Any], *_: Any, **__: Any) -> None:
-        """The first call encodes the segmentation frames, which may come in parts."""
+        """The first call encodes all segmentation frames."""
         if "maps" not in self.arrays:
             for i in range(2):
                 self.keep(f"image.high{i}", _channels_last(out["backbone_fpn"][i][:1]))

@@ -91,8 +91,7 @@ def run_release(
     }
     batch = {k: v.to(device) for k, v in batch.items()}
     precision = torch.autocast(device, dtype=torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
-    hearing = blocks.listening(virst) if blocks else contextlib.nullcontext()
-    with hearing, _listening(virst, heard, encode_batch), torch.no_grad(), precision:
+    with _listening(virst, heard, encode_batch, blocks), torch.no_grad(), precision:
         masks = virst(
             **batch,
             image_ids=[0],
@@ -111,7 +110,7 @@ def run_release(
 
 
 @contextlib.contextmanager
-def _listening(virst: Any, heard: _Heard, encode_batch: int) -> Iterator[None]:
+def _listening(virst: Any, heard: _Heard, encode_batch: int, blocks: Blocks | None) -> Iterator[None]:
     seg_model = virst.model.seg_model
 
     def prepared(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -150,6 +149,8 @@ def _listening(virst: Any, heard: _Heard, encode_batch: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, listener in listeners:
             stack.enter_context(wrapped(owner, name, listener))
+        if blocks:  # around what encodes in parts: it hears the parts put together
+            stack.enter_context(blocks.listening(virst))
         hooks = [
             virst.model.register_forward_hook(decoded, with_kwargs=True),
             virst.model.seg_prompter.register_forward_hook(fused, with_kwargs=True),

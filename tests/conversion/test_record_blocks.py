@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from conversion.recording import blocks
+from conversion.recording import run as recording_run
 from conversion.recording.blocks import Blocks, second_moments, write_blocks
 from conversion.recording.listening import wrapped
 from virst_jax.errors import UserError
@@ -175,6 +176,18 @@ def run(virst, video):
         _, _, levels = model.seg_model._get_image_feature(video, t, 1)
         if t:
             model.seg_model.track_step_eval(frame_idx=t, features=levels[-1])
+
+
+def test_maps_are_those_of_all_frames_when_these_are_encoded_in_parts():
+    virst, kept = network(), Blocks()
+    seg_model = virst.model.seg_model
+    for owner, name in ((virst, "prepare_inputs_labels_for_multimodal"), (seg_model, "init_state")):
+        setattr(owner, name, None)
+    seg_model.add_new_prompt = None
+    video = torch.arange(FRAMES * 3 * SIDE * SIDE).reshape(FRAMES, 3, SIDE, SIDE).float()
+    with recording_run._listening(virst, recording_run._Heard(), 1, kept):
+        seg_model.forward_image(video)
+    assert len(kept.arrays["maps"]) == FRAMES
 
 
 def test_every_block_is_kept():
