@@ -51,9 +51,9 @@ class FoldedConv(nn.Module):
         kernel = self.param("kernel", init, (3, 3, channels, self.features), param_dtype).astype(dtype)
         bias = self.param("bias", with_axes(nn.initializers.zeros, "conv_out"), (self.features,), param_dtype)
         places = jnp.asarray(_places(self.side), dtype)
-        # exact in every precision: each element is one of the kernel's, or 0
-        wide = jnp.einsum("sbxy,tscd->tbxycd", places, kernel)
-        wide = jnp.einsum("tauv,tbxycd->abuxcvyd", places, wide)
+        # exact: each element is one of the kernel's, or 0; by default a TPU would round float32 to bfloat16
+        wide = jnp.einsum("sbxy,tscd->tbxycd", places, kernel, precision="highest")
+        wide = jnp.einsum("tauv,tbxycd->abuxcvyd", places, wide, precision="highest")
         wide = rearrange(wide, "a b u x c v y d -> a b (u x c) (v y d)")
         dimensions = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(x.astype(dtype), wide, (1, 1), ((1, 0), (1, 0)), dimension_numbers=dimensions)

@@ -159,10 +159,7 @@ class Hiera(nn.Module):
         for run in block_runs(cfg):
             if run.spec.window and run.spec.window != side:
                 x = to_grid(x, grid) if side else x
-                fits = not any(n % run.spec.window for n in x.shape[1:3]) and not (
-                    run.spec.pool and run.spec.window % 2
-                )
-                side = run.spec.window if fits else 0
+                side = 0 if any(n % run.spec.window for n in x.shape[1:3]) else run.spec.window
                 if side:
                     grid = (x.shape[1] // side, x.shape[2] // side)
                     x = to_windows(x, side)
