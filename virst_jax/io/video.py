@@ -315,6 +315,8 @@ class StridedReader(Reader):
             raise UserError(f"at most {max_frames} frames leave nothing; give 1 or more")
         if start < 0 or (end is not None and end < start):
             raise UserError(f"frames {start} to {end} are no range; give numbers from 0 on, the first one first")
+        if isinstance(reader, FileReader) and start:
+            reader.begin_at(start)
         self.reader, self.every, self.max_frames, self.start, self.end = reader, every, max_frames, start, end
         self.name, self.size, self.still, self.format = reader.name, reader.size, reader.still, reader.format
         self.fps = reader.fps / every
@@ -400,7 +402,7 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
         except BaseException as error:
             put(("error", error))
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=work, daemon=True, name="read ahead")
     thread.start()
     try:
         while True:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from virst_jax.errors import UserError
 from virst_jax.io.atomic import reason
 from virst_jax.io.containers import what_is_missing
 from virst_jax.io.reader import Reader, VideoFormat, check_indices
+from virst_jax.io.video_seek import Entry, find_entry
 
 if TYPE_CHECKING:
     import av
@@ -46,7 +47,8 @@ class FileReader(Reader):
     def __init__(self, path: Path, allow_damaged: bool = False):
         self.path, self.name, self.allow_damaged = path, path.stem, allow_damaged
         self._scanned = _Scan()
-        self._checked = 0  # frames that are known to be sound
+        self._sound = range(0)  # numbers of frames that are known to be sound
+        self._entry: Entry | None = None  # where decoding begins if earlier frames are not asked for
         self._matrix: np.ndarray | None = None  # of the display, of the first frame; empty: none
         self._turned = False  # by a quarter
         with self._opened() as (container, stream):
@@ -61,6 +63,13 @@ class FileReader(Reader):
         self.size = (first.shape[0], first.shape[1])
         if self._turned and self.format.sample_aspect is not None:
             self.format = dataclasses.replace(self.format, sample_aspect=1 / self.format.sample_aspect)
+
+    def begin_at(self, number: int) -> None:
+        """Says that the frames before this one are not asked for; they are not decoded if all others stay as they are.
+
+        Damage before it is then not told. They can still be read.
+        """
+        self._entry = None if self.allow_damaged else find_entry(self._opened, number)
 
     @property
     def num_frames(self) -> int:
@@ -101,7 +110,7 @@ class FileReader(Reader):
             check_indices(self.name, indices, len(self._scanned.times))
         wanted = set(indices)
         left = len(wanted)
-        with contextlib.closing(self._decode(wanted.__contains__)) as frames:
+        with contextlib.closing(self._decode(wanted.__contains__, first=min(wanted))) as frames:
             for frame in frames:
                 if frame is not None:
                     yield frame
@@ -130,7 +139,7 @@ class FileReader(Reader):
         if self._knows(limit):
             there = [i for i in indices if i < len(self._scanned.times)]
             return self.pick(there) if there else iter(())
-        return self._survey(frozenset(indices).__contains__, limit)
+        return self._survey(frozenset(indices).__contains__, limit, min(indices, default=0))
 
     def _knows(self, limit: int | None) -> bool:
         return self._scanned.complete or (limit is not None and len(self._scanned.times) >= limit)
@@ -142,13 +151,13 @@ class FileReader(Reader):
           UserError: one of them is damaged.
         """
         if not self._knows(limit):
-            for _ in self._survey(lambda index: False, limit):
+            for _ in self._survey(lambda index: False, limit, 0 if self._entry is None else self._entry.number):
                 pass
         return self._scanned
 
-    def _survey(self, wanted: Callable[[int], bool], limit: int | None) -> Iterator[np.ndarray]:
+    def _survey(self, wanted: Callable[[int], bool], limit: int | None, first: int) -> Iterator[np.ndarray]:
         scan = _Scan()
-        with contextlib.closing(self._decode(wanted, scan)) as frames:
+        with contextlib.closing(self._decode(wanted, scan, first)) as frames:
             for frame in frames:
                 if frame is not None:
                     yield frame
@@ -157,7 +166,7 @@ class FileReader(Reader):
                     break
         self._complain(scan, limit)
         self._scanned = scan
-        self._checked = len(scan.times) if limit is None or scan.complete else limit
+        self._sound = range(scan.begin, len(scan.times) if limit is None or scan.complete else limit)
 
     def _complain(self, scan: _Scan, limit: int | None = None) -> None:
         """Raises a UserError that names what is damaged, unless the caller goes on with it."""
@@ -213,31 +222,39 @@ class FileReader(Reader):
             yield container, stream
 
     def _decode(
-        self, wanted: Callable[[int], bool], scan: _Scan | None = None
+        self, wanted: Callable[[int], bool], scan: _Scan | None = None, first: int = 0
     ) -> Generator[np.ndarray | None, None, None]:
         """Every frame in order of display; None for those that are not wanted, which saves converting them.
 
         With `scan`, what is damaged is noted there and decoding goes on. Without, it ends where damage begins.
+
+        Args:
+          first: none is wanted before this one; where that is known to be possible, those before are passed over.
 
         Raises:
           UserError: the file is damaged, and no `scan` is given.
         """
         from av.video.reformatter import VideoReformatter
 
-        noted, count = scan or _Scan(), 0
+        noted, entry = scan or _Scan(), self._entry
         strict = scan is None and not self.allow_damaged
         converter = VideoReformatter()  # one for all frames: it has threads of its own
         with self._opened() as (container, stream):
             noted.one_a_packet = stream.codec_context.name in _ONE_FRAME_A_PACKET
+            if entry is not None and first >= entry.number:
+                assert stream.time_base is not None  # entries are found by it
+                container.seek(entry.seek, stream=stream, backward=True)
+                noted.pass_over(entry, stream.time_base)
+            count = noted.begin
             for frame in _frames(container, stream, noted, self.path):
-                if strict and noted.suspect and count >= self._checked:
+                if strict and noted.suspect and count not in self._sound:
                     break
                 yield self._image(frame, converter) if wanted(count) else None
                 count += 1
             else:
                 noted.missing = noted.missing or what_is_missing(self.path)
                 noted.complete = True
-        if strict and count >= self._checked and (noted.suspect or noted.missing or noted.damaged()):
+        if strict and count not in self._sound and (noted.suspect or noted.missing or noted.damaged()):
             self._scan(None)  # tells the whole of it
             raise UserError(f"{self.path}: damaged after frame {count}; copy the file again")
 
@@ -264,9 +281,26 @@ class _Scan:
         self.missing = ""  # at the file's end
         self.suspect = False  # something is damaged
         self.one_a_packet = False
+        self.begin = 0  # number of the first frame that is decoded
+        self._first: int | None = None  # its time stamp
         self._order: dict[int, int] = {}  # place of a packet in the order of decoding, by its time stamp
         self._flags: list[tuple[int | None, bool, bool]] = []  # of a frame: time stamp, key frame, damaged
         self._broken: list[int] = []  # places in the order of decoding
+
+    def pass_over(self, entry: Entry, time_base: Fraction) -> None:
+        """Notes the frames before an entry, at which decoding begins, as if they had been decoded."""
+        passed = entry.stamps[: entry.number]
+        self.begin, self._first = entry.number, entry.pts
+        self.times = [float(pts * time_base) for pts in passed]
+        self._flags = [(pts, False, False) for pts in passed]
+        self._order = {pts: place for place, pts in enumerate(entry.before)}
+
+    def frames(self, frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+        """Notes frames; those that are shown before an entry, and lack what they build upon, are left out."""
+        for frame in frames:
+            if self._first is None or frame.pts is None or frame.pts >= self._first:
+                self.frame(frame)
+                yield frame
 
     def packet(self, packet: av.Packet) -> None:
         place = len(self._order)
@@ -374,9 +408,7 @@ def _frames(
         except (av.error.FFmpegError, OSError) as error:
             noted.missing = what_is_missing(path) or f"what follows cannot be read ({reason(error)}), so it is"
             with contextlib.suppress(av.error.FFmpegError):
-                for frame in stream.decode(None):
-                    noted.frame(frame)
-                    yield frame
+                yield from noted.frames(stream.decode(None))
             return
         noted.packet(packet)
         try:
@@ -387,9 +419,7 @@ def _frames(
             if failures > MAX_FAILURES:
                 return
             continue
-        for frame in frames:
-            noted.frame(frame)
-            yield frame
+        yield from noted.frames(frames)
 
 
 def _count_packets(container: av.container.InputContainer, stream: av.VideoStream) -> int:
