@@ -5,6 +5,7 @@ Axes: T frames, O objects, S positions of the feature grid, C width, D memory wi
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,35 +52,61 @@ def parameter_shapes(cfg: VirstConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     return nn.unbox(boxed), nn.get_partition_spec(boxed)
 
 
+def _spread(path: tuple[Any, ...], shape: tuple[int, ...], names: tuple[str, ...]) -> tuple[float, float]:
+    """Mean and deviation of a parameter: no scale is one, no bias zero, and outputs do not amplify rounding.
+
+    names: of its axes.
+    """
+    keys = [part.key for part in path]
+    if keys[-4:] == ["mask_decoder", "object_head", "layer2", "bias"]:
+        return OBJECT_BIAS, 0.05
+    leaf = keys[-1]
+    if leaf in ("scale", "gamma"):
+        return 1.0, 0.1
+    if leaf.endswith("bias"):
+        return 0.0, 0.05
+    if leaf == "kernel" or leaf.startswith("lora"):
+        outputs = ("layers", "qkv") if names[0] != "conv_in" else names[1:]  # a transposed convolution
+        inputs = [n for n, name in zip(shape[:-1], names, strict=False) if name not in outputs]
+        return 0.0, float(0.7 / np.sqrt(np.prod(inputs)))
+    return 0.0, 1.0 if leaf == "gaussian" else 0.5
+
+
 def random_params(cfg: VirstConfig, *parts: str, seed: int = 0) -> dict[str, Any]:
-    """Parameters of some parts of `Virst(cfg)`: no scale is one, no bias zero, and outputs do not amplify rounding.
+    """Parameters float32 of some parts of `Virst(cfg)`, made on the host.
 
     The language model comes without its head, which segmentation does not use.
     """
     rng = np.random.default_rng(seed)
 
     def fill(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> jax.Array:
-        leaf = path[-1].key
-        x = rng.standard_normal(shape.shape, np.float32)
-        if leaf in ("scale", "gamma"):
-            x = 1 + 0.1 * x
-        elif leaf.endswith("bias"):
-            x = 0.05 * x
-        elif leaf == "kernel" or leaf.startswith("lora"):
-            outputs = ("layers", "qkv") if names[0] != "conv_in" else names[1:]  # a transposed convolution
-            inputs = [n for n, name in zip(shape.shape[:-1], names, strict=False) if name not in outputs]
-            x = x * np.float32(0.7 / np.sqrt(np.prod(inputs)))
-        elif leaf != "gaussian":
-            x = 0.5 * x
-        return jnp.asarray(x)
+        mean, deviation = _spread(path, shape.shape, names)
+        return jnp.asarray(np.float32(mean) + np.float32(deviation) * rng.standard_normal(shape.shape, np.float32))
 
     shapes, axes = ({part: tree[part] for part in parts} for tree in parameter_shapes(cfg))
     if "llm" in shapes:
         shapes["llm"], axes["llm"] = ({k: v for k, v in t["llm"].items() if k != "lm_head"} for t in (shapes, axes))
     params: dict[str, Any] = jax.tree_util.tree_map_with_path(fill, shapes, axes)
-    if "sam2" in params:
-        head = params["sam2"]["mask_decoder"]["object_head"]["layer2"]
-        head["bias"] = head["bias"] + OBJECT_BIAS
+    return params
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def device_normal(
+    seed: int, shape: tuple[int, ...], dtype: str, mean: float = 0.0, deviation: float = 1.0
+) -> jax.Array:
+    """Normal numbers of the device's own generator: nothing of their size lies on the host."""
+    numbers = jax.random.normal(jax.random.key(seed, impl="rbg"), shape, dtype)
+    return (numbers * deviation + mean).astype(dtype)
+
+
+def device_params(cfg: VirstConfig, dtype: str) -> dict[str, Any]:
+    """All parameters of `Virst(cfg)` in `dtype`, made on the device."""
+    count = itertools.count()
+
+    def fill(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> jax.Array:
+        return device_normal(next(count), shape.shape, dtype, *_spread(path, shape.shape, names))
+
+    params: dict[str, Any] = jax.tree_util.tree_map_with_path(fill, *parameter_shapes(cfg))
     return params
 
 

@@ -20,6 +20,7 @@ from benchmarks.random_network import random_features, random_params, random_pas
 from virst_jax.config import VirstConfig
 from virst_jax.inference.steps import SCALE, Steps
 from virst_jax.inference.tiles import TILE
+from virst_jax.models import layers
 from virst_jax.models.qwen2 import init_cache
 from virst_jax.ops.resize import resize_matrix
 from virst_jax.profiling.flops import device_peak
@@ -114,9 +115,10 @@ def take_turns(functions: Sequence[Callable[[], Any]], repeats: int) -> list[flo
 
 @contextlib.contextmanager
 def unrolled() -> Iterator[None]:
-    """Scans are traced without loops."""
+    """Scans are traced without loops, and what a CPU computes in parts in one."""
     scan = jax.lax.scan
-    with mock.patch.object(jax.lax, "scan", lambda *args, **kwargs: scan(*args, **kwargs | {"unroll": True})):
+    whole = mock.patch.object(layers, "PART", 2**60)
+    with whole, mock.patch.object(jax.lax, "scan", lambda *args, **kwargs: scan(*args, **kwargs | {"unroll": True})):
         yield
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from virst_jax.data.datasets.mixtures import MEMBERS, mixture
 
@@ -35,6 +36,9 @@ XLA_FLAGS = {
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
+        # products with smaller weights, in MiB, gather them in one piece rather than window by window; 1000000 gains a
+        # third of the language model's time with four samples a chip (docs/sharding.md); None: the compiler's choice
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": placeholder(int),
     },
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,

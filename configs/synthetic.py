@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
         "frames_per_anchor": 1,
     }
     overrides |= {"loss": {"occ": 0.25, "dice": 1.0}}
+    # clicks learn as sentences do, whose batches share the decoder: the focal loss puts the edges of masks elsewhere
+    overrides["prompt_loss"] = {"focal": 2.0, "focal_alpha": -1.0, "focal_gamma": 0.0}
     # the video encoder's position table counts patches row by row; interpolated from a grid of six, its sine waves
     # hardly encode the column (a ridge regression explains 1 % of its variance, from a grid of 83 it explains 73 %)
     overrides["vision"] = {"pretrained_grid": 83}
@@ -37,7 +39,8 @@ def get_config() -> ConfigDict:
     }
 
     def data(kind: str, weight: float, batch_size: int, seed: int, **values: object) -> dict:
-        source = {"kind": "synthetic", "num_videos": 10**6, "seed": seed, "expressions": values.get("conversations", 1)}
+        expressions = 1 if kind.endswith("prompted") else values.get("conversations", 1)
+        source = {"kind": "synthetic", "num_videos": 10**6, "seed": seed, "expressions": expressions}
         values |= {} if kind.startswith("image") else {"vlm_frames": 4}
         if "categories" in values:
             source["categories"] = values.pop("categories")
@@ -75,6 +78,7 @@ def get_config() -> ConfigDict:
         *("sam_align", "mask_pretrain"),  # image encoder of the tracker, then fusion and mask decoder
         *("stage1", "stage2", "stage3"),  # as the release's
         *("joint_ft", "memory_ft"),  # stages 2 and 3 again, at smaller rates
+        *("clicks_learn", "clicks_join", "clicks_follow"),  # points and boxes
     )
     # patches are aligned with the word embeddings of their captions; motion words are learned last, hence two stages
     c.patch_pretrain = {
@@ -159,5 +163,46 @@ def get_config() -> ConfigDict:
         "optim": {**optim, "learning_rate": 1.5e-3, "warmup_steps": 30, "final_factor": 0.03},
         "groups": c.stage3.groups,
         "data": {"named": data("video_named", 1.0, 2, 22, conversations=6, seg_frames=4, anchors=1)},
+    }
+    # points and boxes. What reads sentences stays as it is, but for the fusion, whose prompts the decoder takes
+    frozen = ("sam2/(image_encoder/.*|no_memory_position)|second_fusion/seg_proj/.*", 0.0)
+    pointing = (unused[0], frozen, ("second_fusion/.*", 0.3), ("sam2/.*", 1.0), (".*", 0.0))
+    clicks = {"anchors": 1, "click_share": 0.8, "box_share": 0.3, "central_share": 0.5, "max_stride": 4}
+    absent = {**clicks, "absent_share": 0.1}
+
+    def mixed(seed: int, weights: tuple[float, float, float, float], categories: dict) -> dict:
+        """Sentences; words and clicks that are followed over four frames of a video, for the memory; clicks."""
+        video, named, image, clicked = weights
+        followed = {"conversations": 3, "corrections": 1, "seg_frames": 4, **absent}
+        return {
+            "video": data("video", video, 6, seed, categories=categories, **many),
+            "named": data("video_named", named, 2, seed + 1, conversations=6, seg_frames=4, anchors=1),
+            "image": data("image_prompted", image, 12, seed + 2, conversations=6, corrections=2, **absent),
+            "clicked": data("video_prompted", clicked, 3, seed + 3, **followed),
+        }
+
+    # clicks on images leave their plateau after some eighty steps; sentences keep the decoder from forgetting them
+    c.clicks_learn = {
+        "steps": 500,
+        "optim": {**optim, "warmup_steps": 30, "final_factor": 0.3},
+        "groups": pointing,
+        "data": {
+            "image": data("image_prompted", 0.7, 12, 24, conversations=6, corrections=2, **clicks),
+            "video": data("video", 0.3, 6, 25, categories=every, **many),
+        },
+    }
+    c.clicks_join = {
+        "steps": 1200,
+        "optim": {**optim, "learning_rate": 1.5e-3, "warmup_steps": 30, "final_factor": 0.03},
+        "groups": pointing,
+        "data": mixed(30, (0.45, 0.15, 0.12, 0.28), {**every, "none": 1.5}),
+    }
+    # above all what was lost: sentences that mean several objects, which clicks never do, and those that are hard
+    lost = {"appearance": 2.0, "motion": 2.0, "time": 1.5, "reasoning": 1.5, "several": 2.0}
+    c.clicks_follow = {
+        "steps": 500,
+        "optim": {**optim, "learning_rate": 8e-4, "warmup_steps": 20, "final_factor": 0.02},
+        "groups": pointing,
+        "data": mixed(36, (0.6, 0.18, 0.06, 0.16), {**every, **lost}),
     }
     return c

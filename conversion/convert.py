@@ -3,6 +3,7 @@
     python -m conversion.convert --videochat DIR --sam2 FILE.pt --virst FILE.pt --out DIR
     python -m conversion.convert --videochat DIR --sam2 FILE.pt --out DIR          what training starts from
     python -m conversion.convert --sam2 FILE.pt --out DIR                          SAM 2.1 alone, of any size
+    python -m conversion.convert --model MODEL --quantize int8 --out DIR           integer kernels for inference
     python -m conversion.convert --to-torch MODEL --out FILE.pt
 
 Nothing of the sources is executed; torch is not needed. The result appears whole or not at all. Exit status: 0, or 2
@@ -20,7 +21,7 @@ import jax
 from tqdm import tqdm
 
 from virst_jax import cli
-from virst_jax.config import PRESETS, LoraConfig, VirstConfig, from_json, get_preset
+from virst_jax.config import FLOAT, PARTS, PRESETS, WEIGHTS, LoraConfig, VirstConfig, from_json, get_preset, weights_of
 from virst_jax.errors import UserError
 from virst_jax.io import atomic, model_folder, regular
 from virst_jax.models.tree import flatten
@@ -31,6 +32,8 @@ from .checkpoint import Checkpoint
 from .formats.torch_file import write_torch_file
 from .gather import DTYPES, Converted, stored_dtype, write_assembled
 from .names import SEG_MODEL
+from .quantize import PARTS as QUANTIZED
+from .quantize import quantize_folder
 from .rules import rule_table
 from .tracker import check_size, convert_tracker
 
@@ -131,6 +134,8 @@ def to_torch(model: Path, out: Path, *, peft: bool = False, progress: bool = Tru
     """
     atomic.check_new(out, parents=False)
     cfg, _ = model_folder.stored_shapes(model)
+    if set(weights_of(cfg).values()) != {FLOAT}:
+        raise UserError(f"{model}: has integer kernels; give the model that it was made of")
     table = rule_table(cfg)
     with tqdm(total=len(table), unit="tensor", desc="writing", disable=not progress) as bar:
         specs = (
@@ -152,6 +157,7 @@ EXAMPLES = """examples:
   virst convert --videochat checkpoints/videochat --sam2 checkpoints/sam2.1_hiera_large.pt \\
       --virst checkpoints/virst.pt --out virst_7b
   virst convert --sam2 checkpoints/sam2.1_hiera_tiny.pt --out tracker
+  virst convert --model virst_7b --quantize int8 --out virst_7b_int8
   virst convert --to-torch virst_7b --out back.pt"""
 
 
@@ -161,6 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--virst", type=Path, metavar="FILE.pt", help="the VIRST checkpoint; without: a start for training"
     )
+    parser.add_argument("--model", type=Path, help="model folder to quantize, in place of the released files")
     parser.add_argument("--to-torch", type=Path, metavar="MODEL", help="model folder to write in the release's names")
     parser.add_argument("--out", type=Path, required=True, help="folder (or .pt file) to write; must not exist")
     parser.add_argument("--config", default="virst_7b", help="preset or config.json (default: %(default)s)")
@@ -171,6 +178,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--root", metavar="KEY", help="where in the --virst file (or --sam2 alone) the tensors are (default: found)"
     )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer's folder (default: --videochat)")
+    parser.add_argument("--quantize", choices=WEIGHTS[1:], help="integer kernels, for inference alone")
+    parser.add_argument(
+        "--parts",
+        default=",".join(QUANTIZED),
+        metavar="NAMES",
+        help=f"which parts to quantize, of {','.join(PARTS)} (default: %(default)s)",
+    )
     parser.add_argument("--peft-names", action="store_true", help="with --to-torch: name as PEFT wraps them")
 
 
@@ -183,25 +197,41 @@ def run(args: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")  # only shapes and files: leave accelerators alone
     try:
         if args.to_torch:
-            if args.videochat or args.sam2 or args.virst:
-                raise UserError("--to-torch takes a model folder alone: leave out --videochat, --sam2 and --virst")
+            if args.videochat or args.sam2 or args.virst or args.model or args.quantize:
+                raise UserError("--to-torch takes a model folder alone: leave out all other sources and --quantize")
             to_torch(args.to_torch, args.out, peft=args.peft_names)
+        elif args.model:
+            if args.videochat or args.sam2 or args.virst or not args.quantize:
+                raise UserError("--model takes --quantize int8 or int4, and no other source")
+            _quantize(args, args.model)
+        elif args.quantize:
+            atomic.check_new(args.out)
+            with atomic.scratch_folder(args.out.with_name(f"{args.out.name}.whole")) as scratch:
+                _convert_sources(args, scratch / "whole")
+                _quantize(args, scratch / "whole")
         else:
-            _convert_sources(args)
+            _convert_sources(args, args.out)
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt("interrupted; nothing was written") from error
     print(f"wrote {args.out}")
     return 0
 
 
-def _convert_sources(args: argparse.Namespace) -> None:
+def _quantize(args: argparse.Namespace, model: Path) -> None:
+    done = quantize_folder(model, args.out, args.quantize, args.parts.split(","))
+    print("kernels: " + ", ".join(f"{part} {weights}" for part, weights in done.items()))
+
+
+def _convert_sources(args: argparse.Namespace, out: Path) -> None:
     sources = (args.videochat, args.sam2, args.virst)
     if args.sam2 and not args.videochat and not args.virst:
-        done = convert_tracker(args.sam2, args.out, dtype=args.dtype, root=args.root)
+        if args.quantize:
+            raise UserError("--quantize takes a whole model: --sam2 alone gives a tracker without language model")
+        done = convert_tracker(args.sam2, out, dtype=args.dtype, root=args.root)
     elif all(sources[:2]):
         done = convert(
             *sources,
-            args.out,
+            out,
             cfg=read_config(args.config),
             dtype=args.dtype,
             lora=args.lora,
@@ -216,7 +246,7 @@ def _convert_sources(args: argparse.Namespace) -> None:
         )
     for warning in done.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{done.name}: {done.checked} values read again from {args.out} are those of the files; digest {done.digest}")
+    print(f"{done.name}: {done.checked} values read again from {out} are those of the files; digest {done.digest}")
     if args.virst:
         for case in sorted((*args.virst.parent.glob("e2e_*.json"), *args.virst.parent.glob("*/e2e_*.json")))[:1]:
             print(f"its recorded case: virst parity {case.parent} --case {case.stem} --checkpoint {args.out}")

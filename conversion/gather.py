@@ -18,7 +18,7 @@ from .rules import Target
 from .samples import Samples
 
 DTYPES = ("bfloat16", "float32", "source")
-_SCRATCH = "scratch"
+SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def write_assembled(
     """
     samples = Samples()
     with (
-        _scratch_arrays(folder / _SCRATCH) as allocate,
+        scratch_arrays(folder / SCRATCH) as allocate,
         tqdm(total=len(names), unit="tensor", desc="reading", disable=not progress) as bar,
     ):
 
@@ -108,7 +108,7 @@ def write_assembled(
 
 
 @contextmanager
-def _scratch_arrays(folder: Path) -> Iterator[Callable[[str, tuple[int, ...], np.dtype], np.ndarray]]:
+def scratch_arrays(folder: Path) -> Iterator[Callable[[str, tuple[int, ...], np.dtype], np.ndarray]]:
     """Makes arrays that lie in files of a folder, which is removed at the end."""
     folder.mkdir()
 

@@ -1,8 +1,11 @@
 """What all tests share: one cache of compiled programs, and which worker runs what."""
 
 import contextlib
+import ctypes
 import functools
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # gcsfs would ask for a bucket's type at every call, which the store on this machine does not know
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 CACHE_LIMIT = 2**30
+MEMORY_LIMIT = 3 * 2**30  # of a worker, of which there are two
 
 # Files that take minutes begin first, so that no worker is left with one at the end.
 LONGEST = ("test_train", "training/test_losses", "models/test_tracking", "test_api", "test_eval")
@@ -51,6 +55,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Lets go of compiled programs between two files where they take gigabytes; they are on disk, too."""
+    if (nextitem is None or nextitem.path != item.path) and "jax" in sys.modules and _resident() > MEMORY_LIMIT:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # only glibc gives back what is free
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 @pytest.fixture(scope="session")
 def model() -> Any:
     """The small network that segments (see helpers.segmenting)."""
@@ -76,16 +98,26 @@ def stores() -> Iterator[Any]:
         yield functools.cache(lambda kind: running.enter_context(store(kind)))
 
 
-@pytest.fixture(params=["s3", "gs"])
-def bucket(request: pytest.FixtureRequest, stores: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """An empty bucket of each kind of store (see helpers.bucket_servers)."""
+@pytest.fixture
+def make_bucket(stores: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A function of a kind of store, which gives an empty bucket in it (see helpers.bucket_servers)."""
     from helpers.bucket_servers import PROXIES, new_bucket
 
     for name in ("gcsfs", "s3fs", "moto", "gcp_storage_emulator"):
         pytest.importorskip(name)
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
-    for name, value in stores(request.param).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("VIRST_CACHE", str(tmp_path / "cache"))
-    return new_bucket(request.param)
+
+    def make(kind: str) -> Any:
+        for name, value in stores(kind).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("VIRST_CACHE", str(tmp_path / "cache"))
+        return new_bucket(kind)
+
+    return make
+
+
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request: pytest.FixtureRequest, make_bucket: Any) -> Any:
+    """An empty bucket of each kind of store."""
+    return make_bucket(request.param)

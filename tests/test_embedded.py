@@ -45,7 +45,8 @@ def test_it_segments_what_the_sentence_says(model):
     assert exchanged < said / 2
 
 
-def test_it_tells_colours_and_forms_in_an_image(model):
+def drawing():
+    """An image of three shapes, and their masks by what they are called."""
     y, x = np.mgrid[:128, :128]
     shapes = {
         "the red square": (abs(y - 40) < 16) & (abs(x - 40) < 16),
@@ -55,9 +56,26 @@ def test_it_tells_colours_and_forms_in_an_image(model):
     drawn = np.full((128, 128, 3), 90, np.uint8)
     for text, mask in shapes.items():
         drawn[mask] = (220, 40, 40) if "red" in text else (40, 70, 220)
+    return drawn, shapes
+
+
+def test_it_tells_colours_and_forms_in_an_image(model):
+    drawn, shapes = drawing()
     masks = model.segment_image(drawn, list(shapes)).masks
     for found, (text, truth) in zip(masks, shapes.items()):
         assert iou(found, truth) > 0.6, text
+
+
+def test_it_segments_what_is_pointed_at(model):
+    """By a click in the middle, and by a box."""
+    drawn, shapes = drawing()
+    session = model.session(drawn[None])
+    for number, truth in enumerate(shapes.values(), 1):
+        rows, columns = np.nonzero(truth)
+        clicked = session.add_points(number, 0, [(columns.mean(), rows.mean())]).of(number)
+        assert iou(clicked, truth) > 0.6
+        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert iou(session.add_points(number + 3, 0, box=box).of(number + 3), truth) > 0.6
 
 
 def test_it_segments_the_sample_clip(model):

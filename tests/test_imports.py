@@ -23,6 +23,9 @@ LAYERS: dict[str, set[str]] = {
     "virst_jax.serve": {"virst_jax.api", "virst_jax.tracking", "virst_jax.inference", *SERVICES},
     "virst_jax.tracking": {"virst_jax.api", "virst_jax.inference", "virst_jax.io.tracker_folder", *SERVICES},
     "virst_jax.api": {"virst_jax.inference", *SERVICES},
+    # neither Flax nor the network's code: see tests/test_exported.py
+    "virst_jax.exported": {"virst_jax.data", "virst_jax.io", *BASE}
+    | {f"virst_jax.inference.{name}" for name in ("plan", "texts", "tiles")},
     "virst_jax.inference": SERVICES,
     "virst_jax.pretraining": {"virst_jax.training", "virst_jax.profiling", *SERVICES},
     "virst_jax.training": {"virst_jax.evaluation", "virst_jax.profiling", *SERVICES},

@@ -23,10 +23,12 @@ from virst_jax.inference.chat import answer_question
 from virst_jax.inference.instances import InstanceStream
 from virst_jax.inference.live import EVERY, ROOM, LiveOptions, LiveStream
 from virst_jax.inference.placement import Context, find_placement, keep_compiled
-from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed, check_options
+from virst_jax.inference.plan import Options, Plan, ReleaseRandom, Seed, call_sizes, check_options
+from virst_jax.inference.resizing import HOST, check_place
 from virst_jax.inference.results import FrameMasks, Segmentation, read_result
 from virst_jax.inference.resume import State
 from virst_jax.inference.session import BUDGET, HOST_BUDGET
+from virst_jax.inference.shared_batches import StreamEncoder
 from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import SegmentationStream
 from virst_jax.inference.survey import Progress, Survey
@@ -65,27 +67,33 @@ def load(
     device: str | jax.Device | None = None,
     compilation_cache: bool | str | os.PathLike[str] = True,
     check: bool = True,
+    resize: str = HOST,
 ) -> "Model":
     """Loads a model.
 
     Args:
       path: a folder that `conversion.convert` or training wrote, or "tiny", the small model of this package.
       dtype: of parameters and activations, "float32" or "bfloat16"; None: parameters as stored, activations as the
-        model was made for on accelerators and float32 on CPUs. The tracker's prompt encoder stays in float32.
+        model was made for on accelerators and float32 on CPUs. The tracker's prompt encoder stays in float32, and
+        the integer kernels of a quantized model stay what they are, with their scales.
       mesh: of sharding.make_mesh, to split the parameters over devices; None: one device.
       device: which, as "cpu", "gpu" or "cuda:1"; None: JAX's default.
       compilation_cache: compiled programs are kept on disk, so that they need not be compiled again by the next
         process: True: where JAX is told to (JAX_COMPILATION_CACHE_DIR), or else in virst_jax under XDG_CACHE_HOME or
         ~/.cache; a path: there; False: JAX's settings are left alone.
       check: compare the parameters with the digests in the folder. A damaged model would go unseen without it.
+      resize: where frames are resized: "host", while the device computes, or "device", which gets them as they are,
+        padded to multiples of 256 pixels. The pixels are the same, byte for byte.
 
     Raises:
-      UserError: no such model or device, a broken model, one without tokenizer, or one of another config.
+      UserError: no such model or device, a broken model, one without tokenizer, or one of another config; another
+        place to resize.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise UserError(f"a model is loaded from a folder or by its name, not from {type(path).__name__} {path!r}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: choose {' or '.join(DTYPES)}")
+    check_place(resize)
     folder = find_model(path)
     cfg = model_folder.read_config(folder)
     # before the parameters, which take long
@@ -93,7 +101,16 @@ def load(
     shardings, context = find_placement(cfg, mesh, device)
     keep_compiled(compilation_cache)
     cfg, params = model_folder.load_model(folder, dtype, shardings, check=check)
-    return Model(cfg, params, tokenizer, name=str(path), dtype=dtype, context=context, answers=not is_small(folder))
+    return Model(
+        cfg,
+        params,
+        tokenizer,
+        name=str(path),
+        dtype=dtype,
+        context=context,
+        answers=not is_small(folder),
+        resize=resize,
+    )
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:
@@ -143,8 +160,10 @@ class Model:
       answers: whether it was taught to answer in text; `chat` refuses otherwise.
       batch: frames that are encoded at a time; None: 1 on CPUs, else 4.
       chunk: frames that are tracked in one call.
-      group_size: expressions that are read and tracked in one call, a power of two; more take several calls a chunk,
-        which share the frames' encodings. An expression takes some 10 MB of device memory at the release's size.
+      group_size: expressions that are read and tracked in one call, a power of two; None: 1 on CPUs, else 8. More take
+        several calls a chunk, which share the frames' encodings. An expression takes some 10 MB of device memory at the
+        release's size.
+      resize: as of `load`.
 
     The results do not depend on chunk; on batch and group_size they depend by rounding only.
     """
@@ -161,7 +180,8 @@ class Model:
         answers: bool = True,
         batch: int | None = None,
         chunk: int = 4,
-        group_size: int = 8,
+        group_size: int | None = None,
+        resize: str = HOST,
     ):
         embedding = params["llm"]["embed_tokens"]["embedding"]
         on_cpu = _platform(embedding) == "cpu"
@@ -171,10 +191,9 @@ class Model:
             dtype = "bfloat16" if low and not on_cpu else "float32"
         self.cfg = dataclasses.replace(cfg, compute=dataclasses.replace(cfg.compute, dtype=dtype))
         self.name, self.tokenizer, self.answers = name, tokenizer, answers
-        self.network = Network(self.cfg, params, context or contextlib.nullcontext)
-        # one at a time on CPUs: more are not faster there, and a frame's features do not depend on its neighbours
-        self.batch = batch or (1 if on_cpu else 4)
-        self.chunk, self.group_size = chunk, group_size
+        self.network = Network(self.cfg, params, context or contextlib.nullcontext, resize)
+        self.batch, self.group_size = call_sizes(on_cpu, batch, group_size)
+        self.chunk = chunk
 
     def __repr__(self) -> str:
         count = sum(x.size for x in jax.tree.leaves(self.network.params))
@@ -272,6 +291,7 @@ class Model:
         progress: Progress | None = None,
         state: State | None = None,
         survey: Survey | None = None,
+        encoder: StreamEncoder | None = None,
     ) -> SegmentationStream:
         """As `segment`, frame by frame: an iterator of FrameMasks. Memory does not grow with the video's length.
 
@@ -283,6 +303,8 @@ class Model:
           instances: as of `segment`; gives an `InstanceStream`, which takes no state.
           state: of an earlier stream's `state()` with the same arguments: goes on behind it.
           survey: of `inference.survey.take_survey` with the same video and options, if it was taken before.
+          encoder: of `inference.shared_batches.SharedBatches.join`: frames are encoded in batches that are shared with
+            streams of other threads.
         """
         expressions = check_expressions(self.tokenizer, expressions)  # before the video, which may be long
         reader = open_video(video, fps=fps)
@@ -302,7 +324,9 @@ class Model:
         if instances and state is not None:
             raise UserError("instances cannot be tracked on from a saved state; begin again without it")
         kind = InstanceStream if instances else SegmentationStream
-        return kind(self.network, self.tokenizer, reader, expressions, options, progress, state, survey=survey)
+        return kind(
+            self.network, self.tokenizer, reader, expressions, options, progress, state, survey=survey, encoder=encoder
+        )
 
     def session(
         self,

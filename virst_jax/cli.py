@@ -30,6 +30,7 @@ COMMANDS = {
     "eval": "evaluate a model on a benchmark",
     "metrics": "score folders of predicted masks",
     "submit": "write and check submissions to benchmark servers",
+    "export-model": "write the steps as StableHLO, to run without this network's code",
     "push": "publish a model on the Hugging Face hub",
     "convert": "convert the released PyTorch checkpoints, or back",
     "parity": "compare the network with recorded outputs of the release",
@@ -113,7 +114,7 @@ def command_module(name: str) -> ModuleType:
     """The module of a command."""
     if name in BESIDE:
         return programs.load(BESIDE[name])
-    return importlib.import_module(f"virst_jax.commands.{name}")
+    return importlib.import_module(f"virst_jax.commands.{name.replace('-', '_')}")
 
 
 def whole_parser() -> argparse.ArgumentParser:
@@ -157,7 +158,7 @@ def _options(command: ModuleType, prog: str) -> Parser:
 
 def _listing() -> Parser:
     summaries = {**COMMANDS, "help": HELP_SUMMARY}
-    listing = "\n".join(f"  {name:12}{summary}" for name, summary in summaries.items())
+    listing = "\n".join(f"  {name:14}{summary}" for name, summary in summaries.items())
     parser = Parser(
         prog="virst",
         usage="virst [--version] COMMAND ...",

@@ -7,7 +7,7 @@ sam2.1_hiera_l_virst.yaml, utils/argument.py, model/videochat/vision_tower_build
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,7 +21,15 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1
 PIXEL_STD = (0.229, 0.224, 0.225)
 # "late": after as much as possible was computed in float32; "release": at every operation, as PyTorch does
 ROUNDINGS = ("late", "release")
+FLOAT = "float"
+WEIGHTS = (FLOAT, "int8", "int4")  # kernels of linear layers, see ops.quantized
+PARTS = ("llm", "vision", "hiera")  # of the network, whose kernels can be integers
 FRAME_BY_FRAME = 512  # image side from which on training encodes frames one after another
+
+
+def _check_weights(weights: str) -> None:
+    if weights not in WEIGHTS:
+        raise UserError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,12 @@ class QwenConfig:
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-6
     lora: LoraConfig = LoraConfig()
+    weights: str = FLOAT  # of the layers' kernels, one of WEIGHTS; the output head's are int8 at least
+
+    def __post_init__(self) -> None:
+        _check_weights(self.weights)
+        if self.weights != FLOAT and self.lora.rank:
+            raise UserError(f"adapters of rank {self.lora.rank} on {self.weights} kernels: merge them first")
 
     @property
     def head_dim(self) -> int:
@@ -86,6 +100,10 @@ class VisionConfig:
     pretrained_frames: int = 4  # ... and this clip length
     tokens_per_frame: int = 16  # of a clip, after merging
     tokens_per_image: int = 64  # of a still image, after merging
+    weights: str = FLOAT  # of the blocks' kernels, one of WEIGHTS
+
+    def __post_init__(self) -> None:
+        _check_weights(self.weights)
 
     @property
     def num_layers(self) -> int:
@@ -106,6 +124,10 @@ class HieraConfig:
     window_pos_embed_bkg_spatial_size: tuple[int, int] = (7, 7)
     q_pool: int = 3  # how many stage changes halve the grid
     mlp_ratio: float = 4.0
+    weights: str = FLOAT  # of the blocks' kernels, one of WEIGHTS
+
+    def __post_init__(self) -> None:
+        _check_weights(self.weights)
 
     @property
     def stage_dims(self) -> tuple[int, ...]:
@@ -302,6 +324,36 @@ def get_preset(name: str) -> VirstConfig:
     if name not in PRESETS:
         raise UserError(f"unknown config {name!r}: choose one of {', '.join(sorted(PRESETS))}")
     return PRESETS[name]()
+
+
+def weights_of(cfg: VirstConfig) -> dict[str, str]:
+    """The kernels of every part of PARTS, each one of WEIGHTS."""
+    return {"llm": cfg.llm.weights, "vision": cfg.vision.weights, "hiera": cfg.sam2.hiera.weights}
+
+
+def quantized(cfg: VirstConfig, kind: str, parts: Sequence[str]) -> VirstConfig:
+    """The network with integer kernels in some of PARTS. Hiera's are int8 whatever `kind` is.
+
+    Raises:
+      UserError: an unknown part or kind, adapters that are not merged, or a network that has integer kernels already.
+    """
+    if kind not in WEIGHTS[1:]:
+        raise UserError(f"cannot quantize to {kind!r}: choose {' or '.join(WEIGHTS[1:])}")
+    if not parts or not set(parts) <= set(PARTS):
+        raise UserError(f"parts to quantize {', '.join(parts)!r}: choose some of {','.join(PARTS)}")
+    if already := {part: weights for part, weights in weights_of(cfg).items() if weights != FLOAT}:
+        shown = ", ".join(f"{part} {weights}" for part, weights in already.items())
+        raise UserError(f"is quantized already ({shown}): give the model that it was made of")
+    if "llm" in parts and cfg.llm.lora.rank:
+        raise UserError(f"has adapters of rank {cfg.llm.lora.rank}: merge them first (virst convert --lora merge)")
+    llm, vision, hiera = cfg.llm, cfg.vision, cfg.sam2.hiera
+    if "llm" in parts:
+        llm = dataclasses.replace(llm, weights=kind)
+    if "vision" in parts:
+        vision = dataclasses.replace(vision, weights=kind)
+    if "hiera" in parts:
+        hiera = dataclasses.replace(hiera, weights="int8")
+    return dataclasses.replace(cfg, llm=llm, vision=vision, sam2=dataclasses.replace(cfg.sam2, hiera=hiera))
 
 
 def to_json(config: Any) -> str:

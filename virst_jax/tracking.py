@@ -12,6 +12,8 @@ from virst_jax.config import Compute, Sam2Config, TrackerConfig
 from virst_jax.errors import UserError
 from virst_jax.inference.automatic import AutomaticOptions, ImageMask, Progress, find_masks
 from virst_jax.inference.placement import Context, find_placement, keep_compiled
+from virst_jax.inference.plan import call_sizes
+from virst_jax.inference.resizing import HOST, check_place
 from virst_jax.inference.session import BUDGET, HOST_BUDGET, Session
 from virst_jax.inference.tracker_steps import TrackerNetwork, TrackerSteps
 from virst_jax.io import arrays, tracker_folder
@@ -29,6 +31,7 @@ def load_tracker(
     device: str | jax.Device | None = None,
     compilation_cache: bool | str | os.PathLike[str] = True,
     check: bool = True,
+    resize: str = HOST,
 ) -> "TrackerModel":
     """Loads a tracker.
 
@@ -36,22 +39,23 @@ def load_tracker(
       path: a folder that `virst convert --sam2 FILE.pt --out DIR` wrote.
       dtype: of parameters and activations, "float32" or "bfloat16"; None: parameters as stored, activations bfloat16 on
         accelerators if the parameters are, and float32 on CPUs.
-      mesh, device, compilation_cache, check: as of `virst_jax.load`.
+      mesh, device, compilation_cache, check, resize: as of `virst_jax.load`.
 
     Raises:
-      UserError: no such folder or device, or a broken folder.
+      UserError: no such folder or device, an unknown place to resize, or a broken folder.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise UserError(f"a tracker is loaded from a folder, not from {type(path).__name__} {path!r}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: choose {' or '.join(DTYPES)}")
+    check_place(resize)
     folder = Path(path)
     shardings, context = find_placement(TrackerConfig(sam2=tracker_folder.read_config(folder)), mesh, device)
     if shardings is not None:
         shardings = shardings["sam2"]
     keep_compiled(compilation_cache)
     cfg, params = tracker_folder.load_tracker(folder, dtype, shardings, check=check)
-    return TrackerModel(cfg, params, name=str(path), dtype=dtype, context=context)
+    return TrackerModel(cfg, params, name=str(path), dtype=dtype, context=context, resize=resize)
 
 
 class TrackerModel:
@@ -63,6 +67,8 @@ class TrackerModel:
       dtype: of the activations; None: on accelerators that of the parameters, on CPUs float32.
       context: entered around every step of the network.
       batch: frames that are encoded at a time; None: 1 on CPUs, else 4.
+      group_size: objects that are tracked in one call, a power of two; None: 1 on CPUs, else 8.
+      resize: as of `virst_jax.load`.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class TrackerModel:
         dtype: str | None = None,
         context: Context | None = None,
         batch: int | None = None,
+        group_size: int | None = None,
+        resize: str = HOST,
     ):
         # the prompt encoder keeps float32, so another part tells
         kernel: Any = params["no_memory_embed"]
@@ -81,9 +89,9 @@ class TrackerModel:
         if dtype is None:
             dtype = "float32" if on_cpu else str(kernel.dtype)
         self.cfg, self.name, self.dtype = cfg, name, dtype
-        self.batch = batch or (1 if on_cpu else 4)
+        self.batch, self.group_size = call_sizes(on_cpu, batch, group_size)
         steps = TrackerSteps(cfg, Compute(dtype=dtype, param_dtype=str(kernel.dtype)))
-        self.network = TrackerNetwork(steps, params, context or contextlib.nullcontext)
+        self.network = TrackerNetwork(steps, params, context or contextlib.nullcontext, resize)
 
     def __repr__(self) -> str:
         count = sum(x.size for x in jax.tree.leaves(self.network.tracker_params))
@@ -115,7 +123,13 @@ class TrackerModel:
         """
         reader = open_video(video, fps=fps)
         return Session(
-            self.network, reader, exclusive=exclusive, budget=budget, host_budget=host_budget, batch=self.batch
+            self.network,
+            reader,
+            exclusive=exclusive,
+            budget=budget,
+            host_budget=host_budget,
+            batch=self.batch,
+            group_size=self.group_size,
         )
 
     def image_session(self, image: ImageLike, *, exclusive: bool = False) -> Session:

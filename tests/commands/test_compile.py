@@ -1,11 +1,14 @@
 """The steps of inference compiled for other hardware."""
 
+import json
+
 import jax
 import pytest
 
 from helpers.segmenting import three_expressions
 from virst_jax import cli
-from virst_jax.config import virst_7b
+from virst_jax.commands import compile as compile_command
+from virst_jax.config import TrackerConfig, sam2_preset, virst_7b
 from virst_jax.inference import abstract
 from virst_jax.inference.abstract import DEFAULTS
 from virst_jax.inference.plan import Options
@@ -56,8 +59,33 @@ def test_shapes_are_those_of_a_real_run(model):
     assert compared == 5
 
 
-def test_command(capsys):
-    assert cli.main(["compile", "--model", "tiny", "--topology", "cpu:1", "--dtype", "float32", "--only", "mask"]) == 0
+def test_steps_of_a_tracker():
+    """Their shapes fit one another: what a step gives, the next one takes."""
+    cfg = TrackerConfig(sam2=sam2_preset("tiny"))
+    params, calls = shapes(cfg, 10, 3)
+    steps = {call.name: call for call in calls}
+    assert {name: call.calls for name, call in steps.items()} == {
+        "image encoder": 10,
+        "a click": 4,
+        "track 4 frames": 3,
+        "mask tile": 2 * 4 * 3,
+    }
+    track = steps["track 4 frames"]
+    bank, tracked = jax.eval_shape(track.function, params["sam2"], *track.arguments)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), bank) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), track.arguments[1]
+    )
+    assert tracked.prediction.low_res.shape == steps["mask tile"].arguments[0].shape
+
+
+def test_command(capsys, tmp_path):
+    figures = tmp_path / "figures.json"
+    figures.write_text('{"tiny": {"cpu:1": {"1": {"anchors": {"temporary_gib": 1.0}}}}}')
+    arguments = ["--model", "tiny", "--topology", "cpu:1", "--dtype", "float32", "--json", str(figures)]
+    assert cli.main(["compile", *arguments, "--only", "mask"]) == 0
+    kept = json.loads(figures.read_text())["tiny"]["cpu:1"]["1"]
+    assert list(kept) == ["anchors", "mask tile"]
+    assert kept["mask tile"]["temporary_gib"] >= 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "tiny in float32 on cpu:1: 64 frames, 1 sentences" in printed
     assert "mask tile" in printed
@@ -65,10 +93,19 @@ def test_command(capsys):
     assert "predicted" not in printed  # no compiler of CPUs says
 
 
+def test_presets_are_compiled_as_they_are_converted():
+    """With merged adapters."""
+    assert virst_7b().llm.lora.rank
+    assert compile_command._config("virst_7b", "bfloat16").llm.lora.rank == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nowhere", "--topology", "cpu:1"], "neither a model folder nor a preset (tiny, virst_7b)"),
+        (
+            ["--model", "nowhere", "--topology", "cpu:1"],
+            "neither a model folder nor a preset (tiny, virst_7b, sam2.1_tiny",
+        ),
         (["--model", "tiny", "--topology", "cpu:1", "--expressions", "9"], "--expressions 9: give 1 to 8"),
         (["--model", "tiny", "--topology", "cpu:1", "--frames", "0"], "--frames 0: give 1 or more"),
         (["--model", "tiny", "--topology", "cpu:1", "--only", "x"], "no such step; there are image encoder, video"),

@@ -21,7 +21,7 @@ def parsed(command, *arguments: str) -> argparse.Namespace:
 
 def test_every_recipe_has_a_name():
     stages = ["stage1", "stage2", "stage3"]
-    assert config_file.recipes() == ["clicks", "finetune", *stages, "synthetic", "synthetic_clicks"]
+    assert config_file.recipes() == ["clicks", "finetune", *stages, "synthetic"]
     for name in config_file.recipes():
         by_path = config_file.load(str(ROOT / "configs" / f"{name}.py"))
         assert config_file.load(name).to_dict() == by_path.to_dict()
@@ -54,7 +54,9 @@ def test_settings():
 
 def test_work_folders_may_be_in_buckets():
     assert buckets.address_of(parsed(eval, "--workdir=s3://bucket/runs").workdir) == "s3://bucket/runs"
-    assert buckets.address_of(parsed(train, "--workdir", "gs://bucket/runs/").workdir) == "gs://bucket/runs"
+    for address in ("gs://bucket/runs", "s3://bucket/runs"):
+        args = parsed(train, "--config=synthetic", "--workdir", f"{address}/")
+        assert buckets.address_of(train.workdir_of(args)) == address
 
 
 def test_steps_cut_every_stage_short():

@@ -212,6 +212,8 @@ def test_the_first_frames(pipe, capsys):
         (["none.mp4", "x", "--option", "size"], "--option size: give KEY=VALUE"),
         (["none.mp4", "x", "--max-frames", "0"], "leave nothing"),
         (["none.mp4", " "], "the expression is empty"),
+        (["none.mp4", "x", "--instances"], "live streams have no instances"),
+        (["none.mp4", "x", "--soft"], "take virst segment --soft"),
         (["TEXT", "x"], "cannot be opened"),
     ],
 )

@@ -254,3 +254,28 @@ def test_progress_tells_of_videos_not_of_stages(capsys):
             shown.begin("dog", number, 2)
             shown("track", 1, 2)
         assert sorted(shown._tasks) == ["track", "videos"]
+
+
+def test_timeline(clips, model, tmp_path, capsys):
+    """Of one video: what was done, in which thread, within the time that it took."""
+    trace, clip = tmp_path / "trace.json", clips / "clip2.mp4"
+    arguments = ["segment", str(clip), "the dog", "--model", str(model), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--trace", str(tmp_path / "nowhere" / "trace.json")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert cli.main([*arguments, "--trace", str(trace)]) == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    rows = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    spans = {(event["name"], rows[event["tid"]].split("_")[0]) for event in events if event["ph"] == "X"}
+    for name, row in (
+        ("sample", "MainThread"),
+        ("read", "MainThread"),
+        ("anchors", "MainThread"),
+        ("start tracking", "MainThread"),
+        ("wait for masks", "MainThread"),
+        ("download masks", "MainThread"),
+        ("frames 0 to 2", "given to the device"),
+        ("overlay", "overlay"),
+        ("write PNG", "png"),
+    ):
+        assert (name, row) in spans, name
+    assert sum(event["name"] == "write PNG" for event in events) == FRAMES

@@ -20,9 +20,11 @@ from virst_jax.config import (
     LoraConfig,
     to_json,
     virst_7b,
+    weights_of,
 )
 from virst_jax.io.model_folder import load_model, parameter_shapes
 from virst_jax.models.lora import merge_lora
+from virst_jax.models.quantized import dequantize_params
 from virst_jax.models.tree import flatten
 
 
@@ -85,6 +87,22 @@ def test_merges_adapters(release):
     assert a.keys() == b.keys()
     for path in a:
         np.testing.assert_allclose(a[path], b[path], rtol=1e-6, atol=1e-5, err_msg=path)
+
+
+def test_quantizes_what_it_converts(release):
+    files = release()
+    assert files.run("--quantize", "int8", "--lora", "keep") == 0
+    cfg, params = load_model(files.folder / "out")
+    assert (cfg.llm.lora.rank, weights_of(cfg)) == (0, {"llm": "int8", "vision": "int8", "hiera": "float"})
+    scales = {path: x for path, x in flatten(params).items() if path.endswith("kernel_scale")}
+    back, expected = flatten(dequantize_params(cfg, params)), flatten(merge_lora(files.params, 16.0 / 4))
+    assert back.keys() == expected.keys()
+    for path in back:
+        # by half a scale, and what merging rounds
+        bound = scales[f"{path}_scale"].max() / 2 if f"{path}_scale" in scales else 0
+        assert abs(back[path] - expected[path]).max() <= bound + 1e-5, path
+    assert (files.folder / "out" / "tokenizer").is_dir()
+    assert not [p.name for p in files.folder.iterdir() if p.name.startswith((".out", "out."))]
 
 
 def test_casts_all_but_the_prompt_encoder(release):

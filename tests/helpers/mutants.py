@@ -26,7 +26,6 @@ from conversion.bisection.operation import epsilon
 from conversion.bisection.walk import Row, Walk, first_difference, operations
 from conversion.cases import network as cases
 from conversion.cases.case import BLOCKS, load_case
-from virst_jax.inference import steps
 from virst_jax.inference.steps import Network
 from virst_jax.models import projector, qwen2, st_fusion, umt
 from virst_jax.models.sam2 import hiera, mask_decoder, memory, sam2, tracker
@@ -153,12 +152,11 @@ def _next_anchor(old: Any) -> Any:
     return select
 
 
-def _longer(old: Any) -> Any:
-    def cache(*args: Any) -> Any:
-        known = old(*args)
-        return dataclasses.replace(known, length=known.length + 1)
+def _one_later(old: Any) -> Any:
+    def after_cache(self: Any, embeds: Any, mask: Any, cache: Any, *args: Any) -> Any:
+        return old(self, embeds, mask, dataclasses.replace(cache, length=cache.length + 1), *args)
 
-    return cache
+    return after_cache
 
 
 def _float32_memories(old: Any) -> Any:
@@ -285,7 +283,7 @@ MUTANTS = [
     Mutant("value bias dropped", LAYER0, ((qwen2, "LoraDense", _without_value_bias),)),
     Mutant("one layer's kernel transposed", "language / layer 1", params=(O_PROJ, SECOND_TURNED)),
     Mutant("final norm's scale not loaded", "language / final norm", params=("llm/norm/scale", np.ones_like)),
-    Mutant("text one position late", "language / video, then text", ((steps, "_cache_for", _longer),)),
+    Mutant("text one position late", "language / video, then text", ((qwen2.Qwen2, "after_cache", _one_later),)),
     Mutant("half the distance in time", "fusion / layer 0", ((st_fusion, "spacetime_angles", _halved),)),
     Mutant("logits not scaled", "fusion / layer 0", ((st_fusion, "math", _constant(NO_SCALE)),)),
     Mutant("anchors one frame early", "anchors / choice", ((cases, "eval_anchors", _one_earlier),)),

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from helpers.network import CFG, params
-from helpers.segmenting import video
+from helpers.places import TOKENIZER
+from helpers.segmenting import CAR, CAT, DOG, video
+from virst_jax.api import Model
+from virst_jax.data.prompts import load_tokenizer
 from virst_jax.tracking import TrackerModel
 
 VIDEOS = 50
-MOST_CLICKS, MOST_OBJECTS = 8, 5
+MOST_CLICKS, MOST_OBJECTS = 8, 4
 
 
 @pytest.fixture
@@ -58,17 +61,27 @@ def use(
 
 @pytest.mark.heavy
 def test_fifty_videos_compile_nothing(compilations: list[str]) -> None:
-    tracker = TrackerModel(CFG.sam2, params()["sam2"])
-    # once each: buckets of 4 and 8 clicks, with and without memory; 1, 2, 4 and 8 objects with 1, 2 and 4 anchors each
-    for objects in (1, 2, 3, 5):
-        for anchors in (1, 2, 3):
-            use(tracker, (6, 40, 56), ([1, 0, -1, 8, 2] * 2)[:objects], range(anchors), 0)
+    tracker = TrackerModel(CFG.sam2, params()["sam2"], group_size=8)
+    # once each: buckets of 4 and 8 clicks, with and without memory; 1, 2 and 4 objects with 1 and 2 anchors each
+    for prompts in ([8], [1, 0], [1, -1, 8]):
+        use(tracker, (6, 40, 56), prompts, [0], 0)
     used, warm = tracker.network.num_compiled, len(compilations)
     assert warm >= used > 10
     rng = np.random.default_rng(1)
     for seed in range(VIDEOS):
         size = (int(rng.integers(2, 12)), int(rng.integers(16, 500)), int(rng.integers(16, 500)))
         prompts = rng.integers(-1, MOST_CLICKS + 1, rng.integers(1, MOST_OBJECTS + 1)).tolist()
-        use(tracker, size, prompts, rng.integers(0, size[0], rng.integers(1, 3)).tolist(), seed)
+        use(tracker, size, prompts, rng.integers(0, size[0], 1).tolist(), seed)
     assert tracker.network.num_compiled == used
     assert len(compilations) == warm
+
+
+def test_more_sentences_compile_nothing_on_a_cpu(compilations: list[str]) -> None:
+    """They run through what one sentence compiles; in groups, every power of two would be compiled."""
+    model = Model(CFG, params(), load_tokenizer(TOKENIZER, CFG.seg_token_id))
+    alone = [model.segment(video(5), sentence) for sentence in (DOG, CAT, CAR)]
+    warm = len(compilations)
+    together = model.segment(video(5), [DOG, CAT, CAR])
+    assert 0 < warm == len(compilations)
+    assert (together.masks == np.concatenate([one.masks for one in alone])).all()
+    np.testing.assert_array_equal(together.scores, np.concatenate([one.scores for one in alone]))

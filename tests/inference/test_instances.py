@@ -13,8 +13,8 @@ from virst_jax.commands.segment_run import SegmentRun, claimed
 from virst_jax.data.synthetic.videos import SyntheticVideos
 from virst_jax.errors import UserError
 from virst_jax.inference import instances as finding
-from virst_jax.inference.instances import assign, components, groups_of, merge
-from virst_jax.inference.objects import ObjectState
+from virst_jax.inference.instances import assign, components, merge
+from virst_jax.inference.objects import ObjectState, groups_of
 from virst_jax.io.video import open_video
 
 

@@ -9,6 +9,7 @@ from virst_jax.data.sequence import splice
 from virst_jax.errors import UserError
 from virst_jax.inference.compiled import CompileWatch, watch_compiling
 from virst_jax.inference.plan import Options, check_options
+from virst_jax.inference.shared_batches import SharedBatches
 from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import encode_in_order, propagate
 from virst_jax.inference.texts import cut_behind_video
@@ -44,7 +45,7 @@ def segment(network: Network, video: np.ndarray, words: list[int], chunk: int, s
     batch = network.start([features[i] for i in anchors], seg_frames[anchors].tolist(), prompts, slots)
     known = dict(zip(seg_frames.tolist(), features))
     order = ((i, None if i in known else video[i]) for i in range(len(video)))
-    encoded = encode_in_order(network, order, known, 1)
+    encoded = encode_in_order(SharedBatches(network, 1).join(), order, known)
     chunks = propagate(network, [batch], encoded, len(video), (40, 56), chunk=chunk, keep_tracked=True)
     return np.concatenate([c.tracked[0].prediction.low_res for c in chunks]).swapaxes(0, 1)
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from virst_jax.commands import segment_results
 from virst_jax.commands.progress import Progress
 from virst_jax.commands.segment_run import SegmentRun, claimed
 from virst_jax.errors import UserError
@@ -147,17 +146,15 @@ def test_an_animation_is_read_twice(model, tmp_path, monkeypatch):
 
 def test_a_resumed_run_takes_two_passes_and_paints_the_same(model, clip, tmp_path, decoded, monkeypatch):
     whole = run(model, open_video(clip), tmp_path / "whole")
-    add, count = segment_results.Images.add, 0
+    take = SharedPass.take
 
-    def stops(self, *arguments):
-        nonlocal count
-        count += 1
-        if count > 21:
+    def stops(self, index):
+        if index > 20:
             raise KeyboardInterrupt
-        add(self, *arguments)
+        return take(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(segment_results.Images, "add", stops)
+        patch.setattr(SharedPass, "take", stops)
         with pytest.raises(KeyboardInterrupt):
             run(model, open_video(clip), tmp_path / "out")
     assert not (tmp_path / "out" / "overlay.mp4").exists()

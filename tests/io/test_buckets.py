@@ -42,6 +42,13 @@ def test_a_folder_is_removed(bucket):
     ]
 
 
+def test_the_size_of_a_folder(bucket):
+    for name, content in (("runs/a", b"123"), ("runs/b/c", b"45"), ("runs2", b"6")):
+        bucket.system.pipe_file(f"{bucket.name}/{name}", content)
+    assert buckets.size_below(f"{bucket.address}/runs") == 5
+    assert buckets.size_below(f"{bucket.address}/none") == 0
+
+
 def test_two_mirrors_of_a_folder(bucket):
     """What one adds, changes and removes, the other sees; parts of files that are being written stay here."""
     one, two = (buckets.Mirror(f"{bucket.address}/runs/eval") for _ in range(2))

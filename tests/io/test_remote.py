@@ -86,11 +86,10 @@ def test_no_folder_is_named_after_a_bucket(use, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/runs", "ftp://host/runs"])
-def test_training_refuses_what_it_cannot_write_to(address, tmp_path, monkeypatch):
+def test_training_refuses_what_it_cannot_write_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = argparse.Namespace(config="synthetic", workdir=address, steps=None)
-    with pytest.raises(UserError, match=f"--workdir: {address}"):
+    given = argparse.Namespace(config="synthetic", workdir="ftp://host/runs", steps=None)
+    with pytest.raises(UserError, match=r"--workdir: ftp://host/runs"):
         workdir_of(given)
     assert not list(tmp_path.iterdir())
 

@@ -8,6 +8,7 @@ import pytest
 from scipy.special import erf
 
 from virst_jax.config import Compute, HieraConfig
+from virst_jax.models import layers
 from virst_jax.models.layers import gelu, layer_norm
 from virst_jax.models.sam2 import hiera
 
@@ -50,6 +51,25 @@ def test_windows_equal_grids(side, windows, global_blocks):
         theirs = on_grids(cfg, params, kept["intermediates"]["embedded"][0])
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()))  # sums of other order
+
+
+def test_parts_of_a_block_equal_the_whole(monkeypatch):
+    """Windows a few at a time and, where attention is global, positions in the MLP."""
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(6, 4, 4, 8)), jnp.float32)
+    for window, pool in ((4, False), (4, True), (0, False)):
+        block = hiera.Block(hiera.BlockSpec(8, 16 if pool else 8, 2, window, pool), 4.0, COMPUTE, windows=6)
+        made = {}
+        for part in (10**9, 1024):
+            monkeypatch.setattr(layers, "PART", part)
+            params = nn.unbox(jax.jit(block.init)(jax.random.key(0), x))
+
+            def loss(params, block=block):  # a new one, for jax keeps what it has traced
+                return (block.apply(params, x)[0] ** 2).sum()
+
+            assert ("scan" in str(jax.make_jaxpr(loss)(params))) == (part == 1024)
+            made[part] = jax.jit(jax.value_and_grad(loss))(params)
+        for ours, whole in zip(*(jax.tree.leaves(made[part]) for part in (1024, 10**9)), strict=True):
+            np.testing.assert_allclose(ours, whole, atol=1e-5 * float(jnp.abs(whole).max()))
 
 
 def test_max_pool_is_the_same_on_every_platform(monkeypatch):

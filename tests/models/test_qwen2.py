@@ -134,6 +134,31 @@ def test_cache_equals_reading_at_once() -> None:
         np.testing.assert_allclose(np.concatenate(found[row]), expected[row, :length], atol=1e-4)
 
 
+@pytest.mark.parametrize("held", [5, 3])
+def test_rows_behind_the_cache_of_one(held: int) -> None:
+    """Of five slots, all of which are held or not."""
+    model, params = Qwen2(ADAPTED, Compute()), random_params(ADAPTED)
+    rest, mask = prompt(ADAPTED, (4, 1, 3), 4)
+    prefix, known = prompt(ADAPTED, (held,), 5)
+    _, cache = jax.jit(lambda c: model.apply({"params": params}, prefix, known, cache=c))(
+        init_cache(ADAPTED, model.compute, 1, 5)
+    )
+
+    def behind(cache: Cache, return_layers: bool) -> Any:
+        return model.apply({"params": params}, rest, mask, cache, return_layers, method=Qwen2.after_cache)
+
+    read = jax.jit(behind, static_argnums=1)
+    found, layers = read(cache, True)
+    rows = jnp.concatenate([jnp.repeat(prefix[:, :held], 3, 0), rest], axis=1)
+    whole = jnp.pad(mask, ((0, 0), (held, 0)), constant_values=True)
+    expected, inputs = jax.jit(lambda: model.apply({"params": params}, rows, whole, return_layers=True))()
+    np.testing.assert_allclose(found[mask], expected[:, held:][mask], atol=2e-5)
+    np.testing.assert_allclose(layers[:, mask], inputs[:, :, held:][:, mask], atol=2e-5)
+    alone, none = read(cache, False)
+    assert none is None
+    np.testing.assert_allclose(alone[mask], found[mask], atol=2e-5)
+
+
 def test_rows_that_begin_alike_are_read_as_one() -> None:
     model, params = Qwen2(ADAPTED, Compute()), random_params(ADAPTED)
     shared, lengths = 5, (4, 1, 3)

@@ -12,9 +12,11 @@ import pytest
 from flax.core import meta
 from jax.extend.core import jaxprs_in_params
 
+from helpers.kernels import kernels
 from virst_jax.config import Compute, HieraConfig, Sam2Config, VirstConfig, virst_7b
 from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import propagate
+from virst_jax.models.sam2 import tracker as tracker_module
 from virst_jax.models.sam2.anchors import select_anchors
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.models.sam2.tracker import Anchors, MemoryBank, Tracked, Tracker
@@ -141,6 +143,20 @@ def test_the_video_is_worth_tracking() -> None:
         assert_equal(at(out, frame), Tracked(at(anchors.prediction, slot), anchors.memory[slot]))
 
 
+def test_memories_of_anchors_that_are_encoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on TPUs; the last slot is empty."""
+    valid = np.array([True, True, False])
+    images = at(features(FRAMES), ANCHORS)
+    apart = tracker()[1](parameters(), images, ANCHORS, valid, prompts())
+    monkeypatch.setattr(tracker_module, "target_platform", lambda: "tpu")
+    together = jax.jit(lambda *x: tracker()[0].prompt_anchors(*x), compiler_options=QUICK)(
+        parameters(), images, ANCHORS, valid, prompts()
+    )
+    assert_equal((together.valid, together.prediction), (apart.valid, apart.prediction))
+    assert np.abs(apart.memory[:2]).min() > 0
+    np.testing.assert_allclose(together.memory[:2], apart.memory[:2], atol=1e-5 * float(np.abs(apart.memory).max()))
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 4])
 def test_chunks_give_what_one_piece_gives(chunk: int) -> None:
     anchors, bank, out = in_one_piece()
@@ -163,6 +179,39 @@ def test_objects_do_not_see_each_other() -> None:
         for name in ("low_res", "pointer", "object_score", "iou"):
             a, b = (np.asarray(getattr(x.prediction, name)) for x in (alone, at(together, (slice(None), [index]))))
             np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
+
+
+def test_tracking_in_training_passes_over_anchors() -> None:
+    """The same as frame by frame, with anchors put into the bank when they are reached; the last two are fillers."""
+    made = Tracker(Sam2(CFG, Compute()), training=True)
+    images, numbers, real = features(FRAMES), jnp.arange(FRAMES), FRAMES - 2
+    anchors = jax.jit(made.prompt_anchors, compiler_options=QUICK)(
+        parameters(), at(images, ANCHORS), ANCHORS, np.ones(len(ANCHORS), bool), prompts()
+    )
+
+    def of_frame(params: Any, available: Any, bank: MemoryBank, frame: Features, number: jax.Array) -> Tracked:
+        image = made.condition(params, anchors, available, bank, frame, number, jnp.int32(real))
+        apply = functools.partial(made.sam.apply, {"params": params})
+        prediction: Any = apply(image, frame, apply(OBJECTS, method=Sam2.no_prompt), mode="single", method=Sam2.predict)
+        memory: Any = apply(frame, prediction, method=Sam2.encode_memory)
+        return Tracked(prediction, memory)
+
+    step = jax.jit(of_frame, compiler_options=QUICK)
+    bank, expected = made.start(OBJECTS), []
+    for number in range(real):
+        if number in ANCHORS:
+            slot = ANCHORS.tolist().index(number)
+            out = Tracked(at(anchors.prediction, slot), anchors.memory[slot])
+        else:
+            available = (number > ANCHORS) | (np.arange(len(ANCHORS)) == 0)
+            out = step(parameters(), available, bank, at(images, number), jnp.int32(number))
+        bank = bank.put(jnp.int32(number), out.memory, out.prediction.pointer)
+        expected.append(out.prediction)
+    track = jax.jit(made.track_in_training, compiler_options=QUICK)
+    found = track(parameters(), anchors, images, numbers, numbers < real)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(jax.tree.map(lambda *x: np.stack(x), *expected))):
+        np.testing.assert_allclose(ours[:real], theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
+        assert not ours[real:].any()
 
 
 # which anchors are attended to
@@ -222,6 +271,13 @@ def abstract_arguments(cfg: Sam2Config, training: bool) -> tuple[Any, ...]:
     return params, anchors, bank, images(2), *frames(2), shape(dtype=jnp.int32)
 
 
+def training_arguments(cfg: Sam2Config) -> tuple[Any, ...]:
+    """As abstract_arguments, for `Tracker.track_in_training`: one frame is tracked beside the anchors."""
+    params, anchors, _, images, *_ = abstract_arguments(cfg, True)
+    images = jax.tree.map(lambda x: jax.ShapeDtypeStruct((9, *x.shape[1:]), x.dtype), images)
+    return params, anchors, images, jax.ShapeDtypeStruct((9,), jnp.int32), jax.ShapeDtypeStruct((9,), bool)
+
+
 def equations(program: Any) -> Iterator[Any]:
     """Of a traced program and of all that it holds."""
     for equation in program.eqns:
@@ -265,12 +321,26 @@ def test_anchors_do_not_pay_for_tracking() -> None:
 def test_training_holds_the_parameters_once_for_all_videos(training: bool) -> None:
     """vmap turns a branch that videos take differently into a choice, with a copy of what it uses for each."""
     made = Tracker(Sam2(CFG, Compute()), training)
-    params, *arguments = abstract_arguments(CFG, training)
+    track, (params, *arguments) = made.track, abstract_arguments(CFG, training)
+    if training:
+        track, (params, *arguments) = made.track_in_training, training_arguments(CFG)
     videos = jax.tree.map(lambda x: jax.ShapeDtypeStruct((7, *x.shape), x.dtype), arguments)
-    program = jax.make_jaxpr(jax.vmap(made.track, (None, *(0 for _ in arguments))))(params, *videos).jaxpr
+    program = jax.make_jaxpr(jax.vmap(track, (None, *(0 for _ in arguments))))(params, *videos).jaxpr
     kernel = params["memory_encoder"]["mask_conv3"]["kernel"].shape
     copies = [e for e in equations(program) if any(out.aval.shape == (7, *kernel) for out in e.outvars)]
     assert bool(copies) != training
+
+
+def test_training_computes_attention_once() -> None:
+    """What a frame's attention has found is kept for the backward pass, in which all else is computed again."""
+    made = Tracker(Sam2(CFG, Compute(attention="splash")), training=True)
+
+    def loss(params: Any, *arguments: Any) -> jax.Array:
+        return made.track_in_training(params, *arguments).low_res.sum()
+
+    names = kernels(jax.make_jaxpr(jax.value_and_grad(loss))(*training_arguments(CFG)).jaxpr)
+    forward, backward = (sum(kind in name for name in names) for kind in ("fwd", "dkv"))
+    assert forward == backward == len(names) / 2 > 0
 
 
 # the tracker at full size; the trunk is no part of it
@@ -296,9 +366,9 @@ def test_pairs_of_queries_and_keys_in_the_backward_pass() -> None:
     made = Tracker(Sam2(FULL, Compute()), training=True)
 
     def gradient(params: Any, *arguments: Any) -> Any:
-        return jax.grad(lambda p: made.track(p, *arguments)[1].prediction.low_res.sum())(params)
+        return jax.grad(lambda p: made.track_in_training(p, *arguments).low_res.sum())(params)
 
-    assert largest_array(gradient, *abstract_arguments(FULL, True)) < PAIRS
+    assert largest_array(gradient, *training_arguments(FULL)) < PAIRS
 
 
 def test_one_program_tracks_videos_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:

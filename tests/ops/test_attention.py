@@ -158,6 +158,23 @@ def test_blocks_that_nobody_sees_are_passed_over(causal: bool) -> None:
     np.testing.assert_allclose(jitted(q, k, v, key_mask=mask, causal=causal, impl="chunked"), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_gpus(causal: bool, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger ones, and no branches, also where nobody sees a block or a query sees nothing."""
+    monkeypatch.setattr(module, "target_platform", lambda: "gpu")
+    options: dict[str, Any] = {"key_mask": masks() if masked else None, "causal": causal}
+    plain = attention(*inputs(), impl="plain", **options)
+    whole = attention(*inputs(), impl="chunked", **options)
+    monkeypatch.setattr(module, "GPU_KEY_BLOCK", 16)
+    monkeypatch.setattr(module, "GPU_BLOCK_BUDGET", 16 * G * 8)
+    text = str(jax.make_jaxpr(functools.partial(attention, impl="chunked", **options))(*inputs()))
+    assert "cond[" not in text
+    blocks = attention(*inputs(), impl="chunked", **options)
+    for out in (whole, blocks):
+        np.testing.assert_allclose(out, plain, atol=2e-6)
+
+
 @pytest.mark.parametrize("impl", ["plain", "chunked", "splash"])
 def test_low_precision_in_and_out_softmax_in_float32(impl: str) -> None:
     q, k, v = inputs(dtype=jnp.bfloat16)
@@ -166,6 +183,30 @@ def test_low_precision_in_and_out_softmax_in_float32(impl: str) -> None:
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     expected = jitted(*wide, key_mask=masks(), causal=True, impl="plain")
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2e-2)
+
+
+def test_a_product_sums_the_weights_on_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 2, D)), jnp.bfloat16) for n in (5, 130, 130))
+    seen = jnp.asarray(rng.random((2, 130)) < [[0.5], [0]])  # the second row sees nothing
+    exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), key_mask=seen, impl="plain")
+    before = attention(q, k, v, key_mask=seen, impl="plain").astype(jnp.float32)
+    monkeypatch.setattr(module, "target_platform", lambda: "tpu")
+    text = str(jax.make_jaxpr(lambda *a: attention(*a, impl="plain"))(q, k, v))
+    assert f"f32[2,2,5,{D + 1}]" in text
+    now = attention(q, k, v, key_mask=seen, impl="plain").astype(jnp.float32)
+    assert not now[1].any()
+    errors = [float(jnp.abs(x - exact).max()) for x in (before, now)]
+    assert 1e-4 < errors[1] < 1.5 * errors[0] < 1e-2
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_a_mask_that_is_known_when_tracing(blind: bool) -> None:
+    mask = np.broadcast_to(np.arange(K) < 50, (B, K)).copy()
+    mask[0] &= not blind
+    found = jax.jit(lambda *x: attention(*x, key_mask=mask, impl="splash"))(*inputs())
+    np.testing.assert_allclose(found, jitted(*inputs(), key_mask=jnp.asarray(mask), impl="plain"), atol=2e-6)
+    assert bool(found[0].any()) != blind
 
 
 def largest_array(jaxpr: Any) -> int:
@@ -240,6 +281,14 @@ def test_auto(
     assert taken == [expected]
 
 
+def test_positions_of_their_own_on_tpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel does not know them: the whole matrix while it is small, else blocks."""
+    monkeypatch.setattr(module, "target_platform", lambda: "tpu")
+    for keys, expected in ((1216, "plain"), (4096, "chunked")):
+        q, k = (jax.ShapeDtypeStruct((1, n, 28, 128), jnp.bfloat16) for n in (128, keys))
+        assert module._choose(q, k, k, None, True, jnp.zeros((1, 128), int)) == expected
+
+
 @pytest.mark.parametrize(
     ("capability", "width", "value_width", "fits"),
     [
@@ -281,7 +330,8 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from virst_jax.ops import attention as module
-from virst_jax.ops.attention import attention, sharded_over
+from virst_jax.ops.attention import attention
+from virst_jax.ops.splash import sharded_over
 
 mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 rng = np.random.default_rng(0)

@@ -2,8 +2,9 @@ import jax
 import numpy as np
 import pytest
 
+from virst_jax.data.transforms import height_comes_first, resize_frames
 from virst_jax.ops.position import axial_angles, rotate_pairs, sinusoid_table, spacetime_angles
-from virst_jax.ops.resize import resize_maps, resize_matrix
+from virst_jax.ops.resize import byte_matrix, resize_bytes, resize_maps, resize_matrix
 
 
 @pytest.mark.torch
@@ -31,6 +32,21 @@ def test_keeps_constants_and_size(method):
 def test_unknown_method_raises():
     with pytest.raises(ValueError, match="choose bilinear, bicubic or antialias"):
         resize_matrix(3, 4, "area")
+    with pytest.raises(ValueError, match="choose bilinear or bicubic"):
+        byte_matrix(3, 4, "antialias", 3)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(200, 50), (50, 200)])
+def test_bytes_are_those_of_pillow(size, method):
+    """Whichever axis its version begins with: half of the bytes of this noise differ between the two."""
+    side = 40
+    frame = np.random.default_rng(0).choice([0, 255], (*size, 3)).astype(np.uint8)  # the cubic filter overshoots
+    rows, columns = (byte_matrix(n, side, method, n) for n in size)
+    both = [np.asarray(resize_bytes(frame, rows, columns, first)) for first in (False, True)]
+    assert (both[0] != both[1]).mean() > 0.1
+    found = both[height_comes_first(*size, side, method)]
+    np.testing.assert_array_equal(found, resize_frames(frame[None], side, method)[0])
 
 
 def test_rotation_depends_on_the_distance_alone():

@@ -13,6 +13,7 @@ from virst_jax.commands import config_file
 from virst_jax.errors import UserError
 from virst_jax.parallel import compiler_flags
 from virst_jax.parallel.compiler_flags import apply
+from virst_jax.training import recipe
 
 FLAGS = {"tpu": {"xla_a": True, "xla_b": 3, "xla_c": None}, "gpu": {"xla_gpu_d": "x"}}
 
@@ -61,3 +62,10 @@ def test_recipes_carry_flags_that_xla_knows():
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_flag_that_recipes_leave_to_the_compiler_can_be_given():
+    name = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
+    assert name not in compiler_flags.as_text(recipe.plain(config_file.load("stage1", []).xla_flags)["tpu"])
+    given = config_file.load("stage1", [f"--config.xla_flags.tpu.{name}=1000000"])
+    assert compiler_flags.as_text(recipe.plain(given.xla_flags)["tpu"])[name] == "1000000"

@@ -19,7 +19,7 @@ from virst_jax.pretraining.losses import (
     cell_loss,
     named_loss,
     patch_loss,
-    read_loss,
+    read_parts,
 )
 from virst_jax.training import losses
 from virst_jax.training.losses import video_losses
@@ -122,7 +122,7 @@ def test_named_loss_is_that_of_a_video_with_words_directions_at_seg(cfg, params,
     assert np.abs(np.asarray(compiled(params, others)[1]["masks"]) - np.asarray(parts["masks"])).max() > 1e-3
 
 
-def test_read_loss_by_hand(cfg, params):
+def test_read_parts_by_hand(cfg, params):
     video = make_batch(cfg, SHARED)
     words = np.random.default_rng(2).integers(0, 60, (32, 4)).astype(np.int32)
     words[3, 2:] = IGNORE
@@ -130,7 +130,8 @@ def test_read_loss_by_hand(cfg, params):
     parts = (video.token_ids, video.visual_index, video.labels, video.mask)
 
     def loss(params, prefix_len):
-        return read_loss(cfg, params, ReadBatch(words, *parts, prefix_len=prefix_len))[0]
+        batch = ReadBatch(words, *parts, prefix_len=prefix_len)
+        return losses.finish(cfg, params, read_parts(cfg, params, batch))[0]
 
     table = np.asarray(params["llm"]["embed_tokens"]["embedding"])
     embeds = table[video.token_ids]

@@ -154,8 +154,8 @@ def test_collectives_on_lines_and_rings():
     assert line.seconds("all-reduce", payload, 16) == 2 * line.seconds("reduce-scatter", payload, 16)
     assert line.seconds("collective-permute", payload, 2) == pytest.approx(payload / 50e9 + HOP)
     assert line.seconds("all-to-all", payload, 16) < line.seconds("all-gather", payload, 16)
-    with pytest.raises(UserError, match="h100:8: times are predicted for TPUs only: v5e, v5p, v6e"):
-        Fabric.of("h100:8")
+    with pytest.raises(UserError, match="cpu:8: no times are known of it, but of v5e, v5p, v6e, a100"):
+        Fabric.of("cpu:8")
 
 
 def test_a_program_of_libtpu():
@@ -247,10 +247,30 @@ def test_tables(schedule):
     assert "most of the time goes to the attention kernels" in printed
 
 
-def test_times_need_a_tpu(capsys):
+@pytest.mark.parametrize(("kernel", "width"), [("fwd_segmented", 256 + 64), ("dkv_segmented", 3 * 256 + 2 * 64)])
+def test_kernels_of_a_batch_are_counted(kernel, width):
+    """One axis more before the heads. Forward: scores and values; gradient: scores, theirs, queries, keys, values."""
+    text = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (q: bf16[3,1,4096,256], k: bf16[3,1,8320,256], v: bf16[3,1,8320,64]) -> bf16[3,1,4096,64] {
+  %q = bf16[3,1,4096,256]{3,2,1,0} parameter(0)
+  %k = bf16[3,1,8320,256]{3,2,1,0} parameter(1)
+  %v = bf16[3,1,8320,64]{3,2,1,0} parameter(2)
+  ROOT %o = bf16[3,1,4096,64]{3,2,1,0} custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,8,13]{2,1,0}, bf16[3,1,4096,256]{3,2,1,0}, bf16[3,1,8320,256]{3,2,1,0}, bf16[3,1,8320,64]{3,2,1,0}, s32[3,8,8320]{2,1,0}}, metadata={op_name="jit(step)/splash_mha_KERNEL/pallas_call"}
+}
+"""  # noqa: E501
+    spent = predict(text.replace("KERNEL", kernel), "v5e:1x1").slow
+    assert not spent.unknown_kernels
+    flops = 2 * 3 * 4096 * 8320 * width
+    assert spent.category(KERNELS) == pytest.approx(flops / (KERNEL_SHARE * 197e12))
+
+
+def test_times_need_a_tpu_or_a_gpu(capsys):
     config = f"--config={ROOT}/tests/helpers/train_cases.py:image_text"
     assert cli.main(["train", config, "--compile-only", "--effort=full", "--topology=cpu:1"]) == 2
-    assert "times are predicted for TPUs only (v5e, v5p, v6e), not for cpu:1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "times are predicted for TPUs (v5e, v5p, v6e) and for up to 8 GPUs of one machine (a100" in said
+    assert "not for cpu:1" in said
 
 
 @pytest.mark.heavy
@@ -306,8 +326,16 @@ ENTRY %main (x: bf16[1024,1024], v: bf16[28,1024,1024], j: s32[]) -> bf16[1024,1
 """  # noqa: E501
 
 
-def test_a_product_reads_one_layer_of_stacked_weights():
-    schedule = Schedule(STACKED, PEAKS["v5e"], Fabric.of("v5e:1x1"))
+# integers are first read in other tiles, in their place
+RETILED = STACKED.replace(
+    "bitcast(%v)",
+    "fusion(%v), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%retiled",
+)
+
+
+@pytest.mark.parametrize("text", [STACKED, RETILED], ids=["bitcast", "in other tiles"])
+def test_a_product_reads_one_layer_of_stacked_weights(text):
+    schedule = Schedule(text, PEAKS["v5e"], Fabric.of("v5e:1x1"))
     product = schedule.module.instructions["main"]["f"]
     hbm, fast = schedule.moved(product, "main")
     assert hbm == pytest.approx(2 * MIB + 4)  # the slice, and its number

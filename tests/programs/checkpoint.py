@@ -6,19 +6,19 @@ Prints "restored STEP SUM OF PARAMETERS".
 import dataclasses
 import os
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from virst_jax.config import tiny
+from virst_jax.io import buckets
 from virst_jax.parallel import processes, sharding
 from virst_jax.training.checkpoints import TrainCheckpoints
 from virst_jax.training.optim import OptimConfig
 from virst_jax.training.step import TrainState, init_state
 
-what, folder, step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+what, folder, step = sys.argv[1], buckets.place(sys.argv[2]), int(sys.argv[3])
 if "JAX_NUM_PROCESSES" in os.environ:
     processes.start()
 mesh = sharding.make_mesh(data=1, fsdp=-1)

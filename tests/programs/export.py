@@ -13,12 +13,12 @@ from typing import Any
 import jax
 
 from virst_jax.api import EMBEDDED
-from virst_jax.io import model_folder
+from virst_jax.io import buckets, model_folder
 from virst_jax.parallel import processes, sharding
 
 processes.start()
 with processes.together():
-    start, folder = EMBEDDED["tiny"], Path(sys.argv[1])
+    start, folder = EMBEDDED["tiny"], buckets.place(sys.argv[1])
     mesh = sharding.make_mesh(fsdp=-1, data=1)
     cfg = model_folder.read_config(start)
     _, params = model_folder.load_model(start, shardings=sharding.parameter_shardings(cfg, mesh, replicate_below=0))
@@ -28,8 +28,8 @@ with processes.together():
         write = model_folder.write_parameters
         if jax.process_index():
 
-            def write_and_die(path: Path, params: Mapping[str, Any]) -> None:
-                write(path, params)
+            def write_and_die(path: Path, params: Mapping[str, Any], **options: Any) -> None:
+                write(path, params, **options)
                 os.kill(os.getpid(), signal.SIGKILL)
 
             model_folder.write_parameters = write_and_die

@@ -46,7 +46,9 @@ def run(program: Callable[[Mesh], tuple[Any, dict[str, Any]]]) -> None:
 
 def share(params: Any) -> float:
     """How much of a large kernel one device holds."""
-    if "llm" not in params and "sam2" in params:
+    if "kernel" in params:
+        kernel = params["kernel"]
+    elif "llm" not in params and "sam2" in params:
         kernel = params["sam2"]["memory_attention"]["layers"]["linear1"]["kernel"]
     else:
         kernel = params.get("llm", params)["layers"]["mlp"]["up_proj"]["kernel"]

@@ -114,6 +114,39 @@ def png(height: int, width: int) -> bytes:
     return file.getvalue()
 
 
+MASKS = {
+    "another size": ({"frame": 0}, png(WIDTH, HEIGHT), 400, f"{HEIGHT}x{WIDTH} pixels, the video {WIDTH}x{HEIGHT}"),
+    "a large one": ({"frame": 0}, png(4000, 4000), 400, f"the mask is 4000x4000 pixels, the video {WIDTH}x{HEIGHT}"),
+    "no image": ({"frame": 0}, b"none", 400, "the mask: cannot be read as an image"),
+    "a cut image": ({"frame": 0}, png(HEIGHT, WIDTH)[:-30], 400, "the mask: "),
+    "no frame": ({}, png(HEIGHT, WIDTH), 400, "'frame' is missing"),
+    "a frame that is none": ({"frame": "-1"}, png(HEIGHT, WIDTH), 400, "'frame' must be a number"),
+    "no such frame": ({"frame": FRAMES}, png(HEIGHT, WIDTH), 404, f"frames 0 to {FRAMES - 1}"),
+    "no such object": ({"frame": 0, "object_id": 9}, png(HEIGHT, WIDTH), 404, "there are 1"),
+    "an unknown field": ({"frame": 0, "object": 9}, png(HEIGHT, WIDTH), 400, "unknown field 'object'"),
+}
+
+
+@pytest.mark.parametrize(("fields", "content", "status", "words"), MASKS.values(), ids=MASKS)
+def test_masks(
+    client: TestClient, session: str, fields: dict[str, Any], content: bytes, status: int, words: str
+) -> None:
+    before = state(client, session), masks(client, session)
+    answer = client.post(f"/sessions/{session}/masks?wait=30", files={"mask": ("m.png", content)}, data=fields)
+    refused(answer, status, words)
+    assert (state(client, session), masks(client, session)) == before
+
+
+def test_forms_without_a_mask(client: TestClient, session: str) -> None:
+    address = f"/sessions/{session}/masks?wait=30"
+    refused(client.post(address, json={}), 415, "multipart/form-data")
+    refused(client.post(address, files={"frame": (None, "0")}), 400, "'mask' is missing")
+    refused(client.post(address, files={"mask": (None, "x"), "frame": (None, "0")}), 400, "'mask' is text")
+    large = {"mask": ("m.png", b"x" * (9 << 20))}
+    refused(client.post(address, files=large, data={"frame": 0}), 413, "limit of this server")
+    refused(client.post("/sessions/none/masks", files={"mask": ("m.png", b"x")}), 404, "no such session")
+
+
 NO_VIDEOS = {
     "text": ("notes.txt", b"This is no video.", "notes.txt: cannot be read as a video"),
     "text named as one": ("a.mp4", b"This is no video.", "a.mp4: cannot be read as a video"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from helpers.network import CFG, params
@@ -16,13 +17,14 @@ from helpers.segmenting import CAT, DOG, small_model
 from helpers.serving import FRAMES, HEIGHT, WIDTH, animation, click, finished, masks, pixels, serving, state, upload
 from virst_jax.api import Model
 from virst_jax.io.masks import decode_mask
+from virst_jax.serve.limits import Limits
 from virst_jax.serve.results import FORMATS
 from virst_jax.tracking import TrackerModel
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    with serving(tmp_path_factory.mktemp("serve")) as (client, _):
+    with serving(tmp_path_factory.mktemp("serve"), Limits(sessions=30)) as (client, _):
         yield client
 
 
@@ -116,6 +118,54 @@ def test_a_box_keeps_the_clicks(client: TestClient) -> None:
     click(client, session, [[9, 9]], object_id=number, replace=True)
     (prompt,) = state(client, session)["objects"][0]["prompts"]
     assert (prompt["points"], prompt["box"]) == ([[9, 9]], None)
+
+
+def png(mask: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_masks_as_prompts(client: TestClient) -> None:
+    """An uploaded mask is the object's on its frame; tracked, all is as in a session in Python."""
+    session = upload(client)["session_id"]
+    given = np.zeros((HEIGHT, WIDTH), bool)
+    given[8:30, 10:40] = True
+    address = f"/sessions/{session}/masks?wait=30"
+    (number,) = client.post(address, files={"mask": ("m.png", png(given))}, data={"frame": 3}).json()["objects"]
+    (prompt,) = state(client, session)["objects"][0]["prompts"]
+    assert (prompt["frame"], prompt["kind"]) == (3, "mask")
+    empty = {"frame": 5, "object_id": number}  # it is not there
+    assert client.post(address, files={"mask": ("m.png", png(given & False))}, data=empty).status_code == 200
+    assert client.post(f"/sessions/{session}/propagate?wait=30", json={}).status_code == 200
+    plain = small_model().session(pixels())
+    plain.add_mask(1, 3, given)
+    plain.add_mask(1, 5, given & False)
+    expected = {shown.index: shown.of(1) for shown in plain.propagate()}
+    found = decoded(masks(client, session), number)
+    # sums in another order: a pixel at the edge may fall on either side
+    assert (found != np.stack([expected[t] for t in range(FRAMES)])).mean() < 1e-3
+    assert not found[5].any()
+    assert found[3].any()
+    assert client.post(f"/sessions/{session}/undo?wait=30").status_code == 200
+    assert set(masks(client, session)) == {"3", "5"}
+
+
+def test_exclusive_objects_do_not_overlap(client: TestClient) -> None:
+    given = np.zeros((HEIGHT, WIDTH), bool)
+    given[8:30, 10:40] = True
+    shared = {}
+    for exclusive in ("false", "true"):
+        session = upload(client, exclusive=exclusive)["session_id"]
+        assert state(client, session)["exclusive"] == (exclusive == "true")
+        for _ in range(2):  # both objects have the same mask
+            files = {"mask": ("m.png", png(given))}
+            assert client.post(f"/sessions/{session}/masks?wait=30", files=files, data={"frame": 0}).status_code == 200
+        assert client.post(f"/sessions/{session}/propagate?wait=30", json={}).status_code == 200
+        codes = masks(client, session)
+        shared[exclusive] = (decoded(codes, 1) & decoded(codes, 2)).sum()
+    assert shared["false"] > 0
+    assert shared["true"] == 0
 
 
 def test_a_sentence_is_one_step(client: TestClient, done: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from helpers.losses_cases import CFG, SHARED, assert_same, make_batch, random_params
-from virst_jax.training import losses
+from virst_jax.ops import cross_entropy
 from virst_jax.training.losses import TextBatch, text_loss, video_losses
 
 
@@ -66,7 +66,7 @@ def test_cross_entropy_in_pieces(cfg, params, monkeypatch):
     batch = make_batch(cfg, SHARED)
     text = TextBatch(batch.clips, batch.token_ids, batch.visual_index, batch.labels, batch.mask, prefix_len=SHARED)
     whole, _ = jax.jit(lambda p, b: text_loss(cfg, p, b))(params, text)
-    monkeypatch.setattr(losses, "CE_BUDGET", 500)
+    monkeypatch.setattr(cross_entropy, "BUDGET", 500)
     pieces, _ = jax.jit(lambda p, b: text_loss(cfg, p, b))(params, text)
     assert float(pieces) == pytest.approx(float(whole), rel=1e-6)
     assert float(whole) > 1

@@ -17,6 +17,7 @@ from virst_jax.data.prompts import load_tokenizer
 from virst_jax.data.synthetic.videos import SyntheticVideos
 from virst_jax.errors import UserError
 from virst_jax.models.sam2.mask_decoder import Masks
+from virst_jax.models.sam2.prompt_encoder import BOX_CORNERS, PADDING
 from virst_jax.models.sam2.prompted import ObjectAnchors, ObjectBank, PromptedTracker, PromptTokens
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
 from virst_jax.models.sam2.tracker import Tracked
@@ -77,6 +78,23 @@ def test_prompts_are_drawn_as_sam2_draws_them() -> None:
     assert {int(x["first_valid"].sum()) for x in made} == {1, 2}
     for x in examples("image_prompted", 10):
         assert (x["kinds"] != MASK).all()
+
+
+def test_of_absent_objects_nothing_is_there_and_clicks_say_so() -> None:
+    batch = dataclasses.replace(KINDS["video_prompted"], absent_share=0.5, click_share=1.0)
+    made = examples("video_prompted", 60, batch)
+    present = np.concatenate([x["targets"].any((1, 2, 3))[x["object_valid"]] for x in made])
+    assert 0.35 < present.mean() < 0.65
+    for x in made:  # the others are pointed at as ever
+        there = x["targets"].any((1, 2, 3))
+        assert (x["targets"][there, 0].any((1, 2))).all()
+    # a box around nothing is a negative click
+    video = prompted._PromptedVideo.__new__(prompted._PromptedVideo)
+    video.batch = PromptedBatch(**{k: jnp.asarray(v) for k, v in made[0].items()})
+    target = jnp.zeros((2, SIDE, SIDE), bool).at[1, 3:9, 2:6].set(True)
+    coords, labels = video.first_prompt(jax.random.key(0), target, jnp.array(BOX), None)
+    assert labels[:, :2].tolist() == [[0, PADDING], list(BOX_CORNERS)]
+    assert coords.shape == (2, labels.shape[1], 2)
 
 
 def test_videos_run_forward_and_backward() -> None:

@@ -27,9 +27,11 @@ def test_weights_and_biases_gets_what_is_logged(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     write(tmp_path / "stage", {"to": "wandb", "project": "p"}, [1, 2])
     (file,) = (tmp_path / "stage" / "wandb").glob("offline-run-*/*.wandb")
-    written = file.read_bytes()
-    for text in ("loss", "0.125", "0.25", "step", (tmp_path / "stage" / "tracking_id").read_text().strip()):
-        assert text.encode() in written
+    texts = ("loss", "0.125", "0.25", "step", (tmp_path / "stage" / "tracking_id").read_text().strip())
+    until = time.monotonic() + 60  # a process of its own writes the file
+    while missing := [text for text in texts if text.encode() not in file.read_bytes()]:
+        assert time.monotonic() < until, missing
+        time.sleep(0.2)
 
 
 def test_a_stage_that_goes_on_keeps_its_run(tmp_path, monkeypatch):

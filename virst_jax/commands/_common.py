@@ -15,7 +15,7 @@ VIDEO_HELP = "a video file, a folder of frames, or an image"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --device and --no-check, which all commands that load a model share."""
+    """--model, --dtype, --device, --resize and --no-check, which all commands that load a model share."""
     parser.add_argument(
         "--model",
         default=small_model.SMALL,
@@ -23,6 +23,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of parameters and activations")
     add_device_argument(parser)
+    parser.add_argument(
+        "--resize", choices=["host", "device"], default="host", help="where frames are resized (default: host)"
+    )
     parser.add_argument(
         "--no-check", action="store_true", help="do not compare the parameters with the digests of the model folder"
     )
@@ -51,7 +54,7 @@ def load_model(args: argparse.Namespace) -> "Model":
 
     if args.no_check:
         tell("note: the model's parameters are not compared with their digests (--no-check)")
-    return load(args.model, dtype=args.dtype, device=args.device, check=not args.no_check)
+    return load(args.model, dtype=args.dtype, device=args.device, check=not args.no_check, resize=args.resize)
 
 
 def versions(device: str | None = None) -> dict[str, str]:

@@ -14,6 +14,7 @@ EXTRAS = {
     "contourpy": "export",
     "fastapi": "serve",
     "fiftyone": "fiftyone",
+    "flatbuffers": "export",
     "grain": "train",
     "importlib_resources": "data",
     "jinja2": "eval",

@@ -106,14 +106,17 @@ def _tracker_rows(sam: "Sam2Config") -> list[tuple[str, Any]]:
 
 
 def _model_rows(folder: Path, cfg: "VirstConfig") -> list[tuple[str, Any]]:
+    from virst_jax.config import FLOAT, weights_of
     from virst_jax.data.prompts import load_tokenizer
     from virst_jax.io import model_folder
 
     llm, vision = cfg.llm, cfg.vision
+    kernels = [f"{part} {weights}" for part, weights in weights_of(cfg).items() if weights != FLOAT]
     rows: list[tuple[str, Any]] = [
         ("config", cfg.name),
         ("language model", f"{llm.num_layers} layers of {llm.hidden_size}, {llm.vocab_size} tokens"),
         ("adapters", f"rank {llm.lora.rank}" if llm.lora.rank else "none (merged)"),
+        ("integer kernels", ", ".join(kernels) or "none"),
         ("video encoder", f"{vision.num_layers} layers of {vision.hidden_size}, {vision.image_size} px"),
         *_tracker_rows(cfg.sam2),
         ("frames", f"{cfg.max_video_frames} read, {cfg.max_seg_frames} fused, up to {cfg.max_anchors} anchors"),

@@ -29,8 +29,8 @@ HELP = """Segment what sentences describe in frames as they come; each is seen o
 SOURCE is a camera (/dev/video0), - for a pipe, an address (rtsp://, http://, udp://), or a file. Every K frames the
 sentences are read again on the last frames; those in between are tracked. OUT gets overlay.mp4, boxes.ndjson with a
 line for each frame, and result.json; --stdout writes the lines, or the overlay as MPEG-TS, to the output. Ctrl-C ends
-with whole files. Without --model, the small model of this package answers, which knows moving coloured shapes and
-nothing else."""
+with whole files. Each sentence has one mask; --instances and --soft are for virst segment. Without --model, the small
+model of this package answers, which knows moving coloured shapes and nothing else."""
 EXAMPLES = """examples:
   virst live /dev/video0 "the cup" --model virst_7b --out cup
   ffmpeg -re -i dog.mp4 -f mpegts - | virst live - "the dog" --model virst_7b --out dog
@@ -39,6 +39,7 @@ EXAMPLES = """examples:
 
 OVERLAY, BOXES, RESULT = "overlay.mp4", "boxes.ndjson", "result.json"
 STREAMS = ("boxes", "overlay")
+WHOLE_VIDEO = {"--instances": "instances: each sentence has one mask", "--soft": "probabilities, only masks"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,9 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for FFmpeg, such as video_size=1280x720 or framerate=30",
     )
     parser.add_argument("--quiet", action="store_true", help="no notes")
+    for name in WHOLE_VIDEO:  # known, so that the error says what to do
+        parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
+    for name, what in WHOLE_VIDEO.items():
+        if getattr(args, name.removeprefix("--")):
+            raise UserError(f"live streams have no {what}; record the video, then take virst segment {name}")
     if args.max_frames is not None and args.max_frames < 1:
         raise UserError(f"at most {args.max_frames} frames leave nothing; give 1 or more")
     options = dict(_option(text) for text in args.option)

@@ -1,8 +1,10 @@
 """How far a command has come, on stderr: a bar for every stage, or lines where nobody looks at a terminal."""
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +21,8 @@ from rich.progress import Progress as Bars
 QUICK_SECONDS = 10.0  # work that is done by then says nothing off a terminal
 LINE_SECONDS = 60.0  # between two lines of one stage
 _WHOLE = "videos"
+
+Tell = Callable[[str, int, int], None]  # a stage, how much of it is done, and of how much
 
 
 class Progress:
@@ -43,6 +47,8 @@ class Progress:
         self._tasks: dict[str, Any] = {}
         self._compiled = 0
         self._lines = None if quiet or console.is_terminal else _Lines()
+        self._at_work: dict[str, str] = {}  # of several videos, where each stands
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "Progress":
         self._bars.start()
@@ -64,6 +70,35 @@ class Progress:
         self._bars.update(self._task(_WHOLE, total), completed=number - 1, description=f"video {number}: {name}"[:40])
         if self._lines is not None:
             self._lines.title = f"video {number} of {total} ({name}), "
+
+    def finished(self, number: int, total: int) -> None:
+        """So many of several videos are through, of those that are worked on at the same time."""
+        self._bars.update(self._task(_WHOLE, total), completed=number)
+        if self._lines is not None:
+            self._lines.title = f"{number} of {total} videos done, "
+
+    @contextlib.contextmanager
+    def beside(self, name: str) -> Iterator[Tell]:
+        """What to call for one of several videos that are worked on at the same time; each has a bar of its own."""
+        bar = self._bars.add_task(name[:20], total=0)
+
+        def tell(stage: str, done: int, total: int) -> None:
+            self._bars.update(bar, description=f"{name[:20]}: {stage}", completed=done, total=total)
+            self._show_beside(name, f"{name}: {stage}" + (f" {done} of {total}" if total else ""))
+
+        try:
+            yield tell
+        finally:
+            self._bars.remove_task(bar)
+            self._show_beside(name, None)
+
+    def _show_beside(self, name: str, where: str | None) -> None:
+        with self._lock:
+            self._at_work.pop(name, None)
+            if where is not None:
+                self._at_work[name] = where
+            if self._lines is not None and self._at_work:
+                self._lines.set(", ".join(sorted(self._at_work.values())), 0, 0)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._lines is not None:

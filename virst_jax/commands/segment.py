@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from virst_jax.commands import _common, segment_results
-from virst_jax.commands.progress import Progress
+from virst_jax.commands.progress import Progress, Tell
 from virst_jax.commands.segment_run import SegmentRun, claimed
 from virst_jax.errors import UserError
-from virst_jax.io import atomic, small_model
+from virst_jax.io import atomic, small_model, timeline
 
 if TYPE_CHECKING:
     from virst_jax.api import Model
+    from virst_jax.inference.shared_batches import StreamEncoder
     from virst_jax.inference.survey import Survey
     from virst_jax.io.reader import Reader
 
@@ -59,6 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--every", type=int, default=1, metavar="K", help="take every K-th frame")
     parser.add_argument("--max-frames", type=int, metavar="N", help="take N frames at most")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="begin at frame N (default: 0)")
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of many videos, work on N at the same time; their frames share the encoder's batches (default: 1)",
+    )
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a timeline for ui.perfetto.dev to this file")
     parser.add_argument("--end", type=int, metavar="N", help="end with frame N (default: the video's last)")
     add_output_arguments(parser)
 
@@ -84,10 +93,13 @@ def run(args: argparse.Namespace) -> int:
                 f"{text}: looks like a second video where a sentence is expected; for many videos give their folder, a "
                 "pattern in quotes ('clips/*.mp4'), or a list"
             )
+    if args.concurrency < 1:
+        raise UserError(f"--concurrency {args.concurrency}: give 1 video or more")
     items = video_list.find_items(args.video, args.expressions)
-    if items is not None:
-        return segment_many.run_many(args, items)
-    result = run_segment(args, args.video, args.expressions)
+    with timeline.recorded(args.trace):
+        if items is not None:
+            return segment_many.run_many(args, items)
+        result = run_segment(args, args.video, args.expressions)
     report(args, result)
     return 0
 
@@ -103,7 +115,9 @@ def run_segment(args: argparse.Namespace, video: str, expressions: Sequence[str]
     """
     from virst_jax.api import find_model
     from virst_jax.data.prompts import normalize_expression
+    from virst_jax.inference.placement import device_context
     from virst_jax.inference.plan import Options
+    from virst_jax.inference.resizing import make_resizer
     from virst_jax.inference.survey import take_survey
     from virst_jax.io import model_folder
 
@@ -118,7 +132,9 @@ def run_segment(args: argparse.Namespace, video: str, expressions: Sequence[str]
                 _common.tell(f"note: {note}")
         # before the model, which may take minutes: a damaged video is told first
         cfg = model_folder.read_config(find_model(args.model))
-        survey = take_survey(cfg, reader, Options(args.seed, args.exact, still=reader.still), progress)
+        resize = make_resizer(args.resize, device_context(args.device))
+        options = Options(args.seed, args.exact, still=reader.still)
+        survey = take_survey(cfg, reader, options, progress, resize=resize)
         progress("load the model", 0, 0)
         model = _common.load_model(args)
         return segment_into(
@@ -145,8 +161,9 @@ def segment_into(
     *,
     model: "Model",
     notes: Sequence[str],
-    progress: Progress,
+    progress: Tell,
     survey: "Survey | None" = None,
+    encoder: "StreamEncoder | None" = None,
 ) -> dict[str, Any]:
     """Segments a video into a folder that is claimed, and gives the result.
 
@@ -167,6 +184,7 @@ def segment_into(
         overwrite=args.overwrite,
         progress=progress,
         survey=survey,
+        encoder=encoder,
         instances=args.instances,
         soft=args.soft,
     )

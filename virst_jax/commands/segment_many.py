@@ -12,15 +12,17 @@ import io
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from virst_jax.commands import _common, failures, segment, segment_results
-from virst_jax.commands.progress import Progress
+from virst_jax.commands import _common, failures, interrupt, segment, segment_results
+from virst_jax.commands.progress import Progress, Tell
 from virst_jax.commands.segment_run import SETTINGS, STATE, claimed, clear_folder
 from virst_jax.commands.video_list import Item, folder_names, key
 from virst_jax.errors import UserError
@@ -29,6 +31,7 @@ from virst_jax.io.json_files import read_json
 
 if TYPE_CHECKING:
     from virst_jax.api import Model
+    from virst_jax.inference.shared_batches import StreamEncoder
 
 CSV, JSON = "results.csv", "results.json"
 COLUMNS = ("video", "folder", "status", "sentence", "frames", "frames_found", "seconds", "error")
@@ -49,7 +52,7 @@ class Outcome:
 
 
 def run_many(args: argparse.Namespace, items: Sequence[Item]) -> int:
-    """Segments the videos, one after the other; a video that fails does not stop the others.
+    """Segments the videos; one that fails does not stop the others.
 
     Returns:
       The exit status: 0, or 1 if a video has failed.
@@ -67,11 +70,9 @@ def run_many(args: argparse.Namespace, items: Sequence[Item]) -> int:
             progress("load the model", 0, 0)
             model = _common.load_model(args)
             outcomes = _begin(args, items)
+            segment_all = _segment_at_once if args.concurrency > 1 else _segment_in_turn
             try:
-                for number, (item, outcome) in enumerate(zip(items, outcomes), 1):
-                    progress.begin(outcome.folder, number, len(items))
-                    _segment(args, model, item, outcome, notes, progress)
-                    write_tables(args.out, outcomes)
+                segment_all(args, model, items, outcomes, notes, progress)
             except BaseException as stop:
                 _stopped(outcomes, stop)
                 write_tables(args.out, outcomes)
@@ -96,8 +97,69 @@ def _begin(args: argparse.Namespace, items: Sequence[Item]) -> list[Outcome]:
     return [Outcome(item.video, name) for item, name in zip(items, names)]
 
 
+def _segment_in_turn(
+    args: argparse.Namespace,
+    model: "Model",
+    items: Sequence[Item],
+    outcomes: Sequence[Outcome],
+    notes: Sequence[str],
+    progress: Progress,
+) -> None:
+    for number, (item, outcome) in enumerate(zip(items, outcomes), 1):
+        progress.begin(outcome.folder, number, len(items))
+        _segment(args, model, item, outcome, notes, progress)
+        write_tables(args.out, outcomes)
+
+
+def _segment_at_once(
+    args: argparse.Namespace,
+    model: "Model",
+    items: Sequence[Item],
+    outcomes: Sequence[Outcome],
+    notes: Sequence[str],
+    progress: Progress,
+) -> None:
+    """As many videos at the same time as `--concurrency` says, each by a thread; their frames share batches."""
+    from virst_jax.inference.shared_batches import SharedBatches
+
+    batches, stopping = SharedBatches(model.network, model.batch), threading.Event()
+
+    def work(item: Item, outcome: Outcome) -> None:
+        def tell(stage: str, done: int, total: int) -> None:
+            interrupt.check()  # a signal raises in the main thread alone
+            if stopping.is_set():
+                raise KeyboardInterrupt
+            show(stage, done, total)
+
+        with batches.join() as encoder, progress.beside(outcome.folder) as show:
+            _segment(args, model, item, outcome, notes, tell, encoder)
+
+    progress.finished(0, len(items))
+    with (
+        interrupt.gently(lambda: None),  # the first signal is seen by the threads, which save what they have
+        ThreadPoolExecutor(max_workers=args.concurrency, thread_name_prefix="video") as pool,
+    ):
+        futures = [pool.submit(work, item, outcome) for item, outcome in zip(items, outcomes)]
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                future.result()
+                progress.finished(number, len(items))
+                write_tables(args.out, outcomes)
+        except BaseException:
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    interrupt.check()
+
+
 def _segment(
-    args: argparse.Namespace, model: "Model", item: Item, outcome: Outcome, notes: Sequence[str], progress: Progress
+    args: argparse.Namespace,
+    model: "Model",
+    item: Item,
+    outcome: Outcome,
+    notes: Sequence[str],
+    progress: Tell,
+    encoder: "StreamEncoder | None" = None,
 ) -> None:
     out, start = args.out / outcome.folder, time.perf_counter()
     begun = (out / STATE / SETTINGS).is_file()
@@ -105,7 +167,15 @@ def _segment(
         reader = segment.open_reader(args, item.video)
         with claimed(out, resume=begun):
             result = segment.segment_into(
-                args, item.video, reader, item.sentences, out, model=model, notes=notes, progress=progress
+                args,
+                item.video,
+                reader,
+                item.sentences,
+                out,
+                model=model,
+                notes=notes,
+                progress=progress,
+                encoder=encoder,
             )
         outcome.status, outcome.error = DONE, ""
         outcome.objects = segment_results.findings(result)
@@ -123,7 +193,7 @@ def _segment(
 
 
 def _stopped(outcomes: Sequence[Outcome], stop: BaseException) -> None:
-    """Marks the video that was at work."""
+    """Marks the videos that were at work."""
     for outcome in outcomes:
         if outcome.status == WAITING and outcome.seconds:
             outcome.status = STOPPED if isinstance(stop, KeyboardInterrupt) else FAILED

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 import unicodedata
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from virst_jax.commands import _common, interrupt, segment_results
-from virst_jax.commands.progress import Progress
+from virst_jax.commands.progress import Tell
 from virst_jax.errors import UserError
-from virst_jax.io import atomic, lock
+from virst_jax.io import atomic, lock, timeline
 from virst_jax.io.json_files import read_json
 from virst_jax.io.npz import read_npz
 from virst_jax.io.result_folder import RESULT, read_whole
@@ -26,11 +27,13 @@ from virst_jax.io.shared_pass import SharedPass
 
 if TYPE_CHECKING:
     from virst_jax.api import Model
+    from virst_jax.inference.shared_batches import StreamEncoder
     from virst_jax.inference.survey import Survey
     from virst_jax.io.reader import Reader
 
 STATE, SOFT = ".virst", "soft"
 SAVE_SECONDS = 30.0  # between two saves of the tracker's state
+PAINTED = 8  # frames that wait for the overlay at most
 SETTINGS, TRACKER = "settings.json", "tracker.npz"
 
 
@@ -90,6 +93,7 @@ class SegmentRun:
       device: its name, for the result; None: JAX's default.
       overwrite: remove what an earlier run has left.
       survey: of the video with the same seed; None: it is taken when it is needed.
+      encoder: its part of batches that several runs share; None: it shares none.
       instances: an object for each instance that an expression means. Tracking then begins again after a stop.
       soft: also write probabilities.
 
@@ -111,8 +115,9 @@ class SegmentRun:
         legend: bool = True,
         device: str | None = None,
         overwrite: bool = False,
-        progress: Progress,
+        progress: Tell,
         survey: "Survey | None" = None,
+        encoder: "StreamEncoder | None" = None,
         instances: bool = False,
         soft: bool = False,
     ):
@@ -120,6 +125,7 @@ class SegmentRun:
         from virst_jax.inference.texts import check_expressions
 
         self.instances, self.soft = instances, soft
+        self.encoder = encoder
         self.survey, self.options = survey, Options(seed, exact, still=reader.still)
         self.model, self.reader, self.out, self.progress = model, reader, out, progress
         self.seed, self.exact, self.notes, self.legend = seed, exact, list(notes), legend
@@ -164,6 +170,7 @@ class SegmentRun:
                     progress=self.progress,
                     state=state,
                     survey=survey,
+                    encoder=self.encoder,
                 )
             )
             stream.prepare()  # how many instances there are
@@ -194,7 +201,9 @@ class SegmentRun:
     def _survey(self, pixels: bool) -> "Survey":
         from virst_jax.inference.survey import take_survey
 
-        return take_survey(self.model.cfg, self.reader, self.options, self.progress, pixels=pixels)
+        with timeline.span("survey"):
+            resize = self.model.network.resize
+            return take_survey(self.model.cfg, self.reader, self.options, self.progress, pixels=pixels, resize=resize)
 
     def _begin(self) -> dict[str, np.ndarray] | None:
         """Compares what is there with this run, makes the folders, and gives the tracker's state, if any."""
@@ -265,12 +274,12 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
 
 def write_grey(path: Path, image: np.ndarray) -> None:
     """Writes uint8[H, W] as a PNG, which appears whole."""
-    with atomic.new_file(path) as file:
+    with timeline.span("write PNG"), atomic.new_file(path) as file:
         Image.fromarray(image).save(file, format="PNG", compress_level=3)
 
 
 class _MaskFiles:
-    """Writes a stream's masks by several threads, the overlay, and the tracker's state from time to time.
+    """Writes a stream's masks by several threads, the overlay by one, and the tracker's state from time to time.
 
     Args:
       frames: the pass over the video from which the stream reads.
@@ -289,6 +298,7 @@ class _MaskFiles:
         self.folders, self.names, self.state_file = folders, names, state_file
         self.scores: list[np.ndarray] = []
         self.writing: list[Future[None]] = []
+        self.painting: deque[Future[None]] = deque()
 
     def write(self, state: Mapping[str, np.ndarray] | None) -> np.ndarray:
         """All scores float32[N, T]. Whatever stops it, the state is saved."""
@@ -299,7 +309,10 @@ class _MaskFiles:
                 self.frames.take(i), segment_results.read_masks(self.folders, self.names[i], self.frames.size)
             )
         saved = time.monotonic()
-        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="png") as pool:
+        with (
+            ThreadPoolExecutor(max_workers=4, thread_name_prefix="png") as pool,
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="overlay") as painter,
+        ):
             try:
                 for frame in self.stream:
                     interrupt.check()
@@ -311,11 +324,16 @@ class _MaskFiles:
                         for folder, grey in zip(self.folders, frame.soft):
                             path = folder.parent / SOFT / folder.name / f"{self.names[frame.index]}.png"
                             self.writing.append(pool.submit(write_grey, path, grey))
-                    self.images.add(self.frames.take(frame.index), frame.masks)
+                    # beside the device's work: what is done here keeps the next frames from being started
+                    self.painting.append(painter.submit(self._paint, self.frames.take(frame.index), frame.masks))
+                    while len(self.painting) > PAINTED:
+                        self.painting.popleft().result()
                     self._wait(4 * len(self.folders))  # memory stays flat when the disk is slower than the tracker
                     if time.monotonic() - saved > SAVE_SECONDS:
                         self._save()
                         saved = time.monotonic()
+                while self.painting:
+                    self.painting.popleft().result()
                 self._save()
             except BaseException:
                 # a second error here must not hide the first
@@ -323,6 +341,10 @@ class _MaskFiles:
                     self._save()
                 raise
         return np.stack(self.scores, axis=1)
+
+    def _paint(self, image: np.ndarray, masks: np.ndarray) -> None:
+        with timeline.span("overlay"):
+            self.images.add(image, masks)
 
     def _wait(self, left: int) -> None:
         while len(self.writing) > left:

@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         _common.tell(f"load the model {args.model} ...")
         model = _load(args)
-        small = small_model.is_small(args.model)
-        notes = [small_model.NOTE, small_model.NO_POINTS_NOTE] if small else []
+        notes = [small_model.NOTE] if small_model.is_small(args.model) else []
         service = Service(model, limits, one_line=failures.one_line, notes=notes)
     except BaseException:
         sock.close()
@@ -107,5 +106,7 @@ def _load(args: argparse.Namespace) -> "AnyModel":
     if tracker_folder.is_tracker(args.model):
         from virst_jax import load_tracker
 
-        return load_tracker(args.model, dtype=args.dtype, device=args.device, check=not args.no_check)
+        return load_tracker(
+            args.model, dtype=args.dtype, device=args.device, check=not args.no_check, resize=args.resize
+        )
     return _common.load_model(args)

@@ -34,7 +34,7 @@ that are good, stable and different are kept, the surest first.
 --object and --frame hold for the prompts behind them, until they are given again; without them, prompts are for object
 1 and frame 0. Several prompts of an object on one frame are read together. Coordinates are pixels of the video,
 counted from 0 at the top left. --model is a tracker that `virst convert --sam2` wrote, or a VIRST model, which also
-reads sentences (--text). The small model of this package has learned sentences, not points and boxes."""
+reads sentences (--text)."""
 EXAMPLES = """examples:
   virst track dog.mp4 --model sam2_large --point 120,340 --out masks
   virst track dog.mp4 --model sam2_large --point 120,340 --object 2 --frame 30 --box 10,20,200,180 --out masks
@@ -103,9 +103,7 @@ def run(args: argparse.Namespace) -> int:
     texts, given = read_prompts(args.prompts) if options is None else ({}, {})
     reader = open_video(args.video, fps=args.fps, allow_damaged=args.allow_damaged)
     atomic.check_writable(args.out)
-    small = small_model.is_small(args.model)
-    notes = [small_model.NOTE] if small else []
-    notes += [small_model.NO_POINTS_NOTE] if small and any(x.points or x.box for x in given.values()) else []
+    notes = [small_model.NOTE] if small_model.is_small(args.model) else []
     with claimed(args.out, overwrite=args.overwrite), Progress(quiet=args.quiet) as progress:
         for note in notes:
             if not args.quiet:
@@ -184,7 +182,9 @@ def open_session(args: argparse.Namespace, reader: "Reader") -> "Session":
     if tracker_folder.is_tracker(args.model):
         from virst_jax import load_tracker
 
-        tracker = load_tracker(args.model, dtype=args.dtype, device=args.device, check=not args.no_check)
+        tracker = load_tracker(
+            args.model, dtype=args.dtype, device=args.device, check=not args.no_check, resize=args.resize
+        )
         return tracker.session(reader, exclusive=args.exclusive)
     return _common.load_model(args).session(reader, exclusive=args.exclusive)
 

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         type=path_or_bucket,
         metavar="DIR",
-        help="where checkpoints, logs and the trained model go (runs/NAME), or gs://BUCKET/DIR",
+        help="where checkpoints, logs and the trained model go (runs/NAME), or gs://BUCKET/DIR, s3://BUCKET/DIR",
     )
     parser.add_argument(
         "--steps",
@@ -121,13 +121,7 @@ def workdir_of(args: argparse.Namespace) -> Place:
     """
     name = Path(args.config.partition(":")[0]).stem
     if args.workdir:
-        kind = buckets.kind_of(args.workdir)
-        if kind == "s3":
-            raise UserError(
-                f"--workdir: {buckets.address_of(args.workdir)}: Orbax cannot write checkpoints there; name a folder "
-                "that all processes share, or one of gs://"
-            )
-        return buckets.place(args.workdir) if kind else local(args.workdir, "--workdir")
+        return buckets.place(args.workdir) if buckets.is_bucket(args.workdir) else local(args.workdir, "--workdir")
     cut = args.steps is not None and not args.dry_run
     return Path("runs") / (f"{name}-{args.steps}-steps" if cut else name)
 

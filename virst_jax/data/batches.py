@@ -56,6 +56,7 @@ class BatchConfig:
     corrections: int = 7  # clicks of each
     truth_share: float = 0.1  # of them lie on the object, whatever the mask looks like
     central_share: float = 0.0  # of them lie in the middle of what is wrong, the others anywhere in it
+    absent_share: float = 0.0  # of the objects are nowhere: negative clicks say so, and the object score learns it
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class PromptedMaker(ExampleMaker):
         chosen = rng.permutation(there)[: batch.conversations]
         targets = np.zeros((batch.conversations, len(sampled), size, size), bool)
         targets[: len(chosen)] = masks[chosen]
+        if batch.absent_share:
+            targets[rng.random(batch.conversations) < batch.absent_share] = False
         unique, where = np.unique(sampled, return_inverse=True)
         return {
             "frames": resized(sample.read_frames(unique.tolist()), size, "bicubic")[where],

@@ -99,11 +99,12 @@ class Tokenizer:
             if i:
                 ids.append(IMAGE_TOKEN)
             # the same messages come again and again in training; the backend takes a millisecond for each
-            if piece not in self._pieces:
-                if len(self._pieces) >= CACHED_PIECES:
+            found = self._pieces.get(piece)
+            if found is None:
+                if len(self._pieces) >= CACHED_PIECES:  # another thread may clear it, too
                     self._pieces.clear()
-                self._pieces[piece] = tuple(self.encode_text(piece))
-            ids += self._pieces[piece]
+                found = self._pieces[piece] = tuple(self.encode_text(piece))
+            ids += found
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -5,6 +5,8 @@ The video VLM and the tracker read frames resized by bicubic, the segmentation f
 fusion) frames resized by bilinear interpolation; all are stretched to a square.
 """
 
+import functools
+
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
@@ -71,6 +73,31 @@ def resize_frames(frames: ArrayLike, size: int, resample: str) -> np.ndarray:
       UserError: `frames` is no such array, `size` is below 1 or `resample` is unknown.
     """
     frames = np.asarray(frames)
+    check_frames(frames, size, resample)
+    out = np.empty((len(frames), size, size, 3), np.uint8)
+    for i, frame in enumerate(frames):
+        out[i] = np.asarray(Image.fromarray(frame).resize((size, size), RESAMPLE[resample]))
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def height_comes_first(height: int, width: int, size: int, resample: str) -> bool:
+    """Whether Pillow resizes the height of frames before their width; it rounds to bytes behind each.
+
+    Versions before 13 begin with the width, 13 begins with the height of many tall frames. So it is asked, with noise.
+    """
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    method = RESAMPLE[resample]
+    wide = noise.resize((size, height), method)
+    return noise.resize((size, size), method).tobytes() != wide.resize((size, size), method).tobytes()
+
+
+def check_frames(frames: np.ndarray, size: int, resample: str) -> None:
+    """Refuses what `resize_frames` cannot resize.
+
+    Raises:
+      UserError: see there.
+    """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise UserError(
             f"frames must be a non-empty uint8 array [T, H, W, 3], not {frames.dtype}{list(frames.shape)}; "
@@ -79,10 +106,6 @@ def resize_frames(frames: ArrayLike, size: int, resample: str) -> np.ndarray:
     _check_size(size)
     if resample not in RESAMPLE:
         raise UserError(f"unknown resampling {resample!r}: choose {' or '.join(RESAMPLE)}")
-    out = np.empty((len(frames), size, size, 3), np.uint8)
-    for i, frame in enumerate(frames):
-        out[i] = np.asarray(Image.fromarray(frame).resize((size, size), RESAMPLE[resample]))
-    return out
 
 
 def normalize(pixels: np.ndarray) -> np.ndarray:

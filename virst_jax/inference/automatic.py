@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
 from virst_jax.inference.tiles import MaskTiles
 from virst_jax.inference.tracker_steps import TrackerNetwork
@@ -148,8 +147,8 @@ def _in_crop(
     size = (y1 - y0, x1 - x0)
     side = network.tracker_cfg.image_size
     # an image is resized as SAM 2's image predictor does, unlike frames of a video
-    pixels = resize_frames(image[None, y0:y1, x0:x1], side, "bilinear")
-    (features,) = network.encode_batch(pixels, 1)
+    pixels = network.resize(image[y0:y1, x0:x1], side, "bilinear")
+    (features,) = network.encode_batch([pixels], 1)
     tiles = MaskTiles(size, network.tracker_cfg.low_res_size)
     for first in range(0, len(grid), options.batch):
         clicks = grid[first : first + options.batch]

@@ -12,7 +12,6 @@ import numpy as np
 from virst_jax.data.frames import get_frame_indices
 from virst_jax.data.prompts import Tokenizer, build_chat, time_message
 from virst_jax.data.sequence import splice
-from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
 from virst_jax.inference.steps import Network
 from virst_jax.inference.texts import TEXT_BUCKET, round_up
@@ -62,7 +61,7 @@ def answer_question(
     prompt = build_chat(tokenizer, question, time=time_text, history=history)
     unique = sorted(set(numbers))
     side = cfg.vision.image_size
-    resized = {n: resize_frames(f[None], side, "bicubic")[0] for n, f in zip(unique, reader.pick(unique))}
+    resized = {n: np.asarray(network.resize(f, side, "bicubic")) for n, f in zip(unique, reader.pick(unique))}
     clips = np.stack([resized[n] for n in numbers]).reshape(-1, clip, side, side, 3)
     visual = network.encode_visual(clips, max(len(clips), cfg.max_video_frames // clip))
     count = len(clips) * visual[0].shape[0]

@@ -10,8 +10,8 @@ from collections.abc import Generator, Mapping, Sequence
 import jax
 import numpy as np
 
-from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
+from virst_jax.inference.resizing import Pixels
 from virst_jax.inference.tracker_steps import TrackerNetwork
 from virst_jax.io.video import Reader, prefetch
 from virst_jax.models.sam2.sam2 import Features
@@ -82,13 +82,13 @@ class FrameFeatures:
                 # what was kept when the walk began may have had to go since
                 yield ready.pop(number) if number in ready else self.get(number)
 
-    def _encode(self, numbers: Sequence[int], pixels: Sequence[np.ndarray]) -> list[Features]:
-        encoded = self.network.encode_batch(np.stack(pixels), self.batch)
+    def _encode(self, numbers: Sequence[int], pixels: Sequence[Pixels]) -> list[Features]:
+        encoded = self.network.encode_batch(pixels, self.batch)
         self.num_encoded += len(numbers)
         self.keep(dict(zip(numbers, encoded)))
         return encoded
 
-    def _pixels(self, numbers: Sequence[int]) -> Generator[np.ndarray, None, None]:
+    def _pixels(self, numbers: Sequence[int]) -> Generator[Pixels, None, None]:
         if len(numbers) > 1 and numbers[1] < numbers[0]:
             for first in range(0, len(numbers), BLOCK):
                 block = numbers[first : first + BLOCK]
@@ -98,8 +98,8 @@ class FrameFeatures:
             for frame in self.reader.pick(numbers):
                 yield self._resize(frame)
 
-    def _resize(self, frame: np.ndarray) -> np.ndarray:
-        return resize_frames(frame[None], self.network.tracker_cfg.image_size, "bicubic")[0]
+    def _resize(self, frame: np.ndarray) -> Pixels:
+        return self.network.resize(frame, self.network.tracker_cfg.image_size, "bicubic")
 
 
 def _bytes(features: Features) -> int:

@@ -111,7 +111,7 @@ class Finder:
     def _predict(self, states: Sequence[ObjectState], frame: int) -> np.ndarray:
         """Where the instances so far are on a frame, bool[N, H, W]."""
         cfg, found = self.network.cfg.sam2, []
-        for group, count in groups_of(states, self.group_size):
+        for group, count in store.groups_of(states, self.group_size):
             anchors, bank = store.gather_anchors(group), store.gather_bank(cfg, group, frame, 1)
             features = [self.features[frame]]
             _, out = self.network.propagate(anchors, bank, features, [frame], 1, self.num_frames, 1)
@@ -181,12 +181,6 @@ def merge(states: list[ObjectState], known: np.ndarray) -> tuple[list[ObjectStat
     return [states[i] for i in kept], known[kept]
 
 
-def groups_of(states: Sequence[ObjectState], size: int) -> list[tuple[list[ObjectState], int]]:
-    """Objects in groups of at most `size`, each filled up to a power of two, and how many there really are."""
-    groups = [list(states[i : i + size]) for i in range(0, len(states), size)]
-    return [(group + [group[0]] * ((1 << (len(group) - 1).bit_length()) - len(group)), len(group)) for group in groups]
-
-
 class InstanceRun(Run):
     """As `Run`, with an object for each instance in place of each sentence."""
 
@@ -200,16 +194,16 @@ class InstanceRun(Run):
             finder = Finder(self.network, self.features, self.reader.size, self.num_frames, self.options.group_size)
             self.instances = finder.find(self.expressions, self.batches)
 
-    def frames(self) -> Generator[FrameMasks, None, None]:
+    def _frames(self) -> Generator[FrameMasks, None, None]:
         self.prepare()
         states = [instance.state for instance in self.instances]
         network, cfg, chunk = self.network, self.network.cfg.sam2, self.options.chunk
         tiles = MaskTiles(self.reader.size, cfg.low_res_size)
-        groups = groups_of(states, self.options.group_size)
+        groups = store.groups_of(states, self.options.group_size)
         anchors = [store.gather_anchors(group) for group, _ in groups]
         banks = [store.gather_bank(cfg, group, 0, 1) for group, _ in groups]
         with ahead(self.pixels()) as pixels:
-            features = encode_in_order(network, pixels, self._known, self.options.batch)
+            features = encode_in_order(self.encoder, pixels, self._known)
             for begin in range(0, self.num_frames, chunk):
                 numbers = range(begin, min(begin + chunk, self.num_frames))
                 with self._timed("track"):

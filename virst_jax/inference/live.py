@@ -23,7 +23,6 @@ import numpy as np
 from virst_jax.config import VirstConfig
 from virst_jax.data.frames import eval_anchors, segmentation_frames
 from virst_jax.data.prompts import Tokenizer
-from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
 from virst_jax.inference.plan import Options, Plan, check_options
 from virst_jax.inference.reading import anchor_positions, read_expressions
@@ -174,11 +173,11 @@ class _Tracking:
     def advance(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         """The masks and scores of the next frame, and whether the sentence was read on it."""
         network, cfg, number = self.network, self.network.cfg, self._number
-        pixels = resize_frames(image[None], cfg.sam2.image_size, "bicubic")
-        (features,) = network.encode_batch(pixels, 1)
+        pixels = network.resize(image, cfg.sam2.image_size, "bicubic")
+        (features,) = network.encode_batch([pixels], 1)
         reads = number % self.every == 0
         if reads or number % self.stride == 0:
-            seen = resize_frames(image[None], cfg.vision.image_size, "bicubic")[0]
+            seen = np.asarray(network.resize(image, cfg.vision.image_size, "bicubic"))
             kept = _Kept(number, seen, features)
             if reads:
                 self._read([*self._window, kept][-cfg.max_video_frames :])

@@ -13,6 +13,7 @@ import numpy as np
 
 from virst_jax.config import Sam2Config
 from virst_jax.inference.outcomes import Outcome
+from virst_jax.inference.plan import padded_rows
 from virst_jax.inference.prompts import Prompt
 from virst_jax.models.sam2.prompted import NO_FRAME, ObjectAnchors, ObjectBank
 
@@ -125,3 +126,10 @@ def gather_bank(cfg: Sam2Config, objects: Sequence[ObjectState], frame: int, sig
 def snapshot(objects: Mapping[int, ObjectState]) -> dict[int, ObjectState]:
     """Objects as they are now."""
     return {object_id: state.copy() for object_id, state in objects.items()}
+
+
+def groups_of(states: Sequence[ObjectState], size: int) -> list[tuple[list[ObjectState], int]]:
+    """Objects in groups of at most `size`, each with its first object repeated up to a number of rows that is compiled,
+    and how many there really are."""
+    groups = [list(states[i : i + size]) for i in range(0, len(states), size)]
+    return [(group + [group[0]] * (padded_rows(len(group)) - len(group)), len(group)) for group in groups]

@@ -36,7 +36,12 @@ def find_placement(
         return None, None
     placed = jax.sharding.SingleDeviceSharding(found)
     shapes = model_folder.parameter_shapes(cfg)
-    return jax.tree.map(lambda _: placed, shapes), functools.partial(jax.default_device, found)
+    return jax.tree.map(lambda _: placed, shapes), device_context(found)
+
+
+def device_context(device: str | jax.Device | None) -> Context:
+    """The context in which to compute on a device of `find_device`."""
+    return contextlib.nullcontext if device is None else functools.partial(jax.default_device, find_device(device))
 
 
 def find_device(device: str | jax.Device | None = None) -> jax.Device:

@@ -10,7 +10,7 @@ import numpy as np
 
 from virst_jax.config import VirstConfig
 from virst_jax.data.prompts import Tokenizer
-from virst_jax.inference.plan import Options, Plan
+from virst_jax.inference.plan import Options, Plan, padded_rows
 from virst_jax.inference.steps import Network
 from virst_jax.inference.texts import build_texts
 
@@ -43,7 +43,7 @@ def read_expressions(
     for first in range(0, total, options.group_size):
         progress("read", first, total)
         count = min(options.group_size, total - first)
-        ids, mask, seg = texts.batch(first, count, 1 << (count - 1).bit_length())
+        ids, mask, seg = texts.batch(first, count, padded_rows(count))
         hidden = network.read_text(cache, ids, mask, seg, maps).seg_hidden
         prompts.append((count, network.fuse(hidden, maps, anchors)[0]))
     jax.block_until_ready(prompts)

@@ -28,6 +28,7 @@ from virst_jax.inference import objects as store
 from virst_jax.inference.frame_features import FrameFeatures
 from virst_jax.inference.objects import ObjectState
 from virst_jax.inference.outcomes import Outcome, OutcomeStore
+from virst_jax.inference.plan import padded_rows
 from virst_jax.inference.prompts import Clicks, Prompt, check_clicks, check_mask, mask_for_network
 from virst_jax.inference.tiles import MaskTiles
 from virst_jax.inference.tracker_steps import Past, TrackerNetwork
@@ -375,20 +376,19 @@ class Session:
         states = list(self._objects.values())
         for state in states:
             state.settle()
-        groups = [self._padded(states[i : i + self.group_size]) for i in range(0, len(states), self.group_size)]
-        anchors = [store.gather_anchors(group) for group in groups]
+        groups = store.groups_of(states, self.group_size)
+        anchors = [store.gather_anchors(group) for group, _ in groups]
         cfg = self.network.tracker_cfg
-        banks = [store.gather_bank(cfg, group, frames[0], sign) for group in groups]
+        banks = [store.gather_bank(cfg, group, frames[0], sign) for group, _ in groups]
         with contextlib.closing(self.features.walk(frames)) as features:
             for begin in range(0, len(frames), self.chunk):
                 numbers = frames[begin : begin + self.chunk]
                 taken = [next(features) for _ in numbers]
                 outcomes: list[list[Outcome]] = [[] for _ in numbers]
-                for i in range(len(groups)):
+                for i, (_, count) in enumerate(groups):
                     banks[i], out = self.network.propagate(
                         anchors[i], banks[i], taken, numbers, sign, self.num_frames, self.chunk
                     )
-                    count = min(self.group_size, len(states) - i * self.group_size)
                     for t, found in enumerate(_by_frame(out, len(numbers), count)):
                         outcomes[t] += found
                 for number, found in zip(numbers, outcomes):
@@ -399,10 +399,6 @@ class Session:
                 for outcome in (outcome for found in outcomes for outcome in found):
                     self._store.keep(outcome)
                 yield from self._shown(numbers, states, [[s.on(n) for s in states] for n in numbers])
-
-    def _padded(self, group: list[ObjectState]) -> list[ObjectState]:
-        """A group with its first object repeated up to a power of two."""
-        return group + [group[0]] * ((1 << (len(group) - 1).bit_length()) - len(group))
 
     def _segment(self, state: ObjectState, frame: int, clicks: Clicks) -> Outcome:
         """An object on one frame from clicks."""
@@ -432,7 +428,7 @@ class Session:
         if not states:
             nothing = np.zeros((0, *self.reader.size), bool)
             return [ObjectMasks(number, ids, nothing, np.zeros(0, np.float32)) for number in numbers]
-        rows = 1 << (len(states) - 1).bit_length()
+        rows = padded_rows(len(states))
         shown = []
         for number, found in zip(numbers, outcomes):
             low_res = np.full((1, rows, side, side), NO_OBJECT_LOGIT, np.float32)

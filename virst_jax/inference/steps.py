@@ -21,6 +21,7 @@ import numpy as np
 
 from virst_jax.config import VirstConfig
 from virst_jax.inference.compiled import Context
+from virst_jax.inference.resizing import HOST
 from virst_jax.inference.tracker_steps import (
     SCALE,
     UNIT_SCALE,
@@ -34,6 +35,7 @@ from virst_jax.models.qwen2 import Cache, init_cache
 from virst_jax.models.sam2.sam2 import Features
 from virst_jax.models.sam2.tracker import Anchors, MemoryBank, Tracked, Tracker
 from virst_jax.models.virst import Virst
+from virst_jax.ops.platform import target_platform
 from virst_jax.types import PyTree
 
 __all__ = [
@@ -138,18 +140,15 @@ class Steps(TrackerSteps):
         keep_layers: bool = False,
     ) -> TextReading:
         """See Network.read_text; `tops` is empty without initial fusion."""
-        rows, length = ids.shape
-        known = _cache_for(cache, rows, length)
-        at_seg = jnp.arange(rows)[:, None], seg
+        at_seg = jnp.arange(len(ids))[:, None], seg
 
         def read(model: Virst) -> TextReading:
             text = embeds = model.llm.embed(ids)
             if tops:
                 embeds = model.fuse_initially(embeds, seg, jnp.stack(tops)[None])
-            if not keep_layers:
-                hidden, _ = model.llm(embeds, mask, cache=known)
+            hidden, inputs = model.llm.after_cache(embeds, mask, cache, keep_layers)
+            if inputs is None:
                 return TextReading(hidden[at_seg])
-            hidden, _, inputs = model.llm(embeds, mask, cache=known, return_layers=True)
             return TextReading(hidden[at_seg], text, inputs[:, at_seg[0], at_seg[1]])
 
         reading: TextReading = self._apply(params, read)
@@ -159,8 +158,10 @@ class Steps(TrackerSteps):
         self, params: PyTree, seg_hidden: jax.Array, tops: Sequence[jax.Array], anchors: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """See Network.fuse."""
-        maps = jnp.stack(tops)[None]
-        prompts, scores = self._apply(params, lambda model: model.second_fusion(seg_hidden, maps))
+        maps = jnp.stack(tops)
+        if target_platform() == "tpu":  # else every map goes to the convolution's layout alone, at a fifth of the speed
+            maps = jax.lax.optimization_barrier(maps)
+        prompts, scores = self._apply(params, lambda model: model.second_fusion(seg_hidden, maps[None]))
         return prompts[:, :, anchors].swapaxes(1, 2), scores
 
     def prompt_anchors(
@@ -207,6 +208,7 @@ class Network(TrackerNetwork):
       cfg: the network.
       params: of `Virst(cfg)`.
       context: entered around every step, such as a mesh.
+      resize: where frames are resized, "host" or "device".
     """
 
     def __init__(
@@ -214,9 +216,10 @@ class Network(TrackerNetwork):
         cfg: VirstConfig,
         params: PyTree,
         context: Context = contextlib.nullcontext,
+        resize: str = HOST,
     ):
         self.steps = Steps(cfg)
-        super().__init__(self.steps, params, context)
+        super().__init__(self.steps, params, context, resize)
         self.cfg = cfg
 
     @property
@@ -351,20 +354,3 @@ class Network(TrackerNetwork):
         )
         tracked: Tracked = out
         return tracked
-
-
-def _cache_for(cache: Cache, rows: int, length: int) -> Cache:
-    """The cache of one conversation's beginning, for `rows` conversations with room for `length` more tokens."""
-
-    def for_each(x: jax.Array, batch_axis: int) -> jax.Array:
-        return jnp.broadcast_to(x, (*x.shape[:batch_axis], rows, *x.shape[batch_axis + 1 :]))
-
-    def with_room(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, length if i == axis else 0) for i in range(x.ndim)])
-
-    return Cache(
-        with_room(for_each(cache.k, 1), 2),
-        with_room(for_each(cache.v, 1), 2),
-        with_room(for_each(cache.mask, 0), 1),
-        for_each(cache.length, 0),
-    )

@@ -23,17 +23,19 @@ import jax
 import numpy as np
 
 from virst_jax.data.prompts import Tokenizer
-from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
 from virst_jax.inference import resume
 from virst_jax.inference.compiled import CompileWatch, watch_compiling
 from virst_jax.inference.plan import Options, Plan, check_options
 from virst_jax.inference.reading import anchor_positions, read_expressions
+from virst_jax.inference.resizing import Pixels
 from virst_jax.inference.results import FrameMasks
+from virst_jax.inference.shared_batches import SharedBatches, StreamEncoder
 from virst_jax.inference.steps import ExpressionBatch, Network
 from virst_jax.inference.survey import FUSION, TRACKER, VLM, Progress, Survey, say_nothing, take_survey
 from virst_jax.inference.texts import check_expressions
 from virst_jax.inference.tiles import MaskTiles
+from virst_jax.io import timeline
 from virst_jax.io.video import Reader, prefetch
 from virst_jax.models.sam2.sam2 import Features
 from virst_jax.models.sam2.tracker import MemoryBank, Tracked
@@ -54,28 +56,14 @@ class Chunk:
 
 
 def encode_in_order(
-    network: Network, frames: Iterable[tuple[int, np.ndarray | None]], known: MutableMapping[int, Features], batch: int
+    encoder: StreamEncoder, frames: Iterable[tuple[int, Pixels | None]], known: MutableMapping[int, Features]
 ) -> Iterator[Features]:
     """Features of frames in order: numbers with pixels uint8[R, R, 3], or with None where they are in `known`.
 
-    `batch` frames are encoded at a time; what is known is taken out of `known`.
+    What is known is taken out of `known`.
     """
-    source = iter(frames)
-    while True:
-        order: list[int] = []
-        pixels: list[np.ndarray] = []
-        for number, frame in source:
-            order.append(number)
-            if frame is not None:
-                pixels.append(frame)
-            if len(pixels) == batch:
-                break
-        if not order:
-            return
-        # numbers without pixels are known
-        encoded = iter(network.encode_batch(np.stack(pixels), batch) if pixels else [])
-        for number in order:
-            yield known.pop(number) if number in known else next(encoded)
+    for number, features in encoder.encode(frames):
+        yield known.pop(number) if features is None else features
 
 
 def propagate(
@@ -111,23 +99,38 @@ def propagate(
         taken = list(islice(source, count))
         if len(taken) < count:
             raise UserError(f"the video ended after {first + len(taken)} of {num_frames} frames; was it changed?")
-        outcomes = []
-        for batch in batches:
-            out = network.advance(batch, taken, first, num_frames, chunk, keep_memory=keep_tracked)
-            masks = [
-                [network.resize_masks(out.prediction.low_res, *matrices) for matrices in row] for row in tiles.matrices
+        begun = time.perf_counter()
+        with timeline.span("start tracking"):
+            outcomes = [
+                _start_chunk(network, b, tiles, taken, first, num_frames, chunk, keep_tracked, soft) for b in batches
             ]
-            low_res = out.prediction.low_res
-            blurred = [[network.soften_masks(low_res, *m) for m in row] for row in tiles.matrices] if soft else None
-            outcomes.append((masks, blurred, out if keep_tracked else None, out.prediction.object_score))
-        for array in jax.tree.leaves(outcomes):
-            array.copy_to_host_async()
+            for array in jax.tree.leaves(outcomes):
+                array.copy_to_host_async()
         if waiting is not None:
             yield waiting()
         rows, banks = [batch.count for batch in batches], tuple(batch.bank for batch in batches)
-        waiting = functools.partial(_fetch, tiles, first, count, rows, outcomes, banks)
+        waiting = functools.partial(_fetch, tiles, first, count, rows, outcomes, banks, begun)
     if waiting is not None:
         yield waiting()
+
+
+def _start_chunk(
+    network: Network,
+    batch: ExpressionBatch,
+    tiles: MaskTiles,
+    features: Sequence[Features],
+    first: int,
+    num_frames: int,
+    chunk: int,
+    keep_tracked: bool,
+    soft: bool,
+) -> tuple[Any, Any, Tracked | None, jax.Array]:
+    """Tracks a chunk: tiles of masks, tiles of probabilities, the whole outcome, scores; what is not wanted is None."""
+    out = network.advance(batch, features, first, num_frames, chunk, keep_memory=keep_tracked)
+    low_res = out.prediction.low_res
+    masks = [[network.resize_masks(low_res, *matrices) for matrices in row] for row in tiles.matrices]
+    blurred = [[network.soften_masks(low_res, *m) for m in row] for row in tiles.matrices] if soft else None
+    return masks, blurred, out if keep_tracked else None, out.prediction.object_score
 
 
 def _fetch(
@@ -137,13 +140,20 @@ def _fetch(
     rows: Sequence[int],
     outcomes: Sequence[tuple[Any, Any, Tracked | None, jax.Array]],
     banks: tuple[MemoryBank, ...],
+    begun: float,
 ) -> Chunk:
-    masks = [tiles.join(packed)[:count, :n].swapaxes(0, 1) for n, (packed, _, _, _) in zip(rows, outcomes)]
-    soft = [tiles.join_soft(x)[:count, :n].swapaxes(0, 1) for n, (_, x, _, _) in zip(rows, outcomes) if x is not None]
-    scores = [np.asarray(score)[:count, :n].T for n, (_, _, _, score) in zip(rows, outcomes)]
-    tracked = [
-        jax.tree.map(lambda x, n=n: np.asarray(x)[:count, :n], t) for n, (_, _, t, _) in zip(rows, outcomes) if t
-    ]
+    with timeline.span("wait for masks"):
+        jax.block_until_ready(outcomes)
+    timeline.flight(f"frames {first} to {first + count - 1}", begun)
+    with timeline.span("download masks"):
+        masks = [tiles.join(packed)[:count, :n].swapaxes(0, 1) for n, (packed, _, _, _) in zip(rows, outcomes)]
+        soft = [
+            tiles.join_soft(x)[:count, :n].swapaxes(0, 1) for n, (_, x, _, _) in zip(rows, outcomes) if x is not None
+        ]
+        scores = [np.asarray(score)[:count, :n].T for n, (_, _, _, score) in zip(rows, outcomes)]
+        tracked = [
+            jax.tree.map(lambda x, n=n: np.asarray(x)[:count, :n], t) for n, (_, _, t, _) in zip(rows, outcomes) if t
+        ]
     blurred = np.concatenate(soft) if soft else None
     return Chunk(first, np.concatenate(masks), np.concatenate(scores), banks, blurred, tuple(tracked))
 
@@ -179,9 +189,11 @@ class Run:
         state: resume.State | None,
         known: Mapping[int, Features] | None,
         survey: Survey | None,
+        encoder: StreamEncoder | None,
     ):
         if survey is not None:
             self.survey = survey
+        self.encoder = encoder or SharedBatches(network, options.batch).join()
         self.given = dict(known or {})
         self.network, self.tokenizer, self.reader, self.options = network, tokenizer, reader, options
         self.expressions = expressions
@@ -197,7 +209,15 @@ class Run:
     @functools.cached_property
     def survey(self) -> Survey:
         """Given, or made when it is first asked for; without pixels where no frame is to be sampled any more."""
-        return take_survey(self.network.cfg, self.reader, self.options, self.progress, pixels=not self.batches)
+        with timeline.span("survey"):
+            return take_survey(
+                self.network.cfg,
+                self.reader,
+                self.options,
+                self.progress,
+                pixels=not self.batches,
+                resize=self.network.resize,
+            )
 
     @property
     def plan(self) -> Plan:
@@ -211,7 +231,7 @@ class Run:
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            with watch_compiling(self._watch):
+            with watch_compiling(self._watch), timeline.span(stage):
                 yield
         finally:
             self.timings[stage] += time.perf_counter() - start
@@ -266,26 +286,15 @@ class Run:
         wanted = [x for x in self.survey.pixels if x.use != TRACKER or x.number not in given]
         pixels: dict[int, np.ndarray] = {}
         features: dict[str, dict[int, Features]] = {FUSION: {}, TRACKER: given}
-        waiting: dict[str, list[tuple[int, np.ndarray]]] = {FUSION: [], TRACKER: []}
-
-        def encode(name: str) -> None:
-            batch, waiting[name] = waiting[name], []
-            if batch:
-                encoded = self.network.encode_batch(np.stack([x for _, x in batch]), self.options.batch)
-                if name == FUSION:  # nothing but the top map is read
-                    encoded = [Features(x.top, x.top, x.top) for x in encoded]
-                features[name].update(zip((number for number, _ in batch), encoded))
-
-        for done, x in enumerate(wanted, 1):
-            if x.use == VLM:
+        encoded = self.encoder.encode((x, None if x.use == VLM else x.image) for x in wanted)
+        for done, (x, found) in enumerate(encoded, 1):
+            if found is None:
                 pixels[x.number] = x.image
+            elif x.use == FUSION:  # nothing but the top map is read
+                features[FUSION][x.number] = Features(found.top, found.top, found.top)
             else:
-                waiting[x.use].append((x.number, x.image))
-                if len(waiting[x.use]) == self.options.batch:
-                    encode(x.use)
+                features[TRACKER][x.number] = found
             self.progress("encode", done, len(wanted))
-        encode(FUSION)
-        encode(TRACKER)
         self.survey = dataclasses.replace(self.survey, pixels=())  # they are read once
         clips = np.stack([pixels[number] for number in self.plan.sampled])
         length = 1 if self.options.still else self.network.cfg.vision.clip_frames
@@ -296,7 +305,7 @@ class Run:
             features[TRACKER],
         )
 
-    def pixels(self) -> Generator[tuple[int, np.ndarray | None], None, None]:
+    def pixels(self) -> Generator[tuple[int, Pixels | None], None, None]:
         """Numbers of the frames to track, and uint8[R, R, 3], None for those that are encoded already."""
         known, side = frozenset(self._known), self.network.cfg.sam2.image_size
         wanted = [number for number in range(self.first, self.num_frames) if number not in known]
@@ -305,19 +314,28 @@ class Run:
                 if number in known:
                     yield number, None
                     continue
-                frame = next(frames, None)
+                with timeline.span("decode"):
+                    frame = next(frames, None)
                 if frame is None:  # the tracker says so
                     return
-                yield number, resize_frames(frame[None], side, "bicubic")[0]
+                with timeline.span("resize"):
+                    resized = self.network.resize(frame, side, "bicubic")
+                yield number, resized
 
     def frames(self) -> Generator[FrameMasks, None, None]:
-        """All frames from `first` on."""
+        """All frames from `first` on; other streams wait for this one as long as it has not ended."""
+        try:
+            yield from self._frames()
+        finally:
+            self.encoder.leave()
+
+    def _frames(self) -> Generator[FrameMasks, None, None]:
         self.prepare()
         if self.first >= self.num_frames:
             return
         network, options = self.network, self.options
         with ahead(self.pixels()) as pixels:
-            features = encode_in_order(network, pixels, self._known, options.batch)
+            features = encode_in_order(self.encoder, pixels, self._known)
             size, chunk = self.reader.size, options.chunk
             chunks = propagate(
                 network,
@@ -371,6 +389,7 @@ class SegmentationStream:
       state: of an earlier stream's `state()` with the same arguments: goes on behind it.
       known: features of frames, by their numbers, that need not be encoded again.
       survey: of the same video with the same options; None: the video is surveyed when that is needed.
+      encoder: its part of batches that it shares with streams of other threads; None: it shares none.
 
     Raises:
       UserError: bad expressions or options, or a state that does not fit.
@@ -393,6 +412,7 @@ class SegmentationStream:
         state: resume.State | None = None,
         known: Mapping[int, Features] | None = None,
         survey: Survey | None = None,
+        encoder: StreamEncoder | None = None,
     ):
         if progress is not None and not callable(progress):
             raise UserError(f"progress is {progress!r}; give a function of a stage, what is done, and of how much")
@@ -400,7 +420,7 @@ class SegmentationStream:
         check_options(network.cfg, options)
         self.reader = reader
         self._run = self._run_type(
-            network, tokenizer, reader, self.expressions, options, progress, state, known, survey
+            network, tokenizer, reader, self.expressions, options, progress, state, known, survey, encoder
         )
         self._frames = self._run.frames()
         # neither refers to the stream: when a loop over it is left, the stream goes at once, and they with it

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from virst_jax.config import VirstConfig
-from virst_jax.data.transforms import resize_frames
 from virst_jax.errors import UserError
 from virst_jax.inference.plan import Options, Plan, plan_frames
+from virst_jax.inference.resizing import Resize, resize_on_host
 from virst_jax.io.reader import Reader
 
 Progress = Callable[[str, int, int], None]
@@ -55,12 +55,19 @@ def say_nothing(stage: str, done: int, total: int) -> None: ...
 
 
 def take_survey(
-    cfg: VirstConfig, reader: Reader, options: Options, progress: Progress = say_nothing, *, pixels: bool = True
+    cfg: VirstConfig,
+    reader: Reader,
+    options: Options,
+    progress: Progress = say_nothing,
+    *,
+    pixels: bool = True,
+    resize: Resize = resize_on_host,
 ) -> Survey:
     """Reads a video once.
 
     Args:
       pixels: take the sampled frames; otherwise they are only counted.
+      resize: of the sampled frames.
 
     Raises:
       UserError: the video is damaged, or an anchor is none of its frames.
@@ -71,11 +78,11 @@ def take_survey(
         return Survey(count, plan_frames(cfg, count, options), ())
     guessed, taken = _guess(cfg, reader, options), []
     if guessed is not None:
-        taken = _collect(reader.survey, frame_uses(cfg, guessed, options), progress)
+        taken = _collect(reader.survey, frame_uses(cfg, guessed, options), resize, progress)
     count = reader.num_frames
     plan = plan_frames(cfg, count, options)
     if plan != guessed:
-        taken = _collect(reader.pick, frame_uses(cfg, plan, options), progress)
+        taken = _collect(reader.pick, frame_uses(cfg, plan, options), resize, progress)
     if {x.number for x in taken if x.use == VLM} != set(plan.sampled):
         raise UserError(f"{reader.name}: the video ended early; was it changed while it was read?")
     return Survey(count, plan, taken)
@@ -91,22 +98,28 @@ def _guess(cfg: VirstConfig, reader: Reader, options: Options) -> Plan | None:
 
 
 def _collect(
-    pick: Callable[[Sequence[int]], Iterable[np.ndarray]], uses: Mapping[str, Use], progress: Progress
+    pick: Callable[[Sequence[int]], Iterable[np.ndarray]],
+    uses: Mapping[str, Use],
+    resize: Resize,
+    progress: Progress,
 ) -> list[Sampled]:
     taken, total = [], sum(len(use.frames) for use in uses.values())
-    for done, x in enumerate(_resized(pick, uses), 1):
+    for done, x in enumerate(_resized(pick, uses, resize), 1):
         taken.append(x)
         progress("decode", done, total)
     return taken
 
 
-def _resized(pick: Callable[[Sequence[int]], Iterable[np.ndarray]], uses: Mapping[str, Use]) -> Iterator[Sampled]:
+def _resized(
+    pick: Callable[[Sequence[int]], Iterable[np.ndarray]], uses: Mapping[str, Use], resize: Resize
+) -> Iterator[Sampled]:
     numbers = sorted(frozenset[int]().union(*(use.frames for use in uses.values())))
     frames = iter(pick(numbers))
     for number, frame in zip(numbers, frames):
         for name, use in uses.items():
             if number in use.frames:
-                yield Sampled(number, name, resize_frames(frame[None], use.side, use.method)[0])
+                # they wait in the host's memory, wherever they are resized
+                yield Sampled(number, name, np.asarray(resize(frame, use.side, use.method)))
     for _ in frames:  # on to the video's end, so that its frames are counted
         pass
 

@@ -13,6 +13,7 @@ import numpy as np
 from virst_jax.config import Compute, Sam2Config
 from virst_jax.data.transforms import MEAN, STD
 from virst_jax.inference.compiled import Compiled, Context
+from virst_jax.inference.resizing import HOST, Pixels, make_resizer, stack_frames
 from virst_jax.models.sam2.prompted import ObjectAnchors, ObjectBank, PromptedTracker, PromptTokens
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.models.sam2.tracker import Tracked
@@ -120,11 +121,18 @@ class TrackerNetwork(Compiled):
       steps: of the network.
       params: of `Sam2`.
       context: entered around every step, such as a mesh.
+      resize: where frames are resized, "host" or "device".
+
+    Attributes:
+      resize: makes of a frame uint8[H, W, 3] the image uint8[S, S, 3] that a network reads; see `resizing.Resize`.
     """
 
-    def __init__(self, steps: TrackerSteps, params: PyTree, context: Context = contextlib.nullcontext):
+    def __init__(
+        self, steps: TrackerSteps, params: PyTree, context: Context = contextlib.nullcontext, resize: str = HOST
+    ):
         super().__init__(context)
         self.tracker_steps, self.params = steps, params
+        self.resize = make_resizer(resize, context)
 
     @property
     def tracker_params(self) -> PyTree:
@@ -136,11 +144,13 @@ class TrackerNetwork(Compiled):
         """Of SAM 2.1."""
         return self.tracker_steps.sam.cfg
 
-    def encode_batch(self, frames: np.ndarray, batch: int, scale: Scale = SCALE) -> list[Features]:
-        """Frames uint8[T, R, R, 3], at most `batch`, to which they are padded -> the features of each."""
+    def encode_batch(self, frames: Sequence[Pixels] | np.ndarray, batch: int, scale: Scale = SCALE) -> list[Features]:
+        """Frames uint8[R, R, 3], at most `batch`, to which they are padded -> the features of each."""
         count = len(frames)
-        padded = np.concatenate([frames, np.repeat(frames[-1:], batch - count, axis=0)])
-        return list(self._run(self.tracker_steps.encode_batch, self.tracker_params, padded, scale)[:count])
+        padded = [*frames, *[frames[-1]] * (batch - count)]
+        on_host = [frame for frame in padded if isinstance(frame, np.ndarray)]
+        pixels = np.stack(on_host) if len(on_host) == batch else self._run(stack_frames, None, tuple(padded))
+        return list(self._run(self.tracker_steps.encode_batch, self.tracker_params, pixels, scale)[:count])
 
     def prompt_objects(
         self,

@@ -96,6 +96,20 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             _sync(path.parent)
 
 
+@contextlib.contextmanager
+def scratch_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder beside `path`, which is removed when the block ends; so is what a killed process has left of it.
+
+    Raises:
+      WriteError: the system refuses to write.
+    """
+    path = local(path, "output")
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _part_folder(path) as part:
+            yield part
+
+
 def write_bytes(path: str | PurePath, content: bytes, *, durable: bool = True, parents: bool = False) -> None:
     """Writes a file whole; with `parents` its folder is made, too. Raises WriteError: the system refuses."""
     if parents and not buckets.is_bucket(path):

@@ -14,7 +14,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
@@ -35,6 +36,8 @@ LOCK = ".lock"
 BEAT = 5.0  # seconds between two signs of life of a run that holds a folder
 SILENCE = 20.0  # seconds without one after which it counts as dead
 SETTLE = 1.0  # seconds in which another run that begins at the same moment is noticed
+STREAMS = 16  # files that are copied at the same time
+PATIENCE = 3600.0  # seconds that a process waits for what the others send or fetch
 
 
 def kind_of(path: "str | PurePath") -> str:
@@ -47,6 +50,11 @@ def kind_of(path: "str | PurePath") -> str:
 def is_bucket(path: "str | PurePath") -> bool:
     """Whether a path is an address in an object store."""
     return bool(kind_of(path))
+
+
+def takes_orbax(path: "str | PurePath") -> bool:
+    """Whether Orbax writes to a path itself: 0.12 knows file systems and gs://."""
+    return kind_of(path) != "s3"
 
 
 def address_of(path: "str | PurePath") -> str:
@@ -102,6 +110,12 @@ def unreadable(address: object, error: Exception) -> UserError:
     return UserError(f"{address}: cannot be read ({reason}); check the address, the network and your permissions")
 
 
+def unwritable(address: object, error: Exception) -> WriteError:
+    """The error of an address that cannot be written, with what helps."""
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
+    return WriteError(f"{address}: cannot be written ({reason}); check the address, the network and your permissions")
+
+
 def folders(address: "str | PurePath") -> list[str]:
     """Names of the folders in a folder; none if there is no such folder. Raises UserError: it cannot be read."""
     store, root = system(address)
@@ -138,6 +152,21 @@ def put(source: Path, path: "str | PurePath") -> None:
     _tried(lambda: store.put_file(str(source), target), path)
 
 
+def send(folder: Path, address: "str | PurePath", files: Iterable[Path]) -> None:
+    """Copies files of a local folder to the same places below an address. Nothing is on its way when this ends.
+
+    Raises:
+      WriteError: the bucket cannot be written.
+    """
+    root = address_of(address)
+    try:
+        with ThreadPoolExecutor(STREAMS, thread_name_prefix="send") as pool:
+            for _ in pool.map(lambda file: put(file, f"{root}/{file.relative_to(folder).as_posix()}"), files):
+                pass
+    except OSError as error:
+        raise unwritable(root, error) from error
+
+
 def files_below(folder: "Place") -> "list[Place]":
     """All files in a folder and in those below it, of a file system or in a bucket."""
     if not is_bucket(folder):
@@ -145,6 +174,12 @@ def files_below(folder: "Place") -> "list[Place]":
     store, root = system(folder)
     names = _tried(partial(store.find, root), folder)
     return [folder / name.removeprefix(root).lstrip("/") for name in names]
+
+
+def size_below(folder: "str | PurePath") -> int:
+    """Bytes of all objects in a bucket's folder. Raises OSError: the store refuses it."""
+    store, root = system(folder)
+    return sum(int(entry["size"]) for entry in _tried(partial(store.find, root, detail=True), folder).values())
 
 
 def size_of(path: "str | PurePath") -> int | None:
@@ -230,10 +265,7 @@ class Mirror:
         try:
             self._push()
         except OSError as error:
-            raise WriteError(
-                f"{self.address}: cannot be written ({error.strerror or error}); check the address, the network and "
-                "your permissions"
-            ) from error
+            raise unwritable(self.address, error) from error
 
     def exchange(self) -> None:
         """`push`, then `pull`: of processes that do so at their end, the last one has everything."""

@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
@@ -20,14 +21,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import flax.linen as nn
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from virst_jax.config import VirstConfig, from_json, to_json
 from virst_jax.errors import UserError
-from virst_jax.io import atomic, buckets, digests, regular
+from virst_jax.io import atomic, buckets, digests, regular, remote
 from virst_jax.models.virst import boxed_shapes
+from virst_jax.ops.quantized import is_scale
 from virst_jax.parallel import processes
 from virst_jax.types import Params, PyTree
 
@@ -65,14 +68,45 @@ class _OneByOne(type_handlers.NumpyHandler):
         return []
 
 
-def write_parameters(path: "Place", params: Params) -> None:
-    """Writes a parameter tree with Orbax, uncompressed: random bits of weights do not shrink."""
+def _is_told(record: logging.LogRecord) -> bool:
+    return not any(words in str(record.msg) for words in ("Skipping merge of OCDBT", "object size logging disabled"))
+
+
+def quiet_shards() -> None:
+    """Keeps Orbax from warnings of what is asked of it: a process that writes alone, and a file for each shard."""
+    logging.getLogger("absl").addFilter(_is_told)
+
+
+def one_process() -> ocp.options.MultiprocessingOptions:
+    """Orbax's options for a process that waits for no other."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    # None: each is the first among those that it knows of, itself
+    return ocp.options.MultiprocessingOptions(
+        primary_host=None, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+
+
+def write_parameters(path: "Place", params: Params, *, shared: bool = True) -> None:
+    """Writes a parameter tree with Orbax, uncompressed: random bits of weights do not shrink.
+
+    Args:
+      path: of a folder that all processes see.
+      shared: if not, `path` is of a folder of this process. It gets its shards, each a file, so that the files of all
+        processes together are the whole tree.
+    """
     registry = type_handlers.create_type_handler_registry(
         (np.ndarray, _OneByOne(deepcopy_host_arrays=False)), (jax.Array, type_handlers.ArrayHandler())
     )
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    if not shared:
+        quiet_shards()
+    options = ocp.options.MultiprocessingOptions() if shared else one_process()
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=shared, use_compression=False, type_handler_registry=registry, multiprocessing_options=options
+    )
     arguments = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as checkpointer:
         try:
             checkpointer.save(buckets.absolute(path), args=ocp.args.PyTreeSave(dict(params), save_args=arguments))
         except ValueError as error:
@@ -86,7 +120,7 @@ def save_model(path: "Place", cfg: VirstConfig, params: Params, tokenizer: Path 
     """Writes a model folder, which appears whole. All processes of a run call it together.
 
     Args:
-      path: of the folder; in a bucket one of gs://, which what an earlier call has left is removed from.
+      path: of the folder; one in a bucket is emptied first of what an earlier call has left.
       params: of `Virst(cfg)`, arrays on the host or, sharded or not, on devices.
       tokenizer: folder to copy the tokenizer's files from.
 
@@ -104,11 +138,38 @@ def save_model(path: "Place", cfg: VirstConfig, params: Params, tokenizer: Path 
 
 def save_folder(path: "Place", params: Params, describe: Callable[["Place", Params | None], None]) -> None:
     """As `save_model`. describe: writes the rest into a folder, given what was written there; None: read it back."""
+    if not buckets.takes_orbax(path):
+        _send_folder(path, params, describe)
+        return
     with _new_folder(path) as part:
         write_parameters(part / PARAMS, params)  # every process its shards
         if processes.is_main():
             # another process's shards are read back
             describe(part, params if jax.process_count() == 1 else None)
+
+
+def _send_folder(path: "Place", params: Params, describe: Callable[["Place", Params | None], None]) -> None:
+    """As `save_folder`, where Orbax does not write: every process writes its shards to its disk, and sends them."""
+    if processes.is_main():
+        buckets.remove(path)
+    processes.barrier("new folder")
+    with remote.outbox(path, jax.process_index()) as part:
+        write_parameters(part / PARAMS, params, shared=False)
+        buckets.send(part, path, buckets.files_below(part))
+        processes.barrier("folder written", buckets.PATIENCE)
+        if processes.is_main():
+            alone = jax.process_count() == 1
+            if not alone:
+                shutil.rmtree(part / PARAMS)
+                copy = remote.fetch(path / PARAMS)  # with the shards of the others
+                copy.rename(part / PARAMS)
+                remote.drop(copy)
+            describe(part, params if alone else None)
+            last = part / digests.FILE  # without it a folder is not whole
+            rest = [f for f in buckets.files_below(part) if f != last and PARAMS not in f.relative_to(part).parts]
+            buckets.send(part, path, rest)
+            buckets.send(part, path, [last])
+    processes.barrier("folder there", buckets.PATIENCE)
 
 
 @contextlib.contextmanager
@@ -246,7 +307,7 @@ def read_arrays(
             room = budget
         batches[-1].append(key)
         room -= size
-    with _reader(ocp.PyTreeCheckpointHandler) as checkpointer:
+    with open_reader(ocp.PyTreeCheckpointHandler) as checkpointer:
         for keys in batches:
             item = flax.traverse_util.unflatten_dict(dict.fromkeys(keys, 0))
             arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
@@ -321,7 +382,7 @@ def _stored_arrays(folder: "Place", wanted: PyTree, config: str) -> PyTree:
       UserError: broken, or other arrays than those wanted.
     """
     regular.require_plain(folder, digests.AGAIN)
-    with _reader() as checkpointer:
+    with open_reader() as checkpointer:
         try:
             with _quiet():
                 stored = checkpointer.metadata(folder).item_metadata
@@ -334,16 +395,12 @@ def _stored_arrays(folder: "Place", wanted: PyTree, config: str) -> PyTree:
     return stored
 
 
-def _reader(handler: Any = None) -> Any:
+def open_reader(handler: Any = None) -> Any:
     """An Orbax checkpointer, by default a StandardCheckpointer, that waits for no other process.
 
     Each reads its shards, or a model of its own.
     """
-    own, options = jax.process_index(), ocp.options.MultiprocessingOptions()
-    if jax.process_count() > 1:
-        options = ocp.options.MultiprocessingOptions(
-            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
-        )
+    options = one_process()
     if handler is not None:
         return ocp.Checkpointer(handler(multiprocessing_options=options), multiprocessing_options=options)
     return ocp.StandardCheckpointer(multiprocessing_options=options)
@@ -355,7 +412,8 @@ def load_model(
     """Reads a model folder. Waits for no other process: each reads what its devices hold.
 
     Args:
-      dtype: of the parameters, but of those under FLOAT32, which keep theirs; None: as stored.
+      dtype: of the parameters, but of those under FLOAT32 and of integers with their scales, which keep theirs; None:
+        as stored.
       shardings: a tree of jax.sharding.Sharding like the parameters; None: the first device of this process.
       check: compare the parameters with their digests, if the folder has any. The environment variable
         VIRST_SKIP_CHECK turns it off, too.
@@ -397,7 +455,17 @@ def load_parameters(
     params = _load_arrays(folder, target)
     if stated is not None and at_once:
         digests.check_tensors(path, stated, named(params))
+    _check_scales(path, params)
     return params
+
+
+def _check_scales(path: str | PurePath, params: Params) -> None:
+    """Refuses scales of integers that are no positive numbers, which digests that are left out would not find."""
+    for name, value in named(params):
+        if is_scale(name):
+            shards = [np.asarray(shard.data) for shard in value.addressable_shards]
+            if not all((np.isfinite(shard) & (shard > 0)).all() for shard in shards):
+                raise UserError(f"{path}: damaged: {name} holds what is no positive number; {digests.AGAIN}")
 
 
 def _array_target(stored: PyTree, dtype: str | None, shardings: PyTree, fixed: str) -> PyTree:
@@ -406,7 +474,8 @@ def _array_target(stored: PyTree, dtype: str | None, shardings: PyTree, fixed: s
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), stored)
 
     def wanted(path: tuple[Any, ...], have: PyTree, sharding: PyTree) -> jax.ShapeDtypeStruct:
-        keeps = dtype is None or jax.tree_util.keystr(path, simple=True, separator="/").startswith(fixed)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        keeps = dtype is None or name.startswith(fixed) or is_scale(name) or not jnp.issubdtype(have.dtype, np.floating)
         return jax.ShapeDtypeStruct(have.shape, have.dtype if keeps else dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(wanted, stored, shardings)
@@ -414,7 +483,7 @@ def _array_target(stored: PyTree, dtype: str | None, shardings: PyTree, fixed: s
 
 def _load_arrays(folder: "Place", target: PyTree) -> PyTree:
     """The arrays of a folder that Orbax wrote, on devices. Raises UserError: broken."""
-    with _reader() as checkpointer:
+    with open_reader() as checkpointer:
         try:
             with _quiet():
                 return checkpointer.restore(folder, target)
@@ -441,3 +510,16 @@ def _compare_shapes(where: str, stored: PyTree, wanted: PyTree, config: str) -> 
             f"{have.get(name, 'not at all')}, config {want.get(name, 'none')}; the folder's parts belong to "
             "different models"
         )
+    kinds = {jax.tree_util.keystr(k): _kind(v.dtype) for k, v in jax.tree_util.tree_leaves_with_path(wanted)}
+    for key, leaf in jax.tree_util.tree_leaves_with_path(stored):
+        name = jax.tree_util.keystr(key)
+        if _kind(leaf.dtype) != kinds[name]:
+            raise UserError(
+                f"{where}: {name} is stored as {leaf.dtype}, {config} asks for {kinds[name]}; the folder's parts "
+                "belong to different models"
+            )
+
+
+def _kind(dtype: Any) -> str:
+    """An integer type by its name; all floating-point types are one kind, which is cast when it is loaded."""
+    return "floating point" if jnp.issubdtype(dtype, np.floating) else str(np.dtype(dtype))

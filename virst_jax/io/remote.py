@@ -4,9 +4,13 @@ Models and data sets are copied to this machine before they are read: their read
 and look for them by name, none of which a bucket can do quickly.
 """
 
+import contextlib
 import hashlib
+import os
 import shutil
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,7 +19,6 @@ from virst_jax.io import atomic, buckets
 from virst_jax.io.address import ADDRESS, is_address
 
 CACHE = buckets.CACHE
-THREADS = 16
 LARGE = 1 << 30  # bytes of a copy that is announced
 
 
@@ -37,6 +40,28 @@ def fetch(address: str | PurePath) -> Path:
     if not buckets.is_bucket(address):
         raise UserError(f"{address}: unknown kind of address; known are gs://, s3:// and hf://")
     return _from_bucket(buckets.address_of(address))
+
+
+def drop(copy: Path) -> None:
+    """Removes a copy from a bucket that `fetch` has made."""
+    shutil.rmtree(copy.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def outbox(address: str | PurePath, index: int = 0) -> Iterator[Path]:
+    """An empty folder of this machine for what is to be sent to an address; removed when the block ends.
+
+    What a killed run has left in it is removed as well.
+
+    Args:
+      index: of the process, where several send to the same address.
+
+    Raises:
+      WriteError: the system refuses to write.
+    """
+    name = hashlib.sha256(f"{buckets.address_of(address)} {index}".encode()).hexdigest()[:20]
+    with atomic.scratch_folder(buckets.cache_folder() / name) as folder:
+        yield folder
 
 
 def _from_hub(rest: str) -> Path:
@@ -65,13 +90,34 @@ def _from_bucket(address: str) -> Path:
     target = buckets.cache_folder() / place / Path(root).name
     if target.is_dir():
         return target
+    atomic.check_writable(target.parent)
+    with _one_at_a_time(buckets.cache_folder() / f".{place}.lock"):
+        return target if target.is_dir() else _copy(address, system, root, files, target)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits while another process of this machine makes the same copy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with atomic.locked(path, os.O_RDWR | os.O_CREAT) as descriptor:
+            if descriptor is not None:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        time.sleep(0.2)
+
+
+def _copy(address: str, system: Any, root: str, files: dict[str, Any], target: Path) -> Path:
     _make_room(address, target, sum(entry["size"] for entry in files.values()))
     try:
         with atomic.new_folder(target) as part:
             copies = [(name, part / _relative(name, root, address)) for name in files]
             for _, file in copies:
                 file.parent.mkdir(parents=True, exist_ok=True)
-            system.get([name for name, _ in copies], [str(file) for _, file in copies], batch_size=THREADS)
+            system.get([name for name, _ in copies], [str(file) for _, file in copies], batch_size=buckets.STREAMS)
     except UserError:
         if target.is_dir():  # another process was faster
             return target

@@ -49,8 +49,10 @@ class SharedPass(Reader):
         Raises:
           UserError: the video has no such frame.
         """
-        frame = self._up_to(index)
-        del self._passed[index]
+        frame = self._passed.pop(index, None)  # at once: the lock is held while another frame is decoded
+        if frame is None:
+            frame = self._up_to(index)
+            del self._passed[index]
         return frame
 
     def _up_to(self, index: int) -> np.ndarray:

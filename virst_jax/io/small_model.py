@@ -9,7 +9,6 @@ NOTE = (
     'the model "tiny" of this package is a demonstration: it was trained on moving coloured shapes and knows nothing '
     "of the real world; give another one with --model (see the README on converting the released checkpoints)"
 )
-NO_POINTS_NOTE = "the small model of this package was not trained with points and boxes; give another one with --model"
 NO_ANSWERS = f"it cannot answer questions: {NOTE}"
 # a sample clip that data.synthetic made, 32 frames of 256 x 256 pixels, 8 a second, and what to ask of it
 CLIP = Path(__file__).parents[1] / "assets" / "demo.mp4"

@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from virst_jax.config import Compute
+from virst_jax.config import FLOAT, Compute
 from virst_jax.ops.platform import target_platform
+from virst_jax.ops.quantized import DTYPES, SCALE, Quantized, stored_shapes
 from virst_jax.ops.strided import folded_convolution, strided_convolution
 
 AXES = frozenset(
@@ -29,6 +30,7 @@ AXES = frozenset(
         "token",  # rows of small learned tables
         "grid",  # positions of learned position tables
         "kernel",  # a convolution's spatial extent
+        "group",  # input rows that share a scale
         "conv_in",
         "conv_out",
     }
@@ -38,6 +40,7 @@ AXES = frozenset(
 default_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+PART = 2**20  # numbers of the widest array that `in_parts` makes at a time: 4 MiB in float32
 STRIDED_KERNEL = 4  # the largest for which ops.strided is faster: it gathers kernel x kernel copies
 
 
@@ -49,15 +52,58 @@ def with_axes(init: Callable[..., Any], *axes: str) -> Callable[..., Any]:
     return nn.with_logical_partitioning(init, axes)
 
 
+def quantized_kernel(module: nn.Module, weights: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Quantized:
+    """The integer kernel of a compact module: its parameters `kernel` and `kernel_scale`, which keeps float32.
+
+    shape: of the kernel, input rows first.
+    """
+    stored, scales = stored_shapes(shape, weights)
+    rows, *outputs = axes
+    grouped = (rows, "group", *outputs) if len(stored) > len(shape) else axes
+    values = module.param("kernel", with_axes(nn.initializers.zeros, *grouped), stored, DTYPES[weights])
+    of_scales = outputs if len(scales) == len(outputs) else axes
+    return Quantized(values, module.param(SCALE, with_axes(nn.initializers.ones, *of_scales), scales, jnp.float32))
+
+
+class QuantizedDense(nn.Module):
+    """A linear layer with an integer kernel. The bias is added before the product is rounded, once, to compute.dtype.
+
+    wide: hands the sums on as they are, in float32.
+    """
+
+    compute: Compute
+    features: int
+    axes: tuple[str, str]
+    weights: str  # of config.WEIGHTS
+    use_bias: bool = True
+    wide: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """dtype[..., in] -> dtype[..., features]"""
+        dtype = jnp.dtype(self.compute.dtype)
+        x = x.astype(dtype)
+        y = quantized_kernel(self, self.weights, (x.shape[-1], self.features), self.axes).product(x)
+        if self.use_bias:
+            init = with_axes(nn.initializers.zeros, self.axes[-1])
+            bias = self.param("bias", init, (self.features,), jnp.dtype(self.compute.param_dtype))
+            y = y + bias.astype(y.dtype)
+        return y if self.wide else y.astype(dtype)
+
+
 def dense(
     compute: Compute,
     features: int,
     axes: tuple[str, str],
     *,
+    weights: str = FLOAT,
     use_bias: bool = True,
     init: Callable[..., Any] = default_init,
     name: str | None = None,
-) -> nn.Dense:
+) -> nn.Dense | QuantizedDense:
+    """A linear layer; weights: of config.WEIGHTS."""
+    if weights != FLOAT:
+        return QuantizedDense(compute, features, axes, weights, use_bias, name=name)
     return nn.Dense(
         features,
         use_bias=use_bias,
@@ -75,20 +121,29 @@ class Projections(nn.Module):
     compute: Compute
     features: int
     use_bias: bool = True
+    weights: str = FLOAT  # of config.WEIGHTS
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """dtype[..., C] -> three of dtype[..., features]"""
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
-        kernel_init = with_axes(default_init, "embed", "qkv", "heads")
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], 3, self.features), param_dtype)
-        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        shape, axes = (x.shape[-1], 3, self.features), ("embed", "qkv", "heads")
+        x = x.astype(dtype)
+        if self.weights != FLOAT:
+            integers = quantized_kernel(self, self.weights, shape, axes)
+            q, k, v = (integers.outputs(i).product(x).astype(dtype) for i in range(3))
+            return self._biased(q, k, v)
+        kernel = self.param("kernel", with_axes(default_init, *axes), shape, param_dtype).astype(dtype)
         if target_platform() == "cpu":  # one product is faster, and slices are free
             qkv = x @ kernel.reshape(x.shape[-1], -1)
             q, k, v = jnp.split(qkv, 3, axis=-1)
         else:
             q, k, v = (x @ kernel[:, i] for i in range(3))
+        return self._biased(q, k, v)
+
+    def _biased(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         if self.use_bias:
+            dtype, param_dtype = q.dtype, jnp.dtype(self.compute.param_dtype)
             init = with_axes(nn.initializers.zeros, "qkv", "heads")
             bias = self.param("bias", init, (3, self.features), param_dtype).astype(dtype)
             q, k, v = q + bias[0], k + bias[1], v + bias[2]
@@ -158,6 +213,29 @@ def _folded(
     return folded_convolution(x, kernel, strides[0], padding[0][0])
 
 
+def in_parts(module: nn.Module, method: Callable[[Any, jax.Array], jax.Array], x: jax.Array, width: int) -> jax.Array:
+    """`method(module, x)` for dtype[N, ...], where the N do not depend on each other; on a CPU a few at a time.
+
+    What lies between one product and the next then stays in the cache, and its memory is not asked for anew.
+
+    Args:
+      module: that is being applied.
+      method: of the module; creates no random numbers and keeps nothing.
+      width: numbers that the widest array in between has for each position, which are all axes but the last.
+    """
+    wanted = x.size // x.shape[-1] * width // PART
+    if target_platform() != "cpu" or wanted < 2 or jax.sharding.get_abstract_mesh().size > 1:
+        return method(module, x)
+    count = max(n for n in range(1, min(wanted, x.shape[0]) + 1) if x.shape[0] % n == 0)
+    scan = nn.scan(
+        lambda module, carry, part: (carry, method(module, part)),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+    )
+    _, out = scan(module, (), x.reshape(count, -1, *x.shape[1:]))
+    return out.reshape(-1, *out.shape[2:])
+
+
 class Mlp(nn.Module):
     """Linear layers with an activation between them (SAM 2's MLP).
 
@@ -168,6 +246,7 @@ class Mlp(nn.Module):
     widths: Sequence[int]  # of every layer's output
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     sigmoid_output: bool = False
+    weights: str = FLOAT  # of config.WEIGHTS
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -175,7 +254,7 @@ class Mlp(nn.Module):
         last = len(self.widths) - 1
         for i, width in enumerate(self.widths):
             axes = ("mlp", "embed") if i == last else ("embed", "mlp")
-            x = dense(self.compute, width, axes, name=f"layer{i}")(x)
+            x = dense(self.compute, width, axes, weights=self.weights, name=f"layer{i}")(x)
             if i < last:
                 x = self.activation(x)
         return nn.sigmoid(x) if self.sigmoid_output else x

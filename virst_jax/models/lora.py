@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from virst_jax.config import Compute, LoraConfig
+from virst_jax.config import FLOAT, Compute, LoraConfig
 from virst_jax.errors import UserError
-from virst_jax.models.layers import default_init, with_axes
+from virst_jax.models.layers import default_init, quantized_kernel, with_axes
+from virst_jax.ops.few_rows import with_rows
 from virst_jax.ops.rounding import rounded
 from virst_jax.types import Params, PyTree
 
@@ -33,6 +34,7 @@ class LoraDense(nn.Module):
     lora: LoraConfig
     use_bias: bool = True
     kernel_init: Callable[..., Any] = default_init
+    weights: str = FLOAT  # of config.WEIGHTS; integers have no adapter
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
@@ -40,15 +42,22 @@ class LoraDense(nn.Module):
         dtype, param_dtype = jnp.dtype(self.compute.dtype), jnp.dtype(self.compute.param_dtype)
         width, rank = x.shape[-1], self.lora.rank
         x = jnp.asarray(x, dtype)
-        kernel = self.param("kernel", with_axes(self.kernel_init, *self.axes), (width, self.features), param_dtype)
+        shape = (width, self.features)
+        quantized: jax.Array | None = None
+        if self.weights != FLOAT:
+            quantized = with_rows(quantized_kernel(self, self.weights, shape, self.axes).product, x)
+        else:
+            kernel = self.param("kernel", with_axes(self.kernel_init, *self.axes), shape, param_dtype)
         bias: jax.Array | None = None
         if self.use_bias:
             bias = self.param("bias", with_axes(nn.initializers.zeros, self.axes[-1]), (self.features,), param_dtype)
+        if quantized is not None:
+            return rounded(quantized if bias is None else quantized + bias.astype(quantized.dtype), dtype)
         if self.compute.rounding == "release":  # PyTorch adds the bias before it rounds
             wide = jnp.matmul(x, kernel.astype(dtype), preferred_element_type=jnp.promote_types(dtype, jnp.float32))
             y = rounded(wide if bias is None else wide + bias.astype(wide.dtype), dtype)
         else:
-            y = x @ kernel.astype(dtype)
+            y = with_rows(lambda x: x @ kernel.astype(dtype), x)
             y = y if bias is None else y + bias.astype(dtype)
         if rank == 0:
             return y

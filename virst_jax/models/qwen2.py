@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from virst_jax.config import Compute, QwenConfig
+from virst_jax.config import FLOAT, Compute, QwenConfig
 from virst_jax.errors import UserError
-from virst_jax.models.layers import default_init, remat, with_axes
+from virst_jax.models.layers import QuantizedDense, default_init, remat, with_axes
 from virst_jax.models.lora import LoraDense
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
+from virst_jax.ops.few_rows import with_rows
+from virst_jax.ops.platform import target_platform
 from virst_jax.ops.rounding import rounded
 
 
@@ -108,15 +110,24 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """See Block; returns dtype[B, S, D] and the cache."""
         cfg = self.cfg
-        project = functools.partial(LoraDense, self.compute, lora=cfg.lora)
+        project = functools.partial(LoraDense, self.compute, lora=cfg.lora, weights=cfg.weights)
         kv_width = cfg.num_kv_heads * cfg.head_dim
         q = project(cfg.num_heads * cfg.head_dim, ("embed", "heads"), name="q_proj")(x, deterministic)
         k = project(kv_width, ("embed", "kv_heads"), name="k_proj")(x, deterministic)
         v = project(kv_width, ("embed", "kv_heads"), name="v_proj")(x, deterministic)
+        if cache is not None and target_platform() == "tpu":
+            # few tokens: for layouts that suit what follows the compiler would transpose the kernels, in every call
+            q, k, v = jax.lax.optimization_barrier((q, k, v))
         q, k, v = (rearrange(y, "b s (h w) -> b s h w", w=cfg.head_dim) for y in (q, k, v))
         q, k, v = (constrain(y, None, None, "heads", None) for y in (q, k, v))
         q, k = (rotate_halves(y, *rotary, self.compute.rounding) for y in (q, k))
-        if cache is not None:
+        first = 0  # of x's positions among the keys
+        if cache is not None and slots is None:
+            first = cache[0].shape[1]
+            ahead = (jnp.broadcast_to(y, (x.shape[0], *y.shape[1:])).astype(k.dtype) for y in cache)
+            k, v = (jnp.concatenate(both, axis=1) for both in zip(ahead, (k, v)))
+            cache = None
+        elif cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]
             # padding may lie behind the last slot
             cache = (
@@ -129,7 +140,7 @@ class Attention(nn.Module):
         if prefix_len and mask is not None:
             out = _attend_behind(q, k, v, mask, prefix_len, impl)
         else:
-            positions = None if is_prefill else slots
+            positions = first + jnp.arange(x.shape[1])[None] if first else None if is_prefill else slots
             out = attention(q, k, v, key_mask=mask, causal=True, q_positions=positions, impl=impl)
         out = rearrange(out, "b s h w -> b s (h w)")
         out = project(cfg.hidden_size, ("heads", "embed"), use_bias=False, name="o_proj")(out, deterministic)
@@ -144,7 +155,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """dtype[B, S, D] -> dtype[B, S, D]"""
         cfg = self.cfg
-        project = functools.partial(LoraDense, self.compute, lora=cfg.lora, use_bias=False)
+        project = functools.partial(LoraDense, self.compute, lora=cfg.lora, use_bias=False, weights=cfg.weights)
         gate = project(cfg.intermediate_size, ("embed", "mlp"), name="gate_proj")(x, deterministic)
         up = project(cfg.intermediate_size, ("embed", "mlp"), name="up_proj")(x, deterministic)
         if self.compute.rounding == "release":
@@ -181,7 +192,7 @@ class Block(nn.Module):
           cache: this layer's keys and values, dtype[B, M, G, W] each; None: without.
           mask: bool[B, keys], the valid keys: of x itself when `is_prefill`, else of the cache.
           rotary: tables of x's positions.
-          slots: int[B, S], where x goes in the cache.
+          slots: int[B, S], where x goes in the cache; None: x stays behind it, and the cache may have one row for all.
           is_prefill: x attends to itself, not to the cache (there is none, or it is empty).
           prefix_len: 0, or as in Qwen2.after_prefix, where x and mask are described.
 
@@ -230,6 +241,11 @@ class Qwen2(nn.Module):
         )
         self.layers = layers(cfg, compute)
         self.norm = RmsNorm(compute, cfg.rms_norm_eps)
+        if cfg.weights != FLOAT:  # int4 would move the choice among so many tokens
+            axes = ("embed", "vocab")
+            quantized = QuantizedDense(compute, cfg.vocab_size, axes, "int8", use_bias=False, wide=True)
+            self.lm_head: Any = quantized
+            return
         accumulate: Callable[..., jax.Array] = functools.partial(
             jax.lax.dot_general, preferred_element_type=jnp.promote_types(dtype, jnp.float32)
         )
@@ -248,7 +264,7 @@ class Qwen2(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """dtype[..., D] -> float32[..., vocab]; rounded to dtype in between only as the release does it."""
-        logits = self.lm_head(hidden)
+        logits = with_rows(self.lm_head, hidden)
         if self.compute.rounding == "release":
             logits = rounded(logits, jnp.dtype(self.compute.dtype)).astype(logits.dtype)
         return constrain(logits, *(None,) * (logits.ndim - 1), "vocab")
@@ -311,6 +327,28 @@ class Qwen2(nn.Module):
         if return_layers:
             result += (inputs,)
         return result if len(result) > 1 else hidden
+
+    def after_cache(
+        self, embeds: jax.Array, mask: jax.Array, cache: Cache, return_layers: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Runs the layers on rows that all go on where the one row of a cache ends, and keeps nothing of them.
+
+        Args:
+          embeds: dtype[B, S, D].
+          mask: bool[B, S], the valid tokens, padded on the right.
+          cache: of one row, which is not copied for the others.
+          return_layers: also return each layer's input.
+
+        Returns:
+          Hidden states after the final norm, dtype[B, S, D], and the layers' inputs dtype[N, B, S, D] if asked for.
+        """
+        known = jnp.broadcast_to(cache.mask, (len(mask), cache.mask.shape[1]))
+        valid = jnp.concatenate([known, mask.astype(bool)], axis=1)
+        positions = cache.length[:, None] + jnp.arange(embeds.shape[1])
+        rotary = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        x = embeds.astype(jnp.dtype(self.compute.dtype))
+        x, (_, inputs) = self.layers(x, (cache.k, cache.v), valid, rotary, None, False, True, return_layers, 0)
+        return self.norm(constrain(x, None, None, "width")), inputs
 
     def after_prefix(
         self, prefix: jax.Array, rest: jax.Array, mask: jax.Array, deterministic: bool = True

@@ -4,48 +4,30 @@ Axes: B batch, S queries, K keys, H query heads, G key and value heads, R = H //
 them, D width of queries and keys, E width of values.
 """
 
-import contextlib
-import contextvars
-import math
-from collections.abc import Iterator
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import AxisType, PartitionSpec
+import numpy as np
 
 from virst_jax.errors import UserError
-from virst_jax.ops.platform import target_platform
+from virst_jax.ops import splash
+from virst_jax.ops.platform import allows_kernels, target_platform
 from virst_jax.ops.rounding import rounded
+from virst_jax.ops.splash import LANES
 
 IMPLEMENTATIONS = ("auto", "plain", "eager", "chunked", "cudnn", "splash")
 
 PLAIN_LIMIT = 2**22  # `auto` builds the whole matrix up to so many weights a batch row
+TPU_PLAIN_LIMIT = 2**23  # of queries at positions of their own on TPUs: the matrix fits the chip's fast memory
 CHUNK_BUDGET = 2**24  # numbers that a chunk keeps for its backward pass, a batch row: 64 MiB in float32
 BLOCK_BUDGET = 2**21  # weights of a chunk and a block of keys, a batch row: 8 MiB, which a processor's cache holds
 KEY_BLOCK = 512  # most keys of a block
+# A GPU starts each operation of a block anew, so blocks are few: 32 MiB in float32, about its second-level cache.
+GPU_BLOCK_BUDGET = 2**23
+GPU_KEY_BLOCK = 8192
 BIAS_LIMIT = 2**26  # `auto` hands cuDNN masks (of two bytes an element) up to this size
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a row of these is uniform, not NaN
-
-_mesh_axes: contextvars.ContextVar[tuple[tuple[str, ...], tuple[str, ...]] | None] = contextvars.ContextVar(
-    "mesh_axes", default=None
-)
-
-
-@contextlib.contextmanager
-def sharded_over(batch: tuple[str, ...] = (), heads: tuple[str, ...] = ()) -> Iterator[None]:
-    """Names the mesh axes that split batch and heads in what is traced inside.
-
-    The TPU kernel needs them: the compiler cannot partition it by itself. Without them, on a mesh of several
-    devices, "auto" does not choose it, and a "splash" asked for by name runs on all rows on every device.
-    """
-    token = _mesh_axes.set((batch, heads))
-    try:
-        yield
-    finally:
-        _mesh_axes.reset(token)
 
 
 def attention(
@@ -53,7 +35,7 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
-    key_mask: jax.Array | None = None,
+    key_mask: jax.Array | np.ndarray | None = None,
     causal: bool = False,
     q_positions: jax.Array | None = None,
     scale: float | None = None,
@@ -68,7 +50,7 @@ def attention(
       q: dtype[B, S, H, D]; H is a multiple of G, and query head h reads key head h // (H // G).
       k: dtype[B, K, G, D].
       v: dtype[B, K, G, E].
-      key_mask: bool[B, K], the keys that may be seen; None: all.
+      key_mask: bool[B, K], the keys that may be seen; None: all. As a NumPy array it is known when tracing.
       causal: a query sees the keys whose index is at most its position.
       q_positions: int[B, S], used when `causal`; None: 0..S-1.
       scale: None: D ** -0.5.
@@ -96,6 +78,8 @@ def attention(
         raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit")
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     scale = width**-0.5 if scale is None else scale
+    all_see = isinstance(key_mask, np.ndarray) and not causal and bool(key_mask.any(1).all())
+    key_mask = None if key_mask is None else jnp.asarray(key_mask)
     if not causal:
         q_positions = None
     elif num_queries == 1:  # a decoding step: its position is but a limit on the keys
@@ -110,7 +94,7 @@ def attention(
     if impl == "cudnn":
         return _cudnn(q, k, v, key_mask, causal, q_positions, scale)
     if impl == "splash":
-        return _splash(q, k, v, key_mask, causal, q_positions, scale)
+        return _splash(q, k, v, key_mask, causal, q_positions, scale, all_see)
     if causal and q_positions is None:
         q_positions = jnp.arange(num_queries)[None]
     if impl == "eager":
@@ -133,14 +117,16 @@ def _choose(
     q_positions: jax.Array | None,
 ) -> str:
     size = q.shape[1] * k.shape[1]
-    if _without_kernels(q, k) == "plain":
-        return "plain"
+    if not allows_kernels() or _without_kernels(q, k) == "plain":
+        return _without_kernels(q, k)
     platform = target_platform()
-    if platform == "tpu" and q_positions is None and (_mesh_axes.get() is not None or not _auto_mesh()):
+    if platform == "tpu" and q_positions is None and splash.can_be_sharded():
         return "splash"
     needs_bias = causal and (key_mask is not None or q_positions is not None)
     if platform == "gpu" and not _cudnn_obstacle(q, v) and (not needs_bias or size <= BIAS_LIMIT):
         return "cudnn"
+    if platform == "tpu" and q_positions is not None and size * q.shape[2] <= TPU_PLAIN_LIMIT:
+        return "plain"
     return "chunked"
 
 
@@ -200,12 +186,16 @@ def _plain(
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     if visible is not None:
         weights = jnp.where(visible, weights, 0)
-    total = weights.sum(-1, keepdims=True)
+    with_ones = target_platform() == "tpu" and dtype == jnp.bfloat16 and num_keys >= LANES and v.shape[3] % LANES
+    if with_ones and not dropout:  # a column that the product pads anyway, in place of a pass over the weights
+        ones = jnp.ones((*v.shape[:3], 1), v.dtype)
+        out, total = jnp.split(_weighted(weights, jnp.concatenate([v, ones], axis=-1)), [v.shape[3]], axis=-1)
+    else:
+        total = weights.sum(-1, keepdims=True)
+        out = _weighted(drop_weights(weights, dropout, rng) if dropout else weights, v)
     if visible is not None:
         total = jnp.where(total == 0, 1, total)  # zeros where nothing is seen
-    if dropout:
-        weights = drop_weights(weights, dropout, rng)
-    return _heads_last((_weighted(weights, v) / total).astype(dtype), num_queries)
+    return _heads_last((out / total).astype(dtype), num_queries)
 
 
 def _eager(
@@ -251,12 +241,14 @@ def _chunked(
     (batch, num_queries, _, _), num_keys, dtype = q.shape, k.shape[1], q.dtype
     rows, k, v = _heads_first(q, k, v)
     groups, num_rows = rows.shape[1:3]
-    blocks, block = _even(num_keys, KEY_BLOCK, 128)
+    on_gpu = target_platform() == "gpu"
+    most_keys, budget = (GPU_KEY_BLOCK, GPU_BLOCK_BUDGET) if on_gpu else (KEY_BLOCK, BLOCK_BUDGET)
+    blocks, block = _even(num_keys, most_keys, 128)
     if blocks * block > num_keys and key_mask is None:
         key_mask = jnp.ones((batch, num_keys), bool)
     # what the backward pass keeps of a chunk: the sums after every block
     kept = CHUNK_BUDGET // (blocks * groups * v.shape[3])
-    chunks, chunk = _even(num_rows, max(1, min(chunk, kept, BLOCK_BUDGET // (block * groups))))
+    chunks, chunk = _even(num_rows, max(1, min(chunk, kept, budget // (block * groups))))
 
     def split(x: jax.Array, axis: int, count: int, size: int) -> jax.Array:
         """[..., N, ...] -> [count, ..., size, ...]"""
@@ -293,8 +285,9 @@ def _chunked(
                     weights = drop_weights(weights, dropout, jax.random.fold_in(rng, index[0]))
                 return higher, sums, out * shrink + _weighted(weights, v)
 
-            # memories that are not there yet and what lies ahead of all queries cost nothing
-            return meet() if visible is None else jax.lax.cond(visible.any(), meet, lambda: carry), None
+            # memories that are not there yet and what lies ahead of all queries cost nothing; a GPU would be waited
+            # for at every branch
+            return meet() if visible is None or on_gpu else jax.lax.cond(visible.any(), meet, lambda: carry), None
 
         lowest = jnp.full((*rows.shape[:3], 1), MASKED, _accumulator(rows))
         start = lowest, jnp.zeros_like(lowest), jnp.zeros((*rows.shape[:3], v.shape[3]), lowest.dtype)
@@ -394,17 +387,6 @@ def _cudnn(
 # TPU
 
 
-def _block(length: int) -> int:
-    """Block of the kernel: the largest whose padding costs at most an eighth more than the smallest block's."""
-    return next(b for b in (512, 256, 128) if -(-length // b) * b <= 1.125 * (-(-length // 128) * 128))
-
-
-def _auto_mesh() -> bool:
-    """Whether the compiler would have to partition what is traced here."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return any(size > 1 and kind != AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types))
-
-
 def _splash(
     q: jax.Array,
     k: jax.Array,
@@ -413,74 +395,11 @@ def _splash(
     causal: bool,
     q_positions: jax.Array | None,
     scale: float,
+    all_see: bool = False,
 ) -> jax.Array:
     if q_positions is not None:
         raise UserError(
             "attention 'splash' cannot take several queries at positions of their own; set compute.attention to 'auto'"
         )
-    (_, num_queries, _, _), (num_keys, _, value_width) = q.shape, v.shape[1:]
-    block_q, block_k = _block(num_queries), _block(num_keys)
-
-    def to_kernel(x: jax.Array, block: int) -> jax.Array:
-        """[B, N, H, D] -> [B, H, N', D'], padded to whole blocks and lanes."""
-        padding = [(0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)]
-        return jnp.pad(x, padding).transpose(0, 2, 1, 3)
-
-    scaled = (scale * q.astype(jnp.float32)).astype(q.dtype)  # the kernel knows no scale
-    q_, k_, v_ = to_kernel(scaled, block_q), to_kernel(k, block_k), to_kernel(v, block_k)
-    padded_keys = k_.shape[2]
-    segments = None
-    # no query reaches the padding behind its own last key
-    if key_mask is not None or (padded_keys > num_keys and not (causal and num_queries <= num_keys)):
-        mask = jnp.ones((q.shape[0], num_keys), bool) if key_mask is None else key_mask
-        segments = jnp.pad(mask, ((0, 0), (0, padded_keys - num_keys))).astype(jnp.int32)
-
-    out = _partitioned(block_q, block_k, causal, q_, k_, v_, segments)
-    out = out.transpose(0, 2, 1, 3)[:, :num_queries, :, :value_width]
-    return _zero_blind_rows(out, key_mask, causal, None)
-
-
-def _partitioned(
-    block_q: int, block_k: int, causal: bool, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
-) -> jax.Array:
-    """The kernel on every device's share: arrays [B, heads, length, width], segments int32[B, K]."""
-    interpret = target_platform() != "tpu"
-
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
-        shape = (q.shape[2], k.shape[2])
-        mask = splash_mask.CausalMask(shape) if causal else splash_mask.FullMask(shape)
-        kernel = splash.make_splash_mha_single_device(
-            splash_mask.MultiHeadMask([mask] * q.shape[1]),
-            block_sizes=splash.BlockSizes(
-                block_q=block_q,
-                block_kv=block_k,
-                block_kv_compute=block_k,
-                block_q_dkv=block_q,
-                block_kv_dkv=block_k,
-                block_kv_dkv_compute=block_k,
-                block_q_dq=block_q,
-                block_kv_dq=block_k,
-            ),
-            interpret=interpret,
-        )
-        if segments is None:
-            return jax.vmap(kernel)(q, k, v)
-        ones = jnp.ones(shape[0], jnp.int32)
-        return jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(ones, s)))(q, k, v, segments)
-
-    if not _auto_mesh():
-        return run(q, k, v, segments)
-    batch_axes, head_axes = _mesh_axes.get() or ((), ())
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-    sizes = {name: size for name, size, kind in kinds if kind != AxisType.Manual}
-
-    def divided(axes: tuple[str, ...], length: int) -> tuple[str, ...]:
-        """The axes that the compiler still has, if they divide `length`; else every device has all."""
-        axes = tuple(a for a in axes if a in sizes)
-        return axes if length % math.prod(sizes[a] for a in axes) == 0 else ()
-
-    batch, heads = divided(batch_axes, q.shape[0]), divided(head_axes, k.shape[1])
-    spec = PartitionSpec(batch or None, heads or None)
-    in_specs = (spec, spec, spec, None if segments is None else PartitionSpec(batch or None))
-    return jax.shard_map(run, in_specs=in_specs, out_specs=spec, check_vma=False)(q, k, v, segments)
+    out = splash.attend(q, k, v, key_mask, causal, scale)
+    return out if all_see else _zero_blind_rows(out, key_mask, causal, None)

@@ -2,6 +2,8 @@
 
 jax.image.resize uses the cubic coefficient -0.5; PyTorch, and so the release, uses -0.75.
 
+`resize_bytes` follows PIL instead, in PIL's fixed-point numbers (src/libImaging/Resample.c).
+
 Axes: H, W input size; I, J output size; C channels.
 """
 
@@ -50,6 +52,60 @@ def _cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+BYTE_BITS = 22  # PIL holds the weights of 8-bit images as integers, in units of 2^-22
+
+
+def byte_matrix(size: int, new_size: int, method: str, padded: int) -> np.ndarray:
+    """Weights int32[new_size, padded] with which PIL resizes one axis of 8-bit images, in units of 2^-BYTE_BITS.
+
+    method: "bilinear" or "bicubic" (a = -0.5), both with the filter widened when shrinking.
+    padded: columns, of which those from `size` on are zero.
+    """
+    if method not in ("bilinear", "bicubic"):
+        raise ValueError(f"unknown resize method {method!r}: choose bilinear or bicubic")
+    scale = size / new_size
+    widened = max(scale, 1.0)
+    support = widened * (1 if method == "bilinear" else 2)
+    center = ((np.arange(new_size) + 0.5) * scale)[:, None]
+    first, last = (np.floor(np.maximum(edge + 0.5, 0)) for edge in (center - support, center + support))
+    place = np.arange(size)
+    distance = (place - center + 0.5) * (1 / widened)
+    weights = _triangle(distance) if method == "bilinear" else _cubic(distance, -0.5)
+    weights[(place < first) | (place >= last)] = 0
+    weights /= np.cumsum(weights, axis=1)[:, -1:]  # added up in PIL's order
+    units = weights * (1 << BYTE_BITS)
+    out = np.zeros((new_size, padded), np.int32)
+    out[:, :size] = np.trunc(units + np.copysign(0.5, units))
+    return out
+
+
+def resize_bytes(image: jax.Array, rows: jax.Array, columns: jax.Array, height_first: bool = False) -> jax.Array:
+    """Resizes as PIL does, to the byte: uint8[H, W, C], int32[I, H], int32[J, W] -> uint8[I, J, C].
+
+    rows, columns: of `byte_matrix`. Shrinking to less than 1/128 may round a byte in the other direction.
+    height_first: which axis comes first, see data.transforms.height_comes_first.
+    """
+    axes = (("hwc,jw->hjc", columns), ("hwc,ih->iwc", rows))
+    for equation, weights in axes[::-1] if height_first else axes:  # PIL rounds and clips behind each
+        image = _weighted(equation, image, weights)
+    return image
+
+
+def _weighted(equation: str, image: jax.Array, weights: jax.Array) -> jax.Array:
+    """Sums of integers in float32, whose order does not matter: none comes to 2^24.
+
+    Two sums of 15-bit and 8-bit parts of the weights make up for one of 23 bits. The lower parts are -128 to 127, so
+    that up to 512 of them times 255 stay below 2^24: four for each time that the cubic filter shrinks.
+    """
+    high = (weights + 128) >> 8
+    parts = (high, weights - (high << 8))
+    numbers = image.astype(jnp.float32)
+    sums = [jnp.einsum(equation, numbers, x.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST) for x in parts]
+    upper, lower = (x.astype(jnp.int32) for x in sums)
+    units = (upper << 8) + lower + (1 << (BYTE_BITS - 1))
+    return jnp.clip(units >> BYTE_BITS, 0, 255).astype(jnp.uint8)
 
 
 def resize_maps(x: jax.Array, size: tuple[int, int], method: str = "bilinear") -> jax.Array:

@@ -19,15 +19,15 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from virst_jax.config import TrackerConfig, VirstConfig
 from virst_jax.errors import UserError
 from virst_jax.models.layers import AXES
 from virst_jax.models.tree import flatten, unflatten
 from virst_jax.models.virst import boxed_shapes
-from virst_jax.ops.attention import sharded_over
 from virst_jax.ops.constrain import activation_rules
+from virst_jax.ops.splash import sharded_over
 from virst_jax.types import Params, PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -48,10 +48,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "token": (),
     "grid": (),
     "kernel": (),
+    "group": (),
     "conv_in": ("fsdp",),
     "conv_out": ("tensor",),
 }
-NEVER_SPLIT = frozenset({"layers", "qkv", "kernel", "grid", "token"})  # not even when nothing else is left
+NEVER_SPLIT = frozenset({"layers", "qkv", "kernel", "group", "grid", "token"})  # not even when nothing else is left
 
 REPLICATE_BELOW = 2**16  # elements of one layer; smaller parameters are not worth a collective
 SHARD_ABOVE = 2**20  # elements; a larger parameter that is split over no axis is an error
@@ -102,11 +103,14 @@ def make_mesh(
     sizes = _filled({"data": data, "fsdp": fsdp, "tensor": tensor}, owner, len(everything) // count)
     types = (AxisType.Auto,) * len(MESH_AXES)
     if count > 1:
-        placed = mesh_utils.create_hybrid_device_mesh(sizes, (*of_slices, 1), devices=everything)
+        placed = mesh_utils.create_hybrid_device_mesh(
+            sizes, (*of_slices, 1), devices=everything, allow_split_physical_axes=True
+        )
         return Mesh(placed, MESH_AXES, axis_types=types)
     if everything[0].platform == "tpu":
-        # neighbours on the wire become neighbours on the mesh
-        return jax.make_mesh(tuple(sizes), MESH_AXES, types, devices=everything)
+        # neighbours on the wire become neighbours on the mesh; 32 chips of a 16 x 16 torus are one axis and part of one
+        placed = mesh_utils.create_device_mesh(sizes, devices=everything, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
     return Mesh(np.array(everything).reshape(sizes), MESH_AXES, axis_types=types)
 
 
@@ -170,7 +174,11 @@ def logical_axes(cfg: VirstConfig) -> tuple[PyTree, PyTree]:
 
 
 def partition(
-    path: str, shape: Sequence[int], names: Sequence[str | None], mesh: Mesh, replicate_below: int = REPLICATE_BELOW
+    path: str,
+    shape: Sequence[int],
+    names: Sequence[str | None],
+    mesh: Mesh | AbstractMesh,
+    replicate_below: int = REPLICATE_BELOW,
 ) -> PartitionSpec:
     """The mesh axes of one parameter.
 
@@ -220,7 +228,7 @@ def partition(
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in taken))
 
 
-def _parts(axes: Sequence[str], mesh: Mesh) -> int:
+def _parts(axes: Sequence[str], mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 

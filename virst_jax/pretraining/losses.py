@@ -18,7 +18,7 @@ from virst_jax.pretraining.network import cell_logits, embed_words, patch_logits
 from virst_jax.training.losses import (
     Losses,
     Params,
-    answer_loss,
+    answer_parts,
     bind,
     encode_images,
     mask_losses,
@@ -120,10 +120,10 @@ def named_loss(cfg: VirstConfig, params: Params, batch: NamedBatch, dropout_rng:
     return parts["mask_loss"] + parts["iou_loss"] + parts["occ_loss"], parts
 
 
-def read_loss(cfg: VirstConfig, params: Params, batch: ReadBatch, dropout_rng: jax.Array | None = None) -> Losses:
-    """Pretrains the language model: text_loss with visual tokens replaced by word embeddings."""
+def read_parts(cfg: VirstConfig, params: Params, batch: ReadBatch, dropout_rng: jax.Array | None = None) -> Losses:
+    """Pretrains the language model: text_parts with visual tokens replaced by word embeddings."""
     apply = bind(cfg, params, dropout_rng)
-    return answer_loss(cfg, apply, batch, apply(embed_words, batch.words), dropout_rng is None)
+    return answer_parts(cfg, apply, batch, apply(embed_words, batch.words), dropout_rng is None)
 
 
 def _word_loss(logits: jax.Array, batch: PatchBatch | CellBatch) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -74,7 +74,7 @@ register(
         maker=examples.ReadMaker,
         array_shapes=examples.read_shapes,
         batch=lambda arrays, prefix_len: losses.ReadBatch(**arrays, prefix_len=prefix_len),
-        loss=losses.read_loss,
+        loss=losses.read_parts,
         count_flops=read_flops,
     ),
     Task(

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
@@ -24,16 +26,33 @@ from rich.table import Table
 from virst_jax.errors import UserError
 from virst_jax.profiling.collectives import Traffic, collective_traffic
 from virst_jax.profiling.flops import PEAKS, Device
-from virst_jax.profiling.prediction import Prediction, predict, predicted
+from virst_jax.profiling.prediction import Prediction, at_least, predict, predicted
+from virst_jax.profiling.roofline import estimated, roofline
+from virst_jax.profiling.schedule import Spent
 from virst_jax.types import PyTree
 
 GIB = 2**30
 # Spellings that libtpu accepts; the shape behind the colon counts chips, such as 4x4 or 2x2x2.
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-GPUS = {
+GPUS: dict[str, dict[str, Any]] = {
     "a100": {"name": "NVIDIA A100-SXM4-80GB", "cores": 108, "major": 8, "memory": 85100068864, "shared": 166912},
     "h100": {"name": "NVIDIA H100 80GB HBM3", "cores": 132, "major": 9, "memory": 84942979072, "shared": 232448},
     "h200": {"name": "NVIDIA H200 141GB HBM3e", "cores": 132, "major": 9, "memory": 151397597184, "shared": 232448},
+    "l4": {"name": "NVIDIA L4", "cores": 58, "major": 8, "minor": 9, "memory": 24152899584, "shared": 101376},
+    "rtx4090": {
+        "name": "NVIDIA GeForce RTX 4090",
+        "cores": 128,
+        "major": 8,
+        "minor": 9,
+        "memory": 25757220864,
+        "shared": 101376,
+    },
+}
+# Figures that go with a compute capability: CUDA's programming guide, technical specifications
+CAPABILITIES = {
+    (8, 0): {"shared": 167936, "threads": 2048, "lanes": 64, "cache": 41943040, "clock": 1.41},
+    (8, 9): {"shared": 102400, "threads": 1536, "lanes": 128, "cache": 50331648, "clock": 2.04},
+    (9, 0): {"shared": 233472, "threads": 2048, "lanes": 128, "cache": 52428800, "clock": 1.98},
 }
 REMEDY = "take more devices, a larger fsdp axis, remat 'full' or fewer frames"
 EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:4x4, h100:8, cpu:8"
@@ -141,24 +160,26 @@ def _virtual_cpus(count: int) -> list[jax.Device]:
 def gpu_target(kind: str) -> str:
     """A GpuTargetConfigProto in text form; figures of openxla/xla's specs for the device."""
     gpu = GPUS[kind]
+    major, minor = gpu["major"], gpu.get("minor", 0)
+    capability = CAPABILITIES[major, minor]
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
-  shared_memory_per_core: {233472 if gpu["major"] == 9 else 167936}
-  threads_per_core_limit: 2048
+  shared_memory_per_core: {capability["shared"]}
+  threads_per_core_limit: {capability["threads"]}
   core_count: {gpu["cores"]}
-  fpus_per_core: {128 if gpu["major"] == 9 else 64}
+  fpus_per_core: {capability["lanes"]}
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
   memory_bandwidth: {PEAKS[kind].bandwidth:.0f}
-  l2_cache_size: {52428800 if gpu["major"] == 9 else 41943040}
-  clock_rate_ghz: {1.98 if gpu["major"] == 9 else 1.41}
+  l2_cache_size: {capability["cache"]}
+  clock_rate_ghz: {capability["clock"]}
   device_memory_size: {gpu["memory"]}
   shared_memory_per_block_optin: {gpu["shared"]}
-  cuda_compute_capability {{ major: {gpu["major"]} }}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   thread_dim_limit_x: 1024
@@ -253,11 +274,18 @@ def compile_report(
         traffic=traffic,
         unread_loops=unread,
         seconds=seconds,
-        prediction=None if quick or not predicted(topology) else predict(text, slice_of, flops / mesh.size, mesh.size),
+        prediction=None if quick else _timed(text, slice_of, flops / mesh.size, mesh.size),
     )
     if limit and peak > limit:
         raise UserError(f"{topology} with {report.mesh}: {_too_much(peak, limit)}; {REMEDY}")
     return report
+
+
+def _timed(text: str, topology: str, flops: float, chips: int) -> Prediction | None:
+    """How long a step takes; None: it is not known for this topology."""
+    if predicted(topology):
+        return predict(text, topology, flops, chips)
+    return at_least(text, topology, flops, chips) if estimated(topology) else None
 
 
 @dataclass(frozen=True)
@@ -268,6 +296,7 @@ class Compiled:
     results: int  # bytes, without those that take the place of arguments
     prediction: Prediction | None  # None: compiled with little effort, or for what times are not predicted for
     seconds: float
+    roofline: Spent | None = None  # of a GPU: the least that it can take
 
 
 def compile_function(function: Callable[..., Any], arguments: Sequence[PyTree], topology: str, quick: bool) -> Compiled:
@@ -289,10 +318,11 @@ def compile_function(function: Callable[..., Any], arguments: Sequence[PyTree], 
         except jax.errors.JaxRuntimeError as error:
             raise _explain(str(error), topology, mesh) from error
     memory: Any = compiled.memory_analysis()
-    known = not quick and predicted(topology)
-    prediction = predict(compiled.as_text() or "", topology, chips=mesh.size) if known else None
+    text = "" if quick else compiled.as_text() or ""
+    prediction = predict(text, topology, chips=mesh.size) if text and predicted(topology) else None
+    least = roofline(text, topology) if text and estimated(topology) else None
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(memory.temp_size_in_bytes, results, prediction, time.perf_counter() - start)
+    return Compiled(memory.temp_size_in_bytes, results, prediction, time.perf_counter() - start, least)
 
 
 def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
@@ -304,7 +334,13 @@ def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
 
 def device_bytes(tree: PyTree) -> int:
     """Bytes on one device of a tree of ShapeDtypeStructs or arrays with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree)
+    return sum(math.ceil(math.prod(x.sharding.shard_shape(x.shape)) * width(x.dtype)) for x in leaves)
+
+
+def width(dtype: Any) -> float:
+    """Bytes of an element on a device, where two of int4 share one."""
+    return 0.5 if dtype == jnp.int4 else np.dtype(dtype).itemsize
 
 
 def _cost(compiled: jax.stages.Compiled) -> float:

@@ -6,6 +6,7 @@ counts the whole matrix, causal or not.
 
 import functools
 import math
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from virst_jax.config import FRAME_BY_FRAME, FusionConfig, QwenConfig, Sam2Config, VirstConfig, VisionConfig
 from virst_jax.models.sam2.hiera import block_specs
+from virst_jax.ops.cross_entropy import piece_size
 from virst_jax.ops.token_merge import merge_schedule
 
 # Forward passes of single parts
@@ -264,8 +266,9 @@ class StepCount:
         if llm.lora.rank:
             self.add("its adapters", tokens * llm_adapters(llm), weights=adapters, inputs=through, again=self.remat)
         predicted = tokens - 1 if s.prefix_len else tokens - s.conversations
+        predicted = piece_size(predicted, llm.vocab_size)  # only labels count, and they are taken to fit one piece
         head = self.trains("llm/lm_head")
-        self.add("its head", predicted * lm_head(llm), weights=head, inputs=through, again=self.remat)
+        self.add("its head", predicted * lm_head(llm), weights=head, inputs=through, again=True)
         return through
 
     def add_segmentation(self, s: StepShape, seg_hidden: bool) -> None:
@@ -361,6 +364,7 @@ class Device:
     memory: float  # bytes
     bandwidth: float  # of memory, bytes a second
     kinds: tuple[str, ...]  # how jax.Device.device_kind begins
+    vector: float = 0.0  # float32 operations a second without matrix units, of GPUs; 0: not looked up
 
 
 PEAKS = {
@@ -368,9 +372,12 @@ PEAKS = {
     "v5e": Device(197e12, 16 * 2**30, 819e9, ("TPU v5 lite", "TPU v5e")),
     "v5p": Device(459e12, 95 * 2**30, 2765e9, ("TPU v5p", "TPU v5")),
     "v6e": Device(918e12, 32 * 2**30, 1640e9, ("TPU v6 lite", "TPU v6e")),
-    "a100": Device(312e12, 85100068864, 2039040000000, ("NVIDIA A100",)),
-    "h100": Device(989.4e12, 84942979072, 3352320000000, ("NVIDIA H100",)),
-    "h200": Device(989.4e12, 151397597184, 4800000000000, ("NVIDIA H200",)),
+    # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, L4, and the Ada white paper's RTX 4090
+    "a100": Device(312e12, 85100068864, 2039040000000, ("NVIDIA A100",), 19.5e12),
+    "h100": Device(989.4e12, 84942979072, 3352320000000, ("NVIDIA H100",), 66.9e12),
+    "h200": Device(989.4e12, 151397597184, 4800000000000, ("NVIDIA H200",), 66.9e12),
+    "l4": Device(121e12, 24152899584, 300e9, ("NVIDIA L4",), 30.3e12),
+    "rtx4090": Device(165.2e12, 25757220864, 1008e9, ("NVIDIA GeForce RTX 4090",), 82.6e12),
 }
 
 
@@ -381,11 +388,18 @@ def device_peak(device: jax.Device | None = None) -> tuple[float, str]:
     """
     device = jax.devices()[0] if device is None else device
     kind = device.device_kind
-    for name in ("v5e", *PEAKS):  # "TPU v5 lite" also begins like a v5p
-        if kind.startswith(PEAKS[name].kinds):
-            return PEAKS[name].flops, f"{kind}, data sheet, bfloat16"
+    if name := device_name(kind):
+        return PEAKS[name].flops, f"{kind}, data sheet, bfloat16"
     peak = measured_matmul_peak()
     return peak, f"{kind}, measured on a matrix product, float32"
+
+
+def device_name(kind: str) -> str:
+    """The name in PEAKS of a jax.Device.device_kind; empty: it is not there."""
+    for name in ("v5e", *PEAKS):  # "TPU v5 lite" also begins like a v5p
+        if any(re.match(rf"{re.escape(begin)}(?!\w)", kind) for begin in PEAKS[name].kinds):
+            return name
+    return ""
 
 
 @functools.cache

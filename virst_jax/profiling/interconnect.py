@@ -1,7 +1,8 @@
-"""What a TPU's clock, links and network do, and how long a collective takes on them by its bytes.
+"""What a chip's clock, links and network do, and how long a collective takes on them by its bytes.
 
 Figures are those of Google Cloud's pages of the TPU versions: inter-chip interconnect (ICI) per chip, divided by its
-ports, and the data-centre network of a pod, divided by its chips. Nothing here is measured.
+ports, and the data-centre network of a pod, divided by its chips; of GPUs those of NVIDIA's data sheets. Nothing here
+is measured.
 """
 
 import math
@@ -26,6 +27,14 @@ CHIPS = {
     "v5p": Chip(1.75e9, 100e9, 4, 6.25e9),
     "v6e": Chip(1.75e9, 100e9, 16, 12.5e9),
 }
+# GPUs of one machine, as a ring of both directions at the rate with which a GPU sends
+SWITCHED = {
+    "a100": Chip(1.41e9, 150e9, 1, 25e9),  # NVLink 3
+    "h100": Chip(1.98e9, 225e9, 1, 50e9),  # NVLink 4
+    "h200": Chip(1.98e9, 225e9, 1, 50e9),
+    "l4": Chip(2.04e9, 16e9, 1, 12.5e9),  # PCI Express 4.0 x16
+    "rtx4090": Chip(2.52e9, 16e9, 1, 12.5e9),
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,10 @@ class Fabric:
           UserError: nothing is known of it.
         """
         kind, _, shape = topology.partition(":")
-        if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-            raise UserError(f"topology {topology}: times are predicted for TPUs only: {', '.join(CHIPS)}")
-        return cls(CHIPS[kind], tuple(int(n) for n in shape.split("x")))
+        chips = CHIPS | SWITCHED
+        if kind not in chips or not re.fullmatch(r"\d+(x\d+)*", shape):
+            raise UserError(f"topology {topology}: no times are known of it, but of {', '.join(chips)}")
+        return cls(chips[kind], tuple(int(n) for n in shape.split("x")))
 
     def _axes(self, group: int) -> list[int]:
         """Lengths of the axes that a group extends over; group 0: all."""

@@ -1,4 +1,4 @@
-"""How long a compiled step will take on TPUs, where the time goes, and what a stage of training costs. Not measured."""
+"""How long a compiled step will take, where the time goes, and what a stage of training costs. Not measured."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from virst_jax.profiling.flops import PEAKS
 from virst_jax.profiling.interconnect import CHIPS, Fabric
+from virst_jax.profiling.roofline import estimated, roofline
 from virst_jax.profiling.schedule import (
     CATEGORIES,
     ICI,
@@ -38,7 +39,7 @@ class Prediction:
     """A step on one chip.
 
     slow: with the compiler's estimates; fast: with moves and element-wise operations at the memory's bandwidth. The
-    truth is expected between the two.
+    truth is expected between the two. On a GPU both are the roofline, and the truth is above it.
     """
 
     topology: str
@@ -46,6 +47,10 @@ class Prediction:
     slow: Spent
     fast: Spent
     flops: float  # of a step on one chip, forward and backward, by formula
+
+    @property
+    def is_roofline(self) -> bool:
+        return self.slow is self.fast
 
     @property
     def seconds(self) -> float:
@@ -72,6 +77,17 @@ class Prediction:
 def predicted(topology: str) -> bool:
     """Whether times can be predicted for a topology."""
     return topology.partition(":")[0] in CHIPS
+
+
+def timed(topology: str) -> bool:
+    """Whether times can be predicted for a topology, or bounded from below."""
+    return predicted(topology) or estimated(topology)
+
+
+def at_least(text: str, topology: str, flops: float = 0.0, chips: int = 1) -> Prediction:
+    """The roofline of a step on GPUs of one machine; arguments as those of `predict`."""
+    spent = roofline(text, topology)
+    return Prediction(topology, chips, spent, spent, flops)
 
 
 def predict(text: str, topology: str, flops: float = 0.0, chips: int = 1) -> Prediction:
@@ -140,21 +156,28 @@ def print_prediction(prediction: Prediction, samples: int, console: Console | No
     """
     console = console or Console()
     slow, fast = prediction.slow, prediction.fast
-    table = Table(title=f"predicted for {prediction.topology}: between the two figures", title_justify="left")
-    for heading in ("", "compiler's estimate, ms", "moves at bandwidth, ms"):
+    title, columns = "predicted for {}: between the two figures", {"compiler's estimate, ms": slow}
+    if prediction.is_roofline:
+        title, columns = "roofline of {}: a step takes longer", {"data sheet's rates, ms": slow}
+    else:
+        columns["moves at bandwidth, ms"] = fast
+    headings, figures = list(columns), list(columns.values())
+    table = Table(title=title.format(prediction.topology), title_justify="left")
+    for heading in ("", *headings):
         table.add_column(heading, justify="right" if heading else "left")
     for category in CATEGORIES:
-        if slow.category(category) or fast.category(category):
-            table.add_row(category, f"{1e3 * slow.category(category):.1f}", f"{1e3 * fast.category(category):.1f}")
+        if any(spent.category(category) for spent in figures):
+            table.add_row(category, *(f"{1e3 * spent.category(category):.1f}" for spent in figures))
     table.add_section()
-    table.add_row("step", f"{1e3 * slow.seconds:.1f}", f"{1e3 * fast.seconds:.1f}")
-    for name, each in (("MFU", prediction.mfu), ("samples/s/chip", lambda s: samples / s / prediction.chips)):
-        form = "{:.1%}" if name == "MFU" else "{:.3f}"
-        if name != "MFU" or prediction.flops:
-            table.add_row(name, form.format(each(slow.seconds)), form.format(each(fast.seconds)))
+    table.add_row("step", *(f"{1e3 * spent.seconds:.1f}" for spent in figures))
+    at_most = ", at most" if prediction.is_roofline else ""
+    if prediction.flops:
+        table.add_row(f"MFU{at_most}", *(f"{prediction.mfu(spent.seconds):.1%}" for spent in figures))
+    rates = (f"{samples / spent.seconds / prediction.chips:.3f}" for spent in figures)
+    table.add_row(f"samples/s/chip{at_most}", *rates)
     for category in (ICI, NETWORK):
         if hidden := slow.hidden[category]:
-            table.add_row(f"{category.removeprefix('waiting for ')} behind operations", f"{1e3 * hidden:.1f}", "")
+            table.add_row(f"{category.removeprefix('waiting for ')} behind operations", f"{1e3 * hidden:.1f}")
     console.print(table)
     console.print(f"most of the time goes to {prediction.bound}")
     if slow.unread_loops or slow.unknown_kernels:
@@ -162,7 +185,7 @@ def print_prediction(prediction: Prediction, samples: int, console: Console | No
             f"not counted in full: {slow.unread_loops} loops of unknown length (once), "
             f"{sum(slow.unknown_kernels.values())} runs of kernels without an estimate"
         )
-    where = Table(title="by part of the network, compiler's estimate, ms", title_justify="left")
+    where = Table(title=f"by part of the network, {headings[0]}", title_justify="left")
     where.add_column("")
     for heading in ("together", *PASSES, "products", "moves", "waiting"):
         where.add_column(heading, justify="right")
@@ -206,6 +229,11 @@ class StageCost:
     def line(self) -> str:
         """One line: hours and chip-hours, without evaluations, checkpoints and compilation."""
         low, high = self.hours(self.fast), self.hours(self.slow)
+        if low == high:
+            return (
+                f"{self.steps} steps on {self.chips} chips: at least {low:.1f} hours, {low * self.chips:.0f} "
+                f"chip-hours; at most {self.samples / self.fast / self.chips:.3f} samples/s/chip"
+            )
         return (
             f"{self.steps} steps on {self.chips} chips: {low:.1f} to {high:.1f} hours, {low * self.chips:.0f} to "
             f"{high * self.chips:.0f} chip-hours; {self.samples / self.slow / self.chips:.3f} to "

@@ -11,6 +11,7 @@ takes such operations as fast as memory allows. Nothing here is measured.
 """
 
 import functools
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -32,6 +33,7 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 _LAYOUT = re.compile(r"operand_layout_constraints=\{(.*?)\}(?:, [a-z_]+=|$)")
 _SEND = re.compile(r' (send|recv)\(.*_xla_host_transfer_handler_name="xla_megascale_runtime"')
+_IN_PLACE = "output_to_operand_aliasing={{}: (0, {})}"
 _TAKES_PART = frozenset({"dynamic-slice", "slice", "gather"})  # of their first operand
 _FREE = frozenset({"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id"})
 
@@ -48,6 +50,7 @@ class Spent:
     started_early: int = 0  # collectives that had a start and a done
     at_once: int = 0  # collectives that nothing runs beside
     unread_loops: int = 0
+    operations: int = 0  # that were counted, turns of loops included
     unknown_kernels: Counter[str] = field(default_factory=Counter)
 
     def add(self, key: Key, seconds: float) -> None:
@@ -63,6 +66,7 @@ class Spent:
         self.started_early += times * other.started_early
         self.at_once += times * other.at_once
         self.unread_loops += other.unread_loops
+        self.operations += times * other.operations
         for name, count in other.unknown_kernels.items():
             self.unknown_kernels[name] += times * count
 
@@ -92,21 +96,44 @@ class Schedule:
         """The same, with operations without products as fast as memory and vector unit allow."""
         return _Play(self, at_bandwidth=True).run(self.module.entry)
 
+    def operation(self, one: Instruction, computation: str, at_bandwidth: bool) -> tuple[str, float] | None:
+        """Category and seconds of an operation; None: nothing is known of it."""
+        chip = self.fabric.chip
+        # a piece of a collective hands on the collective's buffers, which it does not move
+        hbm, fast = (0.0, 0.0) if self.holds_piece(one) else self.moved(one, computation)
+        by_bytes = hbm / self.device.bandwidth
+        if 'custom_call_target="tpu_custom_call"' in one.line:
+            flops = kernel_flops(one)
+            if (cost := _COST.search(one.line)) and flops is None:
+                flops, by_bytes = float(cost[1]), float(cost[2]) / self.device.bandwidth
+            if flops is None:
+                return None
+            return KERNELS, max(flops / (KERNEL_SHARE * self.device.flops), by_bytes)
+        found = _CYCLES.search(one.line)
+        if not found:
+            return None
+        estimate = int(found[1]) / chip.clock
+        if one.opcode in ("convolution", "dot") or any(map(self.has_products, calls(one))):
+            return PRODUCTS, max(estimate, by_bytes)
+        if at_bandwidth:
+            return MOVES, max(by_bytes, (hbm + fast) / VECTOR_BYTES / chip.clock)
+        return MOVES, max(estimate, by_bytes)
+
     def _has_products(self, computation: str) -> bool:
         found = self.module.instructions.get(computation, {}).values()
         return any(
-            one.opcode in ("convolution", "dot") or any(self.has_products(called) for called in _calls(one))
+            one.opcode in ("convolution", "dot") or any(self.has_products(called) for called in calls(one))
             for one in found
         )
 
     def holds_piece(self, one: Instruction) -> bool:
         """Whether an operation is fused with a part of a collective that runs beside it."""
-        return any(PIECE.search(line) for called in _calls(one) for line in self.module.bodies.get(called, ()))
+        return any(PIECE.search(line) for called in calls(one) for line in self.module.bodies.get(called, ()))
 
     def moved(self, one: Instruction, computation: str) -> tuple[float, float]:
         """Bytes that an operation reads from and writes to HBM, and those in fast memory."""
         around = self.module.instructions[computation]
-        inner = self.module.instructions.get(next(iter(_calls(one)), ""), {}) if one.opcode == "fusion" else {}
+        inner = self.module.instructions.get(next(iter(calls(one)), ""), {}) if one.opcode == "fusion" else {}
         sizes = list(self._written(one, inner))
         for place, name in enumerate(one.operands):
             if name in around:
@@ -143,10 +170,10 @@ class Schedule:
                     total += sum(array.size for array in user.result)
                 elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                     continue  # what is not overwritten stays
-                elif user.opcode == "bitcast":
-                    names.append(user.name)
+                elif user.opcode == "bitcast" or (user.opcode == "fusion" and _IN_PLACE in user.line):
+                    names.append(user.name)  # integers are read in other tiles, where they lie
                 elif user.opcode == "fusion":  # stacked weights are sliced within the product that takes them
-                    called = self.module.instructions.get(next(iter(_calls(user)), ""), {})
+                    called = self.module.instructions.get(next(iter(calls(user)), ""), {})
                     for index, operand in enumerate(user.operands):
                         part = self._part_read(called, index) if operand == name else 0.0
                         if part is None:
@@ -161,7 +188,8 @@ def _sum(sizes: Iterable[tuple[Array, float]], on_chip: bool) -> float:
     return sum(size for array, size in sizes if array.on_chip == on_chip)
 
 
-def _calls(one: Instruction) -> list[str]:
+def calls(one: Instruction) -> list[str]:
+    """Computations that are fused in an operation."""
     return re.findall(r"calls=%?([\w.\-]+)", one.line)
 
 
@@ -176,29 +204,6 @@ class _Play:
         if name not in self.known:
             self.known[name] = _Run(self, name).play()
         return self.known[name]
-
-    def operation(self, one: Instruction, computation: str) -> tuple[str, float] | None:
-        """Category and seconds of an operation; None: nothing is known of it."""
-        schedule, chip = self.of, self.of.fabric.chip
-        # a piece of a collective hands on the collective's buffers, which it does not move
-        hbm, fast = (0.0, 0.0) if self.of.holds_piece(one) else schedule.moved(one, computation)
-        by_bytes = hbm / schedule.device.bandwidth
-        if 'custom_call_target="tpu_custom_call"' in one.line:
-            flops = kernel_flops(one)
-            if (cost := _COST.search(one.line)) and flops is None:
-                flops, by_bytes = float(cost[1]), float(cost[2]) / schedule.device.bandwidth
-            if flops is None:
-                return None
-            return KERNELS, max(flops / (KERNEL_SHARE * schedule.device.flops), by_bytes)
-        found = _CYCLES.search(one.line)
-        if not found:
-            return None
-        estimate = int(found[1]) / chip.clock
-        if one.opcode in ("convolution", "dot") or any(map(schedule.has_products, _calls(one))):
-            return PRODUCTS, max(estimate, by_bytes)
-        if self.at_bandwidth:
-            return MOVES, max(by_bytes, (hbm + fast) / VECTOR_BYTES / chip.clock)
-        return MOVES, max(estimate, by_bytes)
 
 
 class _Run:
@@ -249,7 +254,7 @@ class _Run:
     def _operate(self, one: Instruction) -> None:
         """An operation of the core; a piece of a collective may stand in its fusion."""
         begins = ends = None
-        for called in _calls(one):
+        for called in calls(one):
             lines = self.play_.of.module.bodies.get(called, ())
             for inner in self.play_.of.module.instructions.get(called, {}).values():
                 if (found := collective(inner.line)) is None:
@@ -266,8 +271,9 @@ class _Run:
             self._fly(key, one.op_name, ICI, "ici", self._of_collective(line, found))
         if ends:
             self._wait(ends)
-        taken = self.play_.operation(one, self.name)
+        taken = self.play_.of.operation(one, self.name, self.play_.at_bandwidth)
         if taken is not None:
+            self.spent.operations += 1
             self.spent.add((one.op_name or one.name, taken[0]), taken[1])
         elif 'custom_call_target="tpu_custom_call"' in one.line:
             self.spent.unknown_kernels[one.op_name or one.name] += 1
@@ -316,20 +322,19 @@ def _attribute(one: Instruction, name: str) -> str:
 def kernel_flops(one: Instruction) -> float | None:
     """Of an attention kernel, by the shapes of its operands; None: it is none.
 
-    The products of a forward kernel are two (scores, weighted values); of the kernels of its gradient three (scores,
-    their gradient, that of the queries) and four (scores, their gradient, those of keys and values).
+    The products of a forward kernel are two (scores, weighted values); of the kernel of its gradient five (scores,
+    their gradient, those of queries, keys and values).
     """
     layout = _LAYOUT.search(one.line)
     if not layout:
         return None
     shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"\w+\[([\d,]+)\]", layout[1])]
     for q, k, v in zip(shapes, shapes[1:], shapes[2:]):
-        if len(q) == len(k) == len(v) == 3 and q[2] == k[2] and k[1] == v[1] and min(q[1], k[1]) >= 64:
-            heads, queries, keys = max(q[0], k[0]), q[1], k[1]
-            of_scores, of_values = 2.0 * heads * queries * keys * q[2], 2.0 * heads * queries * keys * v[2]
+        # a batch is another axis before the heads
+        if len(q) == len(k) == len(v) >= 3 and q[-1] == k[-1] and k[-2] == v[-2] and min(q[-2], k[-2]) >= 64:
+            pairs = float(max(math.prod(q[:-2]), math.prod(k[:-2])) * q[-2] * k[-2])
+            of_scores, of_values = 2 * pairs * q[-1], 2 * pairs * v[-1]
             if "dkv" in one.line.split("=")[0] or "_dkv" in one.op_name:
-                return 2 * of_scores + 2 * of_values
-            if "_dq" in one.line.split("=")[0] or "_dq" in one.op_name:
-                return 2 * of_scores + of_values
+                return 3 * of_scores + 2 * of_values
             return of_scores + of_values
     return None

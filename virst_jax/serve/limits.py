@@ -11,6 +11,7 @@ class Limits:
 
     upload_bytes: int = 512 << 20
     body_bytes: int = 64 << 10  # of everything that is no upload
+    mask_bytes: int = 8 << 20  # of an image of a mask
     frames: int = 600  # of a video, those that are passed over left out
     pixels: int = 3840 * 2160  # of a frame
     every: int = 60  # the largest step from frame to frame

@@ -9,15 +9,17 @@ from typing import Annotated, Any
 
 import anyio
 import anyio.to_thread
+import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from starlette.background import BackgroundTask
 
 from virst_jax.errors import UserError
-from virst_jax.inference.prompts import check_clicks
-from virst_jax.io import small_model
+from virst_jax.inference.prompts import check_clicks, check_mask
+from virst_jax.io import images, small_model
+from virst_jax.io.mask_images import read_binary
 from virst_jax.serve import schema
-from virst_jax.serve.arrival import receive_form
+from virst_jax.serve.arrival import receive_form, receive_mask
 from virst_jax.serve.jobs import Job
 from virst_jax.serve.limits import Refusal
 from virst_jax.serve.results import ALL, FORMATS, color_of, write_zip
@@ -37,12 +39,29 @@ _VIDEO_FIELDS: dict[str, Any] = {
     "video": _FILE,
     "every": {"type": "integer", "default": 1, "description": "take every k-th frame"},
     "allow_damaged": {"type": "boolean", "default": False, "description": "go on with a damaged video"},
+    "exclusive": {"type": "boolean", "default": False, "description": "masks of different objects do not overlap"},
 }
 _SENTENCES = {"type": "array", "items": {"type": "string"}, "description": "what to segment, in words; one or several"}
 
 
+_MASK_FIELDS: dict[str, Any] = {
+    "mask": {
+        "type": "string",
+        "format": "binary",
+        "description": "an image of the video's size, such as a PNG file: 0 and 255, or 0 and 1; an empty one says "
+        "that the object is not on this frame",
+    },
+    "frame": {"type": "integer", "description": "number of the frame, counted from 0"},
+    "object_id": {"type": "integer", "description": "an object that is there; left out: a new one"},
+}
+
+
 def _form(required: list[str], **fields: Any) -> dict[str, Any]:
-    content = {"type": "object", "properties": {**_VIDEO_FIELDS, **fields}, "required": required}
+    return _form_of({**_VIDEO_FIELDS, **fields}, required)
+
+
+def _form_of(fields: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    content = {"type": "object", "properties": fields, "required": required}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": content}}}}
 
 
@@ -220,6 +239,24 @@ def _add_changes(router: APIRouter, service: Service) -> None:
         status = await run(session, "points", wait, response, work)
         return status.model_copy(update={"objects": [number]})
 
+    @router.post(
+        "/sessions/{session_id}/masks", tags=["objects"], openapi_extra=_form_of(_MASK_FIELDS, ["mask", "frame"])
+    )
+    async def mask(session_id: str, request: Request, response: Response, wait: Wait = 0.0) -> schema.JobStatus:
+        """Begins an object by its mask on any frame, or corrects one. Propagate behind it."""
+        session = get(session_id)
+        size = session.ready.size
+        form = await receive_mask(request)
+        frame = session.check_frame(form.frame)
+        given = await anyio.to_thread.run_sync(_read_mask, form.content, size)
+        number = session.new_object() if form.object_id is None else session.check_object(form.object_id)
+
+        def work(job: Job) -> dict[str, Any]:
+            return session.add_mask(model, number, frame, given, job)
+
+        status = await run(session, "mask", wait, response, work)
+        return status.model_copy(update={"objects": [number]})
+
     @router.delete("/sessions/{session_id}/objects/{object_id}/prompts/{frame}", tags=["objects"])
     async def clear(
         session_id: str, object_id: int, frame: int, response: Response, wait: Wait = 0.0
@@ -281,12 +318,23 @@ async def _receive(request: Request, service: Service, *, with_sentences: bool) 
         else:
             path, name = form.path, form.name
         upload = Upload(folder, path, name, form.every, form.allow_damaged)
-        session = service.registry.add(ServedSession(upload, service.limits))
+        session = service.registry.add(ServedSession(upload, service.limits, exclusive=form.exclusive))
         try:
             return service.read(session, sentences)
         except BaseException:
             service.registry.delete(session.id)
             raise
+
+
+def _read_mask(content: bytes, size: tuple[int, int]) -> np.ndarray:
+    """The mask bool[H, W] of an image; one of another size is not even decoded.
+
+    Raises:
+      UserError: no image, one that shows no mask, or one of another size than the video.
+    """
+    name, remedy = "the mask", "send an image, such as a PNG file"
+    check_mask(size, np.broadcast_to(False, images.read_size(content, name=name, upright=False, remedy=remedy)))
+    return read_binary(content, name=name, remedy=remedy)
 
 
 async def _wait(job: Job, seconds: float) -> bool:
@@ -337,6 +385,7 @@ def _state(service: Service, session: ServedSession) -> schema.SessionState:
     return schema.SessionState(
         session_id=session.id,
         name=session.upload.name,
+        exclusive=session.exclusive,
         ready=reader is not None,
         num_frames=count,
         width=width,

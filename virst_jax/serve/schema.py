@@ -44,7 +44,7 @@ class Error(BaseModel):
 class JobStatus(BaseModel):
     job_id: str
     session_id: str
-    kind: str = Field(description="read, segment, sentences, points, clear, remove, propagate, undo or chat")
+    kind: str = Field(description="read, segment, sentences, points, mask, clear, remove, propagate, undo or chat")
     state: Literal["queued", "running", "done", "failed", "cancelled"]
     position: int = Field(description="how many jobs are before it in the queue")
     stage: str = Field(description="what is at work")
@@ -75,6 +75,7 @@ class FoundObject(BaseModel):
 class SessionState(BaseModel):
     session_id: str
     name: str
+    exclusive: bool = Field(description="masks of different objects do not overlap")
     ready: bool = Field(description="the video is read")
     num_frames: int
     width: int

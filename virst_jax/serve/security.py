@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import re
 from collections.abc import Mapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -21,6 +22,7 @@ from virst_jax.serve.limits import Limits, Refusal
 COOKIE = "virst_token"
 FEWEST_CHARACTERS = 16  # of a token
 UPLOADS = ("/segment", "/sessions")
+MASKS = re.compile(r"/sessions/[^/]+/masks")
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 HEADERS = {
     "content-security-policy": (
@@ -81,7 +83,7 @@ class Guard:
             if self.token is not None and (answer := self._ask(scope, headers)) is not None:
                 await _send_plain(send, *answer)
                 return
-            limit = self.limits.upload_bytes if scope["path"] in UPLOADS else self.limits.body_bytes
+            limit = self._limit_of(scope["path"])
             self._check_length(headers, limit)
         except Refusal as error:
             await _send_plain(send, error.status, {"content-type": "application/json"}, _json(error))
@@ -127,6 +129,12 @@ class Guard:
         # browsers send cookies to all ports of a host
         server = scope.get("server")
         return f"{COOKIE}_{server[1]}" if server else COOKIE
+
+    def _limit_of(self, path: str) -> int:
+        """The most bytes of a request's body."""
+        if path in UPLOADS:
+            return self.limits.upload_bytes
+        return self.limits.mask_bytes if MASKS.fullmatch(path) else self.limits.body_bytes
 
     @staticmethod
     def _check_length(headers: Mapping[str, str], limit: int) -> None:

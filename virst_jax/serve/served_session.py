@@ -86,11 +86,13 @@ class ServedSession:
 
     Attributes:
       upload: the video's file.
+      exclusive: masks of different objects do not overlap.
       used: when somebody last asked for it.
     """
 
     upload: Upload
     limits: Limits
+    exclusive: bool = False
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     used: float = field(default_factory=time.monotonic)
     view: View = field(default_factory=View)
@@ -165,7 +167,7 @@ class ServedSession:
     def begin(self, model: Model | TrackerModel) -> Session:
         """The session on the device."""
         if self.network is None:
-            self.network = model.session(self.ready, budget=self.limits.feature_bytes)
+            self.network = model.session(self.ready, exclusive=self.exclusive, budget=self.limits.feature_bytes)
         return self.network
 
     def add_text(self, model: Model | TrackerModel, sentences: Sequence[str], job: Job) -> dict[str, Any]:
@@ -214,6 +216,20 @@ class ServedSession:
         with self._change(session, job) as (frames, counted):
             shown = session.add_points(object_id, frame, points or None, labels or None, box=box)
             counted.append("points")
+            _note(frames, shown)
+        return {"objects": [object_id]}
+
+    def add_mask(
+        self, model: Model | TrackerModel, object_id: int, frame: int, mask: np.ndarray, job: Job
+    ) -> dict[str, Any]:
+        """A mask bool[H, W], in place of what was given on the frame."""
+        session = self.begin(model)
+        if object_id not in session.object_ids:
+            self.check_object(object_id)
+            self._check_room(1)
+        with self._change(session, job) as (frames, counted):
+            shown = session.add_mask(object_id, frame, mask)
+            counted.append("mask")
             _note(frames, shown)
         return {"objects": [object_id]}
 

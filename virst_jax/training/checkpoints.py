@@ -17,13 +17,13 @@ from virst_jax.errors import UserError
 from virst_jax.io import atomic, buckets
 from virst_jax.parallel import processes
 from virst_jax.training.step import TrainState
+from virst_jax.training.uploads import METRICS, UploadedCheckpoints
 from virst_jax.types import PyTree
 
 if TYPE_CHECKING:
     from virst_jax.io.buckets import Place
 
 METRIC = "j_and_f"  # what "best" means
-_METRICS = "metrics"  # Orbax's name of the item, and of the file in it
 
 
 class TrainCheckpoints:
@@ -39,15 +39,15 @@ class TrainCheckpoints:
             policies.LatestN(n=keep),
             policies.BestN(get_metric_fn=lambda metrics: metrics[METRIC], n=1, keep_checkpoints_without_metrics=False),
         ]
-        self.folder = folder
-        self.manager = ocp.CheckpointManager(
-            buckets.absolute(folder),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keepers),
-                enable_async_checkpointing=True,
-                create=True,
-            ),
-        )
+        self.folder, kept = folder, policies.AnyPreservationPolicy(keepers)
+        self.manager: ocp.CheckpointManager | UploadedCheckpoints
+        if buckets.takes_orbax(folder):
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=kept, enable_async_checkpointing=True, create=True
+            )
+            self.manager = ocp.CheckpointManager(buckets.absolute(folder), options=options)
+        else:
+            self.manager = UploadedCheckpoints(folder, kept)
 
     def save(self, state: TrainState, score: float | None = None, wait: bool = False) -> None:
         """Begins to save; the write goes on in the background, `state` may be donated at once.
@@ -118,9 +118,9 @@ class TrainCheckpoints:
         self.wait()
         try:
             if processes.is_main():
-                item = self.folder / str(step) / _METRICS
+                item = self.folder / str(step) / METRICS
                 item.mkdir(exist_ok=True)
-                atomic.write_json(item / _METRICS, {METRIC: score}, indent=None)
+                atomic.write_json(item / METRICS, {METRIC: score}, indent=None)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
         processes.barrier("score")
@@ -146,8 +146,11 @@ class TrainCheckpoints:
             raise _unwritable(self.folder, error) from error
 
     def _shapes(self, step: int) -> PyTree:
+        folder = self.folder / str(step) / "state"
+        if isinstance(self.manager, UploadedCheckpoints):
+            folder = self.manager.fetch(step)
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(buckets.absolute(self.folder / str(step) / "state")).item_metadata
+            stored = checkpointer.metadata(buckets.absolute(folder)).item_metadata
         if stored is None:
             raise ValueError("it does not say what it holds")
         return stored.tree if hasattr(stored, "tree") else stored

@@ -12,7 +12,8 @@ from virst_jax.config import VirstConfig
 from virst_jax.errors import UserError
 from virst_jax.parallel import compiler_flags, sharding
 from virst_jax.profiling import aot, prediction
-from virst_jax.profiling.interconnect import CHIPS
+from virst_jax.profiling.interconnect import CHIPS, SWITCHED
+from virst_jax.profiling.roofline import GPUS_OF_A_MACHINE
 from virst_jax.training import recipe
 from virst_jax.training.start import StateLayout
 from virst_jax.training.step import TrainState, make_train_step
@@ -36,8 +37,11 @@ def compile_only(
     Raises:
       UserError: a step does not fit, or its time cannot be predicted for this hardware.
     """
-    if predict and not prediction.predicted(topology):
-        raise UserError(f"--effort=full: times are predicted for TPUs only ({', '.join(CHIPS)}), not for {topology}")
+    if predict and not prediction.timed(topology):
+        raise UserError(
+            f"--effort=full: times are predicted for TPUs ({', '.join(CHIPS)}) and for up to {GPUS_OF_A_MACHINE} GPUs "
+            f"of one machine ({', '.join(SWITCHED)}), not for {topology}"
+        )
     mesh = sharding.make_mesh(**recipe.plain(config.mesh), devices=aot.topology_devices(topology, slices))
     sharding.check_mesh(cfg, mesh)
     flags = recipe.plain(config.get("xla_flags") or {})
@@ -104,8 +108,8 @@ def _print_costs(
     steps = [(weight, samples, report.prediction) for weight, samples, report in kinds if report.prediction]
     cost = prediction.StageCost.of(stage.steps, steps)
     print(f"{stage.name}, {cost.line()}")
-    if mesh.shape["data"] > 1 or mesh.shape["tensor"] > 1:
-        return  # the formula goes from a slice whose chips share one copy of the parameters
+    if steps[0][2].is_roofline or mesh.shape["data"] > 1 or mesh.shape["tensor"] > 1:
+        return  # the formula is one of TPUs, and goes from a slice whose chips share one copy of the parameters
     gradients = 4.0 * sum(math.prod(x.shape) for x in jax.tree.leaves(layout.abstract.params))
     scaled = []
     for weight, _, report in kinds:

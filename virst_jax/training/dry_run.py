@@ -200,7 +200,7 @@ def _memory() -> str:
 def _size(folder: "Place") -> int:
     """Bytes of all files below."""
     if buckets.is_bucket(folder):
-        return sum(buckets.size_of(file) or 0 for file in buckets.files_below(folder))
+        return buckets.size_below(folder)
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 

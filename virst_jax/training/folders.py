@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virst_jax.config import TrackerConfig, VirstConfig
+from virst_jax.config import FLOAT, TrackerConfig, VirstConfig, weights_of
+from virst_jax.errors import UserError
 from virst_jax.io import model_folder, tracker_folder
 from virst_jax.types import Params, PyTree
 
@@ -15,11 +16,22 @@ def read_config(folder: Path) -> VirstConfig:
     """The network in a folder; a tracker's is a TrackerConfig.
 
     Raises:
-      UserError: no model folder, or a broken config.
+      UserError: no model folder, a broken config, or integer kernels, which have no gradients.
     """
     if tracker_folder.is_tracker(folder):
         return TrackerConfig(sam2=tracker_folder.read_config(folder))
-    return model_folder.read_config(folder)
+    cfg = model_folder.read_config(folder)
+    check_trainable(cfg, str(folder))
+    return cfg
+
+
+def check_trainable(cfg: VirstConfig, where: str) -> None:
+    """Raises UserError: the network has integer kernels."""
+    if integers := [f"{part} {weights}" for part, weights in weights_of(cfg).items() if weights != FLOAT]:
+        raise UserError(
+            f"{where}: has integer kernels ({', '.join(integers)}), which cannot be trained; start from the model that "
+            "it was made of, and quantize the result"
+        )
 
 
 def load(folder: Path, shardings: PyTree) -> tuple[VirstConfig, PyTree]:

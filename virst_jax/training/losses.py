@@ -19,10 +19,11 @@ from virst_jax.config import FRAME_BY_FRAME, IGNORE, PIXEL_MEAN, PIXEL_STD, Virs
 from virst_jax.models.sam2.sam2 import PYRAMID, Features, Prediction, Sam2
 from virst_jax.models.sam2.tracker import Tracker
 from virst_jax.models.virst import Virst
+from virst_jax.training.answers import Answers, answers_loss
 from virst_jax.types import Params
 
-CE_BUDGET = 2**26  # logits that the cross-entropy holds at a time: 256 MiB in float32
-Losses = tuple[jax.Array, dict[str, jax.Array]]  # what is minimised, float32[], and its parts
+Losses = tuple[jax.Array, dict[str, Any]]  # what is minimised, float32[], and its parts
+ANSWERS = "answers"  # among the parts of an unfinished loss: Answers, whose cross-entropy `finish` adds
 
 
 def dice_loss(logits: jax.Array, target: jax.Array, scale: float = 1000.0, eps: float = 1e-6) -> jax.Array:
@@ -63,7 +64,7 @@ class VideoBatch(TextBatch):
     seg_positions: jax.Array  # int32[O, N]; -1 in conversations without [SEG]
     frames: jax.Array  # float (normalised) or uint8 [T, R, R, 3], for the tracker
     targets: jax.Array  # bool[O, U, R, R], on the frames used
-    anchors: jax.Array  # int32[A], rising, among the T frames
+    anchors: jax.Array  # int32[A], rising, all different, among the T frames
     frames_used: jax.Array  # int32[U], rising, anchors included; equal to anchors: nothing is tracked
     # which of the frames used, and of the conversations, are no filler; None: all. Filler frames come last.
     used_valid: jax.Array | None = None  # bool[U]
@@ -93,15 +94,35 @@ class Apply(Protocol):
 
 def text_loss(cfg: VirstConfig, params: Params, batch: TextBatch, dropout_rng: jax.Array | None = None) -> Losses:
     """Cross-entropy of conversations without segmentation, float32[], and {"ce_loss": the same}."""
+    return finish(cfg, params, text_parts(cfg, params, batch, dropout_rng))
+
+
+def text_parts(cfg: VirstConfig, params: Params, batch: TextBatch, dropout_rng: jax.Array | None = None) -> Losses:
+    """text_loss, unfinished."""
     apply = bind(cfg, params, dropout_rng)
-    return answer_loss(cfg, apply, batch, apply(Virst.encode_clips, normalize(batch.clips)), dropout_rng is None)
+    return answer_parts(cfg, apply, batch, apply(Virst.encode_clips, normalize(batch.clips)), dropout_rng is None)
 
 
-def answer_loss(cfg: VirstConfig, apply: Apply, batch: Conversations, visual: jax.Array, deterministic: bool) -> Losses:
-    """text_loss, given the visual tokens: dtype[..., D], V of them."""
+def answer_parts(
+    cfg: VirstConfig, apply: Apply, batch: Conversations, visual: jax.Array, deterministic: bool
+) -> Losses:
+    """text_parts, given the visual tokens: dtype[..., D], V of them."""
     hidden = hidden_states(apply, batch, embed(apply, batch, visual), deterministic)
-    loss = cfg.loss.ce * cross_entropy(cfg, apply, hidden, batch)
-    return loss, {"ce_loss": loss}
+    return jnp.zeros((), jnp.float32), {ANSWERS: answers_of(cfg, hidden, batch)}
+
+
+def finish(cfg: VirstConfig, params: Params, losses: Losses, examples: int = 1) -> Losses:
+    """Adds the cross-entropy of an unfinished loss's answers, if it has any, as "ce_loss".
+
+    The head is applied to all examples of a batch together, so it comes after what is done for each.
+
+    examples: that the answers are of; the mean over them is added.
+    """
+    value, parts = losses
+    if ANSWERS not in parts:
+        return losses
+    ce = answers_loss(cfg, params, parts[ANSWERS]) / examples
+    return value + ce, {"ce_loss": ce, **{name: part for name, part in parts.items() if name != ANSWERS}}
 
 
 def video_losses(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rng: jax.Array | None = None) -> Losses:
@@ -117,6 +138,11 @@ def video_losses(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rn
       The weighted sum float32[], and its parts: ce_loss, mask_bce_loss, mask_dice_loss, iou_loss, occ_loss,
       mask_loss (all weighted, float32[]), mean_iou float32[], masks float32[O, U, R, R] (logits).
     """
+    return finish(cfg, params, video_parts(cfg, params, batch, dropout_rng))
+
+
+def video_parts(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rng: jax.Array | None = None) -> Losses:
+    """video_losses, unfinished."""
     tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=dropout_rng)
     apply, deterministic = bind(cfg, params, dropout_rng), dropout_rng is None
 
@@ -126,7 +152,6 @@ def video_losses(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rn
     if cfg.fusion.initial:
         embeds = apply(Virst.fuse_initially, embeds, batch.seg_positions, maps)
     prefix, rest = hidden_states(apply, batch, embeds, deterministic)
-    ce = cfg.loss.ce * cross_entropy(cfg, apply, (prefix, rest), batch)
 
     # [SEG] stands behind the prefix; conversations without it get prompts that do not count
     positions = jnp.maximum(batch.seg_positions - batch.prefix_len, 0)
@@ -137,9 +162,10 @@ def video_losses(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rn
     weights = valid[:, None].astype(jnp.float32)
     if batch.conversation_valid is not None:
         weights = weights * batch.conversation_valid
-    parts = {"ce_loss": ce, **mask_losses(cfg, tracker, prediction, batch.targets, weights)}
+    parts = mask_losses(cfg, tracker, prediction, batch.targets, weights)
     # the IoU loss counts twice: as a part of mask_loss and on its own
-    return ce + parts["mask_loss"] + parts["iou_loss"] + parts["occ_loss"], parts
+    value = parts["mask_loss"] + parts["iou_loss"] + parts["occ_loss"]
+    return value, {ANSWERS: answers_of(cfg, (prefix, rest), batch), **parts}
 
 
 # What losses consist of
@@ -231,63 +257,32 @@ def segment_frames(
     count = frames_used.shape[0]
     if count == anchors.shape[0]:
         return prompted.prediction
-    _, tracked = tracker.track(
-        params["sam2"],
-        prompted,
-        tracker.start(prompts.shape[0]),
-        take(frames_used),
-        jnp.arange(count),
-        valid,
-        valid.sum(),
-    )
-    return tracked.prediction
+    return tracker.track_in_training(params["sam2"], prompted, take(frames_used), jnp.arange(count), valid)
 
 
-def cross_entropy(
-    cfg: VirstConfig, apply: Apply, hidden: tuple[jax.Array | None, jax.Array], batch: Conversations
-) -> jax.Array:
-    """Next-token cross-entropy float32[], averaged over all labels but IGNORE and [SEG].
+def answers_of(cfg: VirstConfig, hidden: tuple[jax.Array | None, jax.Array], batch: Conversations) -> Answers:
+    """The positions of the conversations, so weighted that the sum is `cfg.loss.ce` times the mean cross-entropy over
+    all labels but IGNORE and [SEG].
 
     hidden: as hidden_states gives them.
     """
     labels = jnp.where(batch.labels == cfg.seg_token_id, IGNORE, batch.labels)
     prefix, rest = hidden
-    vocabulary = cfg.llm.vocab_size
+    width = rest.shape[-1]
     if prefix is None:
-        total, count = _sum_cross_entropy(apply, rest[:, :-1], labels[:, 1:], vocabulary)
+        states, targets = rest[:, :-1], labels[:, 1:]
+        times = jnp.ones(targets.shape, jnp.float32)
     else:
         length, rows = batch.prefix_len, rest.shape[0]
-        before = jnp.concatenate([jnp.broadcast_to(prefix[:, -1:], (rows, 1, rest.shape[-1])), rest[:, :-1]], axis=1)
-        total, count = _sum_cross_entropy(apply, before, labels[:, length:], vocabulary)
-        total_once, count_once = _sum_cross_entropy(apply, prefix[:, :-1], labels[:1, 1:length], vocabulary)
+        before = jnp.concatenate([jnp.broadcast_to(prefix[:, -1:], (rows, 1, width)), rest[:, :-1]], axis=1)
+        states = jnp.concatenate([prefix[:, :-1].reshape(-1, width), before.reshape(-1, width)])
+        targets = jnp.concatenate([labels[0, 1:length], labels[:, length:].reshape(-1)])
         real = (labels != IGNORE).any(1).sum()  # the prefix counts once for every conversation that is no filler
-        total, count = total + real * total_once, count + real * count_once
-    return total / jnp.maximum(count, 1)
-
-
-def _sum_cross_entropy(
-    apply: Apply, hidden: jax.Array, target: jax.Array, vocabulary: int
-) -> tuple[jax.Array, jax.Array]:
-    """hidden dtype[B, L, D], target int[B, L] -> sum float32[] over the targets that count, and their number."""
-
-    def of(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
-        hidden, target = piece
-        logits = apply(Virst.logits, hidden)
-        counts = target != IGNORE
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counts, target, 0))
-        return (loss * counts).sum()
-
-    batch, length, width = hidden.shape
-    pieces = -(-batch * length * vocabulary // CE_BUDGET)
-    if pieces > 1:  # the logits of a long video would take gigabytes
-        size = -(-length // pieces)
-        padding = ((0, 0), (0, size * pieces - length))
-        targets = jnp.pad(target, padding, constant_values=IGNORE).reshape(batch, pieces, size).swapaxes(0, 1)
-        states = jnp.pad(hidden, (*padding, (0, 0))).reshape(batch, pieces, size, width).swapaxes(0, 1)
-        total = jax.lax.map(jax.checkpoint(of), (states, targets)).sum()
-    else:
-        total = of((hidden, target))
-    return total, (target != IGNORE).sum()
+        times = jnp.where(jnp.arange(len(targets)) < length - 1, real.astype(jnp.float32), 1.0)
+    counts = (targets != IGNORE) * times
+    weight = cfg.loss.ce * counts / jnp.maximum(counts.sum(), 1)
+    flat = (states.reshape(-1, width), jnp.where(counts > 0, targets, 0).reshape(-1), weight.reshape(-1))
+    return Answers(*flat)
 
 
 def mask_losses(

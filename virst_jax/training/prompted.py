@@ -26,7 +26,7 @@ from virst_jax.models.sam2.mask_decoder import Masks
 from virst_jax.models.sam2.prompt_encoder import BOX_CORNERS, PADDING
 from virst_jax.models.sam2.prompted import NO_FRAME, ObjectAnchors, ObjectBank, PromptedTracker
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
-from virst_jax.models.sam2.tracker import PROMPT_LOGIT_LIMIT, Tracked
+from virst_jax.models.sam2.tracker import KEPT, PROMPT_LOGIT_LIMIT, Tracked
 from virst_jax.training.clicks import next_click, noisy_box
 from virst_jax.training.losses import Losses, encode_frames
 from virst_jax.types import Params
@@ -90,7 +90,8 @@ class _PromptedVideo:
         self.key = jax.random.key(batch.seed)
         # the masks of all predictions of large frames are gigabytes
         recompute = cfg.sam2.image_size >= FRAME_BY_FRAME
-        self.checkpoint = functools.partial(jax.checkpoint, prevent_cse=False) if recompute else lambda step: step
+        again = functools.partial(jax.checkpoint, prevent_cse=False, policy=KEPT)
+        self.checkpoint = again if recompute else lambda step: step
 
     def loss(self) -> Losses:
         anchors, first = self.prompt()
@@ -210,13 +211,17 @@ class _PromptedVideo:
     def first_prompt(
         self, key: jax.Array, target: jax.Array, kind: jax.Array, central: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """A point or a box, in the first slots: target bool[O, R, R] -> float32[O, N, 2], int32[O, N]."""
+        """A point or a box, in the first slots: target bool[O, R, R] -> float32[O, N, 2], int32[O, N].
+
+        Around nothing there is no box: an empty target has a negative point whatever the kind.
+        """
         coords, labels = self.no_prompt(target.shape[0])
         point, label = next_click(jax.random.fold_in(key, 0), jnp.zeros_like(target), target, central)
         points = coords.at[:, 0].set(point), labels.at[:, 0].set(label)
         corners = noisy_box(jax.random.fold_in(key, 0), target)
         box = coords.at[:, :2].set(corners), labels.at[:, :2].set(jnp.asarray(BOX_CORNERS))
-        return jax.tree.map(lambda a, b: jnp.where(kind == BOX, a, b), box, points)
+        boxed = (kind == BOX) & target.any((-2, -1))
+        return jax.tree.map(lambda a, b: jnp.where(boxed.reshape(-1, *[1] * (a.ndim - 1)), a, b), box, points)
 
     def refine(
         self,

@@ -30,6 +30,7 @@ class StateLayout:
 
     @classmethod
     def of(cls, cfg: VirstConfig, stage: Stage, mesh: Mesh) -> "StateLayout":
+        folders.check_trainable(cfg, "the recipe's model")
         shapes = model_folder.parameter_shapes(cfg)
         parameters = sharding.parameter_shardings(cfg, mesh)
         state = jax.eval_shape(lambda params: init_state(cfg, stage.optim, stage.groups, params), shapes)

@@ -12,7 +12,7 @@ import optax
 
 from virst_jax.config import VirstConfig
 from virst_jax.parallel.sharding import replicate
-from virst_jax.training.losses import video_losses
+from virst_jax.training.losses import ANSWERS, finish, video_parts
 from virst_jax.training.optim import Groups, OptimConfig, join, learning_rate, make_optimizer, split, update_ema
 from virst_jax.training.tasks import Batch, LossFunction
 from virst_jax.types import Params, PyTree
@@ -77,14 +77,16 @@ def batch_loss(
 
     rngs = None if rng is None else jax.random.split(rng, count)
     value, parts = jax.vmap(of_example, spmd_axis_name=mesh_axes)(batch, rngs)
-    return value.mean(), jax.tree.map(jnp.mean, parts)
+    answers = {name: part for name, part in parts.items() if name == ANSWERS}
+    means = {name: part.mean() for name, part in parts.items() if name != ANSWERS}
+    return finish(cfg, params, (value.mean(), {**means, **answers}), count)
 
 
 def make_train_step(
     cfg: VirstConfig,
     optim: OptimConfig,
     groups: Groups,
-    loss: LossFunction = video_losses,
+    loss: LossFunction = video_parts,
     *,
     seed: int = 0,
     mesh_axes: tuple[str, ...] | None = None,

@@ -18,7 +18,7 @@ from virst_jax.data.samples import Question
 from virst_jax.errors import UserError
 from virst_jax.profiling import flops
 from virst_jax.profiling.flops import StepFlops, StepShape
-from virst_jax.training.losses import Losses, TextBatch, VideoBatch, text_loss, video_losses
+from virst_jax.training.losses import Losses, TextBatch, VideoBatch, text_parts, video_parts
 from virst_jax.training.prompted import PromptedBatch, prompted_loss
 from virst_jax.types import PyTree
 
@@ -26,7 +26,10 @@ Batch = Any  # one of the tasks' batch classes, a pytree of arrays or ShapeDtype
 
 
 class LossFunction(Protocol):
-    """The loss of one example: a batch without its leading axis. No dropout where `dropout_rng` is None."""
+    """The loss of one example: a batch without its leading axis. No dropout where `dropout_rng` is None.
+
+    It may be unfinished: see losses.finish.
+    """
 
     def __call__(
         self, cfg: VirstConfig, params: PyTree, batch: Any, dropout_rng: jax.Array | None = None, /
@@ -158,7 +161,7 @@ register(
         maker=batches.SegmentationMaker,
         array_shapes=batches.segmentation_shapes,
         batch=lambda arrays, prefix_len: VideoBatch(**arrays, prefix_len=prefix_len),
-        loss=video_losses,
+        loss=video_parts,
         count_flops=lambda cfg, batch, trained: flops.step_flops(cfg, video_shape(batch), trained),
         evaluated=True,
     ),
@@ -168,7 +171,7 @@ register(
         maker=batches.QuestionMaker,
         array_shapes=batches.question_shapes,
         batch=lambda arrays, prefix_len: TextBatch(**arrays, prefix_len=prefix_len),
-        loss=text_loss,
+        loss=text_parts,
         count_flops=lambda cfg, batch, trained: flops.step_flops(cfg, text_shape(batch), trained),
     ),
     *for_both(

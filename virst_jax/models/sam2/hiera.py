@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from virst_jax.config import Compute, HieraConfig, Sam2Config
-from virst_jax.models.layers import Mlp, Projections, conv, dense, gelu, layer_norm, remat, with_axes
+from virst_jax.config import FLOAT, Compute, HieraConfig, Sam2Config
+from virst_jax.models.layers import Mlp, Projections, conv, dense, gelu, in_parts, layer_norm, remat, with_axes
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
 from virst_jax.ops.platform import target_platform
@@ -81,19 +81,20 @@ def max_pool_2x(x: jax.Array) -> jax.Array:
 class Attention(nn.Module):
     spec: BlockSpec
     compute: Compute
+    weights: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Windows dtype[N, S, S, dim] -> dtype[N, S, S, dim_out], S halved where the block pools its queries."""
         spec = self.spec
-        q, k, v = Projections(self.compute, spec.dim_out, name="qkv")(x)
+        q, k, v = Projections(self.compute, spec.dim_out, weights=self.weights, name="qkv")(x)
         if spec.pool:
             q = max_pool_2x(q)
         side = q.shape[1:3]
         q, k, v = (rearrange(y, "b i j (h d) -> b (i j) h d", h=spec.num_heads) for y in (q, k, v))
         out = attention(q, k, v, impl=self.compute.attention)
         out = rearrange(out, "b (i j) h d -> b i j (h d)", i=side[0])
-        return dense(self.compute, spec.dim_out, ("heads", "embed"), name="proj")(out)
+        return dense(self.compute, spec.dim_out, ("heads", "embed"), weights=self.weights, name="proj")(out)
 
 
 class Block(nn.Module):
@@ -103,19 +104,30 @@ class Block(nn.Module):
     mlp_ratio: float
     compute: Compute
     windows: int = 0
+    weights: str = FLOAT  # of config.WEIGHTS
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        if self.spec.window and self.windows:
+            return in_parts(self, Block._run, x, self._hidden), None
+        return self._run(x), None
+
+    @property
+    def _hidden(self) -> int:
+        return int(self.spec.dim_out * self.mlp_ratio)
+
+    def _run(self, x: jax.Array) -> jax.Array:
         spec = self.spec
         x = shortcut = constrain(x, None, None, None, "width")
         x = layer_norm(self.compute, 1e-6, name="norm1")(x)
         if spec.dim != spec.dim_out:
-            shortcut = dense(self.compute, spec.dim_out, ("conv_in", "embed"), name="proj")(x)
+            shortcut = dense(self.compute, spec.dim_out, ("conv_in", "embed"), weights=self.weights, name="proj")(x)
         if spec.pool:
             shortcut = max_pool_2x(shortcut)
-        x = shortcut + self._attend(Attention(spec, self.compute, name="attn"), x)
-        mlp = Mlp(self.compute, (int(spec.dim_out * self.mlp_ratio), spec.dim_out), gelu, name="mlp")
-        return x + mlp(layer_norm(self.compute, 1e-6, name="norm2")(x)), None
+        x = shortcut + self._attend(Attention(spec, self.compute, self.weights, name="attn"), x)
+        mlp = Mlp(self.compute, (self._hidden, spec.dim_out), gelu, weights=self.weights, name="mlp")
+        y = layer_norm(self.compute, 1e-6, name="norm2")(x)
+        return x + in_parts(mlp, Mlp.__call__, y.reshape(-1, spec.dim_out), self._hidden).reshape(x.shape)
 
     def _attend(self, attend: Attention, x: jax.Array) -> jax.Array:
         if self.windows and not self.spec.window:  # all windows of an image, one below the other
@@ -173,7 +185,7 @@ class Hiera(nn.Module):
                     metadata_params={nn.PARTITION_NAME: "layers"},
                 )
             windows = grid[0] * grid[1] if side else 0
-            x, _ = block(run.spec, cfg.mlp_ratio, compute, windows, name=run.name)(x, None)
+            x, _ = block(run.spec, cfg.mlp_ratio, compute, windows, cfg.weights, name=run.name)(x, None)
             if run.spec.pool:
                 side //= 2
             if run.start + run.count in ends:

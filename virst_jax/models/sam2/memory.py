@@ -14,8 +14,9 @@ import numpy as np
 from einops import rearrange
 
 from virst_jax.config import Compute, Sam2Config
-from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, remat, with_axes
+from virst_jax.models.layers import conv, default_init, dense, gelu, in_parts, layer_norm, with_axes
 from virst_jax.models.sam2.folded import FoldedConv, FoldedNorm, fold
+from virst_jax.models.sam2.planes import PlaneConv, PlaneNorm
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
 from virst_jax.ops.depthwise import shifted_depthwise
@@ -148,8 +149,9 @@ class MemoryAttention(nn.Module):
           dtype[B, S, C].
         """
         dtype = jnp.dtype(self.compute.dtype)
+        # training computes whole frames again in the backward pass; layers once more on their own would be a third time
         layers: Any = nn.scan(
-            remat(Layer, self.compute.remat),
+            Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
@@ -194,12 +196,17 @@ class ConvNextBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         y = DepthwiseConv(self.compute, self.kernel_size, name="dwconv")(x)
-        y = layer_norm(self.compute, 1e-6, name="norm")(y)
-        y = gelu(dense(self.compute, 4 * width, ("embed", "mlp"), name="pwconv1")(y))
-        y = dense(self.compute, width, ("mlp", "embed"), name="pwconv2")(y)
+        y = in_parts(self, ConvNextBlock._mix_channels, y.reshape(-1, width), 4 * width).reshape(x.shape)
         init = with_axes(nn.initializers.constant(1e-6), "norm")
         gamma = self.param("gamma", init, (width,), jnp.dtype(self.compute.param_dtype))
         return x + gamma.astype(y.dtype) * y
+
+    def _mix_channels(self, y: jax.Array) -> jax.Array:
+        """dtype[positions, C] -> the same"""
+        width = y.shape[-1]
+        y = layer_norm(self.compute, 1e-6, name="norm")(y)
+        y = gelu(dense(self.compute, 4 * width, ("embed", "mlp"), name="pwconv1")(y))
+        return dense(self.compute, width, ("mlp", "embed"), name="pwconv2")(y)
 
 
 class MemoryEncoder(nn.Module):
@@ -211,11 +218,15 @@ class MemoryEncoder(nn.Module):
         """Image features dtype[B or 1, H, W, C] and a mask float[B, R, R] in [-10, 10] -> memory dtype[B, H, W, D]."""
         cfg, compute = self.cfg, self.compute
         y = mask[..., None].astype(jnp.dtype(compute.dtype))
-        folded, side = target_platform() == "tpu", 16
+        platform, side = target_platform(), 16
+        folded = platform == "tpu"
         y = fold(y, side) if folded else y
         for i in range(4):
             channels = 4 ** (i + 1)
-            if folded:
+            if platform == "cpu" and i == 0:
+                planes = PlaneNorm(compute, 1e-6, name="mask_norm0")(PlaneConv(compute, 4, name="mask_conv0")(mask))
+                y = jnp.stack([gelu(x) for x in planes], -1)
+            elif folded:
                 y = FoldedConv(compute, channels, side >> i, name=f"mask_conv{i}")(y)
                 y = gelu(FoldedNorm(compute, channels, 1e-6, name=f"mask_norm{i}")(y))
             else:

@@ -11,7 +11,6 @@ Source: model/sam2/sam2_virst.py and sam2_base.py (_prepare_memory_conditioned_f
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -21,10 +20,15 @@ import jax.numpy as jnp
 from virst_jax.config import Sam2Config
 from virst_jax.models.sam2.anchors import select_anchors
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
+from virst_jax.ops.platform import target_platform
+from virst_jax.ops.splash import RESIDUALS
 from virst_jax.types import PyTree
 
 PROMPT_LOGIT_LIMIT = 32.0  # a mask prompt from an earlier anchor on the same frame is clamped so
 NO_FRAME = -(10**6)  # far from every frame
+# A frame is computed again in the backward pass, but for what attention has found within it and in its memories: of a
+# frame and an object of the release's size it takes 10 MB, and most of the frame's time.
+KEPT = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 
 
 @flax.struct.dataclass
@@ -45,6 +49,16 @@ class MemoryBank:
     memory: jax.Array  # [R, O, S, D]
     pointer_frames: jax.Array  # int32[P]
     pointers: jax.Array  # [P, O, C]
+
+    def put(self, number: jax.Array, memory: jax.Array, pointer: jax.Array) -> "MemoryBank":
+        """With a frame's memory [O, S, D] and pointer [O, C]; it takes the place of the oldest."""
+        m, p = number % self.memory_frames.shape[0], number % self.pointer_frames.shape[0]
+        return MemoryBank(
+            self.memory_frames.at[m].set(number),
+            self.memory.at[m].set(memory),
+            self.pointer_frames.at[p].set(number),
+            self.pointers.at[p].set(pointer),
+        )
 
 
 @flax.struct.dataclass
@@ -78,15 +92,16 @@ class Tracker:
     def _apply(self, params: PyTree, method: Any, *args: Any, **kwargs: Any) -> Any:
         return self.sam.apply({"params": params}, *args, method=method, **kwargs)
 
-    def _choose(self, condition: jax.Array, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
-        if not self.training:
-            return jax.lax.cond(condition, yes, no)
-        # the videos of a batch differ, so both are computed anyway; vmap of a branch would copy the parameters for each
-        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes(), no())
-
     def _encode_memory(self, params: PyTree, frame: Features, prediction: Prediction) -> Tracked:
         memory = self._apply(params, Sam2.encode_memory, frame, prediction)
         return Tracked(prediction, memory.astype(self.memory_dtype))
+
+    def _encode_memories(self, params: PyTree, features: Features, prediction: Prediction) -> Tracked:
+        """As _encode_memory for T frames, leading axis T: all of an object at once, so that it fits the memory."""
+        encode = jax.vmap(functools.partial(self._encode_memory, params))
+        of_objects = jax.tree.map(lambda x: x.swapaxes(0, 1)[:, :, None], prediction)
+        memory = jax.lax.map(lambda one: encode(features, one).memory, of_objects)
+        return Tracked(prediction, memory[:, :, 0].swapaxes(0, 1))
 
     def prompt_anchors(
         self, params: PyTree, features: Features, frames: jax.Array, valid: jax.Array, prompts: jax.Array
@@ -97,10 +112,12 @@ class Tracker:
           params: of the Sam2 module.
           features: of the anchor frames, leading axis A.
           frames: int32[A], their numbers in the video.
-          valid: bool[A]; slots that are not cost nothing, unless in training.
+          valid: bool[A]; slots that are not cost nothing, unless in training, and on TPUs only their memory.
           prompts: dtype[O, A, N, C], STF prompt tokens.
         """
         empty = self.empty(prompts.shape[0])
+        # a TPU encodes several memories at once faster; where there is no anchor, it encodes one that nobody reads
+        together = target_platform() == "tpu" and not self.training
         logits_shape = (frames.shape[0], *empty.prediction.low_res.shape)
 
         def step(low_res: jax.Array, slot: tuple[Any, ...]) -> tuple[jax.Array, Tracked]:
@@ -115,15 +132,20 @@ class Tracker:
                 prediction = self._apply(
                     params, Sam2.predict, image, frame, tokens, mask_prompt, last >= 0, mode=self.mode
                 )
+                if together:
+                    return Tracked(prediction, empty.memory)
                 return self._encode_memory(params, frame, prediction)
 
-            out = self._choose(alive, segment, lambda: empty)
+            # the videos of a batch differ, and vmap of a branch would copy the parameters for each of them
+            out = _where(alive, segment(), empty) if self.training else jax.lax.cond(alive, segment, lambda: empty)
             return low_res.at[index].set(out.prediction.low_res), out
 
         if self.training:
             step = jax.checkpoint(step, prevent_cse=False)
         slots = (jnp.arange(frames.shape[0]), features, frames, valid, prompts.swapaxes(0, 1))
         _, out = jax.lax.scan(step, jnp.zeros(logits_shape), slots)
+        if together:
+            out = self._encode_memories(params, features, out.prediction)
         later = (frames[None] == frames[:, None]) & valid[None] & jnp.triu(jnp.ones((len(frames),) * 2, bool), 1)
         return Anchors(frames, valid & ~later.any(1), out.prediction, out.memory)
 
@@ -149,7 +171,7 @@ class Tracker:
         num_frames: jax.Array,
         keep_memory: bool = False,
     ) -> tuple[MemoryBank, Tracked]:
-        """Tracks a chunk of consecutive frames.
+        """Tracks a chunk of consecutive frames in evaluation.
 
         Args:
           params: of the Sam2 module.
@@ -165,7 +187,6 @@ class Tracker:
           The state for the next chunk, and the outcome of every frame (leading axis T).
         """
         empty = self.empty(anchors.memory.shape[1])
-        slots = jnp.arange(anchors.frames.shape[0])
 
         def step(bank: MemoryBank, slot: tuple[Any, ...]) -> tuple[MemoryBank, Tracked]:
             frame, number, alive = slot
@@ -177,28 +198,65 @@ class Tracker:
                 return Tracked(jax.tree.map(take, anchors.prediction), take(anchors.memory))
 
             def from_memory() -> Tracked:
-                there = anchors.valid & ((anchors.frames < number) | (slots == 0) | (not self.training))
-                image = self.condition(params, anchors, there, bank, frame, number, num_frames)
-                sparse = self._apply(params, Sam2.no_prompt, image.shape[0])
-                prediction = self._apply(params, Sam2.predict, image, frame, sparse, mode=self.mode)
-                return self._encode_memory(params, frame, prediction)
+                image = self.condition(params, anchors, anchors.valid, bank, frame, number, num_frames)
+                return self._segment(params, frame, image)
 
             def advance() -> tuple[MemoryBank, Tracked]:
-                out = self._choose(here.any(), from_anchor, from_memory)
-                m, p = number % bank.memory_frames.shape[0], number % bank.pointer_frames.shape[0]
-                return MemoryBank(
-                    bank.memory_frames.at[m].set(number),
-                    bank.memory.at[m].set(out.memory),
-                    bank.pointer_frames.at[p].set(number),
-                    bank.pointers.at[p].set(out.prediction.pointer),
-                ), out
+                out = jax.lax.cond(here.any(), from_anchor, from_memory)
+                return bank.put(number, out.memory, out.prediction.pointer), out
 
-            bank, out = self._choose(alive, advance, lambda: (bank, empty))
+            bank, out = jax.lax.cond(alive, advance, lambda: (bank, empty))
             return bank, out if keep_memory else dataclasses.replace(out, memory=jnp.zeros(()))
 
-        if self.training:
-            step = jax.checkpoint(step, prevent_cse=False)
         return jax.lax.scan(step, bank, (features, frames, valid))
+
+    def track_in_training(
+        self, params: PyTree, anchors: Anchors, features: Features, frames: jax.Array, valid: jax.Array
+    ) -> Prediction:
+        """Tracks all frames of a video, of which the anchors cost nothing.
+
+        The videos of a batch have their anchors on different frames, so a branch would compute both of its sides. The
+        scan therefore runs over the other frames alone, and anchors enter the bank when it passes them.
+
+        Args:
+          params: of the Sam2 module.
+          anchors: from `prompt_anchors`, all valid, on different frames that are among `frames`, in their order.
+          features: of the frames, leading axis T.
+          frames: int32[T], their numbers in the video, rising.
+          valid: bool[T]; the others, all behind them, are fillers.
+
+        Returns:
+          The predictions of all frames, leading axis T; zeros for fillers.
+        """
+        count, slots = frames.shape[0], anchors.frames.shape[0]
+        empty = self.empty(anchors.memory.shape[1]).prediction
+        others = jnp.flatnonzero(~(frames[:, None] == anchors.frames).any(1), size=count - slots)
+
+        def step(carry: tuple[MemoryBank, jax.Array], slot: tuple[Any, ...]) -> tuple[Any, Prediction]:
+            bank, before = carry
+            frame, number, alive = slot
+            for i in range(slots):
+                passed = (before < anchors.frames[i]) & (anchors.frames[i] < number)
+                anchor = bank.put(anchors.frames[i], anchors.memory[i], anchors.prediction.pointer[i])
+                bank = _where(passed, anchor, bank)
+            available = (anchors.frames < number) | (jnp.arange(slots) == 0)
+            image = self.condition(params, anchors, available, bank, frame, number, valid.sum())
+            out = self._segment(params, frame, image)
+            bank = _where(alive, bank.put(number, out.memory, out.prediction.pointer), bank)
+            return (bank, number), _where(alive, out.prediction, empty)
+
+        slot = jax.tree.map(lambda x: jnp.take(x, others, axis=0), (features, frames, valid))
+        start = (self.start(anchors.memory.shape[1]), jnp.int32(NO_FRAME))
+        _, tracked = jax.lax.scan(jax.checkpoint(step, prevent_cse=False, policy=KEPT), start, slot)
+        places = jnp.zeros(count, jnp.int32).at[others].set(slots + jnp.arange(count - slots))
+        places = places.at[jnp.searchsorted(frames, anchors.frames)].set(jnp.arange(slots))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[places], anchors.prediction, tracked)
+
+    def _segment(self, params: PyTree, frame: Features, image: jax.Array) -> Tracked:
+        """The outcome of a frame that has no prompt; image: dtype[O, H, W, C], from `condition`."""
+        sparse = self._apply(params, Sam2.no_prompt, image.shape[0])
+        prediction = self._apply(params, Sam2.predict, image, frame, sparse, mode=self.mode)
+        return self._encode_memory(params, frame, prediction)
 
     def condition(
         self,
@@ -259,3 +317,8 @@ class Tracker:
         )
         memory = jnp.zeros((num_objects, cfg.feature_size**2, cfg.memory_dim), self.memory_dtype)
         return Tracked(prediction, memory)
+
+
+def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """One of two trees of the same shapes; both are computed. condition: bool[]."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

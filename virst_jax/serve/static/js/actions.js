@@ -58,6 +58,18 @@ function point(prompt) {
   );
 }
 
+// A mask from an image file, likewise.
+function mask(file) {
+  const form = new FormData();
+  form.append("frame", String(store.frame));
+  form.append("mask", file, file.name);
+  const ask = () => {
+    if (store.chosen !== null) form.append("object_id", String(store.chosen));
+    return json("POST", here("masks"), form);
+  };
+  return perform(ask, (job) => choose(job.objects[0]));
+}
+
 export const click = (place, label) => point({ points: [place], labels: [label] });
 export const box = (corners) => point({ box: corners });
 
@@ -100,6 +112,10 @@ export function startActions() {
   byId("track").addEventListener("click", () => track(byId("direction").value));
   byId("undo").addEventListener("click", undo);
   byId("download").addEventListener("click", () => download(byId("format").value));
+  byId("mask-file").addEventListener("change", (event) => {
+    if (event.target.files[0]) mask(event.target.files[0]);
+    event.target.value = ""; // the same file may be chosen again
+  });
   byId("numbers").addEventListener("submit", async (event) => {
     event.preventDefault();
     if (await pointByNumbers(byId("place").value)) byId("place").value = "";

@@ -17,10 +17,12 @@ async function errorOf(answer) {
   }
 }
 
-// The answer to a request; `body` is sent as JSON.
+// The answer to a request; `body` is sent as JSON, or as the form that it is.
 export async function request(method, path, body) {
   const options = { method };
-  if (body !== undefined) {
+  if (body instanceof FormData) {
+    options.body = body;
+  } else if (body !== undefined) {
     options.body = JSON.stringify(body);
     options.headers = { "content-type": "application/json" };
   }

@@ -28,7 +28,9 @@ function showParts() {
   byId("sentence-card").hidden = !ready || !server.reads_text;
   if (!ready) return changed("session", "frame", "view");
   const rate = session.fps ? `, ${+session.fps.toFixed(2)} frames a second` : "";
-  byId("video-facts").textContent = `${session.name}: ${session.num_frames} frames of ${session.width}x${session.height}${rate}`;
+  const apart = session.exclusive ? "; objects do not overlap" : "";
+  byId("video-facts").textContent =
+    `${session.name}: ${session.num_frames} frames of ${session.width}x${session.height}${rate}${apart}`;
   showSuggestions();
   changed("session", "frame", "view");
 }
@@ -99,6 +101,7 @@ function openFile(file) {
   const form = new FormData();
   form.append("every", byId("every").value || "1");
   form.append("allow_damaged", String(byId("damaged").checked));
+  form.append("exclusive", String(byId("exclusive").checked));
   form.append("video", file, file.name);
   open(form);
 }
@@ -129,6 +132,7 @@ export function startOpening() {
   byId("sample").addEventListener("click", () => {
     const form = new FormData();
     form.append("sample", "true");
+    form.append("exclusive", String(byId("exclusive").checked));
     open(form);
   });
   byId("close").addEventListener("click", () => {
