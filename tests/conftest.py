@@ -29,15 +29,10 @@ CACHE_LIMIT = 2**30
 MEMORY_LIMIT = 3 * 2**30  # of a worker, of which there are two
 
 # Files that take minutes begin first, so that no worker is left with one at the end.
-LONGEST = ("test_train", "training/test_losses", "models/test_tracking", "test_api", "test_eval")
-LONGEST += (
-    "conversion/test_convert",
-    "test_embedded",
-    "inference/test_steps",
-    "test_cli",
-    "test_package",
-    "models/test_virst",
-)
+LONGEST = ("test_train_buckets", "parallel/test_sharding", "test_train", "parallel/test_sharded_tracker")
+LONGEST += ("conversion/test_bisect", "test_notebooks", "test_train_processes", "training/test_prompted")
+LONGEST += ("training/test_losses", "serve/test_page", "test_load", "conversion/test_convert", "test_eval")
+LONGEST += ("models/test_tracking", "profiling/test_flops", "io/test_model_folder", "benchmarks/test_accelerator")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import virst_jax
+from helpers import compiling
 from helpers.network import CFG, SMALL, params, write_model
 from helpers.places import PROGRAMS, ROOT, TOKENIZER
 from helpers.segmenting import CAR, CAT, DOG, video
@@ -138,10 +139,9 @@ def test_four_devices_give_what_one_gives(tmp_path):
     folder, clip, out = tmp_path / "model", tmp_path / "clip.npy", tmp_path / "out.npz"
     model_folder.save_model(folder, CFG, params(), TOKENIZER)
     np.save(clip, video(5))
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     subprocess.run(
         [sys.executable, PROGRAMS / "segment_on_mesh.py", folder, clip, out],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.flags(4)},
         cwd=ROOT,
         check=True,
         timeout=900,

@@ -14,9 +14,11 @@ import pytest
 
 import train
 import virst_jax
+from helpers import compiling
 from helpers.network import random_params
 from helpers.places import ROOT
 from helpers.train_cases import command, losses, recipe
+from helpers.train_processes import start_model
 from virst_jax import cli
 from virst_jax.errors import UserError
 from virst_jax.io import lock, model_folder
@@ -281,12 +283,14 @@ def test_bad_recipes(tmp_path, change, message):
 
 @pytest.mark.heavy
 def test_goes_on_with_more_devices_on_another_mesh(tmp_path):
+    start = start_model(tmp_path / "start")
+
     def on(devices, workdir, steps, **mesh):
         flags = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
         flags += [f"--config.stage.steps={steps}", "--config.stage.optim.schedule=constant"]
-        flags += ["--config.stage.data.shapes.batch_size=8"]
+        flags += ["--config.stage.data.shapes.batch_size=8", f"--config.model.init={start}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = compiling.flags(devices)
         done = subprocess.run(command(workdir, *flags), cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from helpers import compiling
 from helpers.places import ROOT
 
 
@@ -28,7 +29,7 @@ class Group:
                 "PYTHONPATH": str(ROOT),
                 "PYTHONUNBUFFERED": "1",
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+                "XLA_FLAGS": compiling.flags(devices),
                 **environment,
             }
             if count > 1:

@@ -17,7 +17,6 @@ from helpers.places import ROOT
 def virst_serve(home: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and the address that it has printed. Uploads lie in `home`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(home)}
-    environment.pop("XLA_FLAGS", None)  # it computes more than it compiles, so that the optimizer pays
     command = [sys.executable, "-m", "virst_jax", "serve", "--port", "0", *arguments]
     with subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:

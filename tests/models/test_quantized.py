@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from helpers import compiling
 from helpers.network import SMALL, random_params
 from helpers.places import PROGRAMS, ROOT
 from helpers.quantized import CFG, NONE, run
@@ -17,8 +18,6 @@ from virst_jax.errors import UserError
 from virst_jax.models.quantized import dequantize_params, quantize_params
 from virst_jax.models.tree import flatten
 from virst_jax.parallel import sharding
-
-FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -85,7 +84,7 @@ def test_integers_and_scales_are_split_alike():
 
 @pytest.mark.heavy
 def test_split_over_two_devices():
-    environment = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = {**os.environ, "XLA_FLAGS": compiling.flags(2), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, str(PROGRAMS / "quantized_mesh.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import pytest
 from flax.core import meta
 from jax.extend.core import jaxprs_in_params
 
+from helpers.compiling import SAME_BITS
 from helpers.kernels import kernels
 from virst_jax.config import Compute, HieraConfig, Sam2Config, VirstConfig, virst_7b
 from virst_jax.inference.steps import Network
@@ -38,7 +39,6 @@ CFG = Sam2Config(
     max_anchors_attended=2,
 )
 OBJECTS, FRAMES = 3, 12
-QUICK = {"xla_backend_optimization_level": 0}  # compiling takes longer than running here; this halves it
 ANCHORS = np.array([2, 5, 9], np.int32)
 
 
@@ -76,7 +76,7 @@ def tracker() -> tuple[Tracker, Any, Any]:
     made = Tracker(Sam2(CFG, Compute()))
     made.memory_dtype = jnp.dtype(jnp.float32)  # rounding differences must not grow to one of bfloat16's steps
     track = functools.partial(made.track, keep_memory=True)
-    return made, jax.jit(made.prompt_anchors, compiler_options=QUICK), jax.jit(track, compiler_options=QUICK)
+    return made, jax.jit(made.prompt_anchors, compiler_options=SAME_BITS), jax.jit(track, compiler_options=SAME_BITS)
 
 
 def features(count: int) -> Features:
@@ -149,7 +149,7 @@ def test_memories_of_anchors_that_are_encoded_together(monkeypatch: pytest.Monke
     images = at(features(FRAMES), ANCHORS)
     apart = tracker()[1](parameters(), images, ANCHORS, valid, prompts())
     monkeypatch.setattr(tracker_module, "target_platform", lambda: "tpu")
-    together = jax.jit(lambda *x: tracker()[0].prompt_anchors(*x), compiler_options=QUICK)(
+    together = jax.jit(lambda *x: tracker()[0].prompt_anchors(*x), compiler_options=SAME_BITS)(
         parameters(), images, ANCHORS, valid, prompts()
     )
     assert_equal((together.valid, together.prediction), (apart.valid, apart.prediction))
@@ -185,7 +185,7 @@ def test_tracking_in_training_passes_over_anchors() -> None:
     """The same as frame by frame, with anchors put into the bank when they are reached; the last two are fillers."""
     made = Tracker(Sam2(CFG, Compute()), training=True)
     images, numbers, real = features(FRAMES), jnp.arange(FRAMES), FRAMES - 2
-    anchors = jax.jit(made.prompt_anchors, compiler_options=QUICK)(
+    anchors = jax.jit(made.prompt_anchors, compiler_options=SAME_BITS)(
         parameters(), at(images, ANCHORS), ANCHORS, np.ones(len(ANCHORS), bool), prompts()
     )
 
@@ -196,7 +196,7 @@ def test_tracking_in_training_passes_over_anchors() -> None:
         memory: Any = apply(frame, prediction, method=Sam2.encode_memory)
         return Tracked(prediction, memory)
 
-    step = jax.jit(of_frame, compiler_options=QUICK)
+    step = jax.jit(of_frame, compiler_options=SAME_BITS)
     bank, expected = made.start(OBJECTS), []
     for number in range(real):
         if number in ANCHORS:
@@ -207,7 +207,7 @@ def test_tracking_in_training_passes_over_anchors() -> None:
             out = step(parameters(), available, bank, at(images, number), jnp.int32(number))
         bank = bank.put(jnp.int32(number), out.memory, out.prediction.pointer)
         expected.append(out.prediction)
-    track = jax.jit(made.track_in_training, compiler_options=QUICK)
+    track = jax.jit(made.track_in_training, compiler_options=SAME_BITS)
     found = track(parameters(), anchors, images, numbers, numbers < real)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(jax.tree.map(lambda *x: np.stack(x), *expected))):
         np.testing.assert_allclose(ours[:real], theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
@@ -372,7 +372,7 @@ def test_pairs_of_queries_and_keys_in_the_backward_pass() -> None:
 
 
 def test_one_program_tracks_videos_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("virst_jax.inference.steps.jax.jit", functools.partial(jax.jit, compiler_options=QUICK))
+    monkeypatch.setattr("virst_jax.inference.steps.jax.jit", functools.partial(jax.jit, compiler_options=SAME_BITS))
     network = Network(VirstConfig(sam2=CFG), {"sam2": parameters()})
     rng = np.random.RandomState(3)
     for length, anchors in ((3, [1]), (10, [0, 7]), (5, [4])):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.compiling import SAME_BITS
 from helpers.network import SMALL, random_params
 from virst_jax.config import Compute, from_json, get_preset, tiny, to_json, virst_7b
 from virst_jax.errors import UserError
@@ -79,7 +80,7 @@ def value_and_gradients(module: nn.Module, params: Any, inputs: tuple[Any, ...])
         return sum((x.astype(jnp.float32) ** 2).mean() for x in jax.tree.leaves(out))
 
     with jax.default_matmul_precision("highest"):
-        return jax.jit(jax.value_and_grad(loss))(params)
+        return jax.jit(jax.value_and_grad(loss), compiler_options=SAME_BITS)(params)
 
 
 def params_of(name: str) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import compiling
 from virst_jax.errors import UserError
 from virst_jax.ops import attention as module
 from virst_jax.ops.attention import IMPLEMENTATIONS, attention
@@ -363,7 +364,7 @@ print("passed")
 
 
 def test_splash_on_a_mesh() -> None:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.flags(4)}
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.endswith("passed\n"), done.stderr
 
