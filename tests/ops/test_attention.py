@@ -351,7 +351,8 @@ step = lambda *a: jax.value_and_grad(lambda *a: loss("splash", *a), (0, 1, 2))(*
 for batch, heads in ((("data",), ("tensor",)), (("data", "tensor"), ())):
     with jax.set_mesh(mesh), sharded_over(batch=batch, heads=heads):
         out = jax.block_until_ready(jax.jit(step)(q, k, v))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), out, expected)
+        # the loss is a sum of 5,120 numbers in another order
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5, rtol=1e-6), out, expected)
 
 module.target_platform = lambda: "tpu"
 module.PLAIN_LIMIT = 0
