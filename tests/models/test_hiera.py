@@ -72,6 +72,18 @@ def test_parts_of_a_block_equal_the_whole(monkeypatch):
             np.testing.assert_allclose(ours, whole, atol=1e-5 * float(jnp.abs(whole).max()))
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_windows_keep_their_axes_where_nothing_is_split(platform, monkeypatch):
+    """To join a window's axes costs a TPU a copy of all windows, in every block."""
+    monkeypatch.setattr(layers, "target_platform", lambda: platform)
+    monkeypatch.setattr(layers, "PART", 2**10 if platform == "cpu" else 1)
+    block = hiera.Block(hiera.BlockSpec(8, 8, 1, 14, False), 4.0, COMPUTE, windows=0)
+    x = jax.ShapeDtypeStruct((4, 14, 14, 8), jnp.float32)
+    params = nn.unbox(jax.eval_shape(block.init, jax.random.key(0), x))
+    jaxpr = str(jax.make_jaxpr(block.apply)(params, x))
+    assert ("f32[4,14,14,32] = dot_general" in jaxpr) == (platform == "tpu")
+
+
 def test_max_pool_is_the_same_on_every_platform(monkeypatch):
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 6, 4, 3)), jnp.float32)
     here = hiera.max_pool_2x(x)

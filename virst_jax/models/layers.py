@@ -213,7 +213,9 @@ def _folded(
     return folded_convolution(x, kernel, strides[0], padding[0][0])
 
 
-def in_parts(module: nn.Module, method: Callable[[Any, jax.Array], jax.Array], x: jax.Array, width: int) -> jax.Array:
+def in_parts(
+    module: nn.Module, method: Callable[[Any, jax.Array], jax.Array], x: jax.Array, width: int, flat: bool = False
+) -> jax.Array:
     """`method(module, x)` for dtype[N, ...], where the N do not depend on each other; on a CPU a few at a time.
 
     What lies between one product and the next then stays in the cache, and its memory is not asked for anew.
@@ -222,18 +224,21 @@ def in_parts(module: nn.Module, method: Callable[[Any, jax.Array], jax.Array], x
       module: that is being applied.
       method: of the module; creates no random numbers and keeps nothing.
       width: numbers that the widest array in between has for each position, which are all axes but the last.
+      flat: no position depends on another: N is all axes but the last. Elsewhere than on a CPU the axes stay what they
+        are, for to join them would change the layout of windows on a TPU.
     """
     wanted = x.size // x.shape[-1] * width // PART
     if target_platform() != "cpu" or wanted < 2 or jax.sharding.get_abstract_mesh().size > 1:
         return method(module, x)
-    count = max(n for n in range(1, min(wanted, x.shape[0]) + 1) if x.shape[0] % n == 0)
+    rows = x.reshape(-1, x.shape[-1]) if flat else x
+    count = max(n for n in range(1, min(wanted, len(rows)) + 1) if len(rows) % n == 0)
     scan = nn.scan(
         lambda module, carry, part: (carry, method(module, part)),
         variable_broadcast="params",
         split_rngs={"params": False},
     )
-    _, out = scan(module, (), x.reshape(count, -1, *x.shape[1:]))
-    return out.reshape(-1, *out.shape[2:])
+    _, out = scan(module, (), rows.reshape(count, -1, *rows.shape[1:]))
+    return out.reshape(*x.shape[:-1], out.shape[-1]) if flat else out.reshape(-1, *out.shape[2:])
 
 
 class Mlp(nn.Module):

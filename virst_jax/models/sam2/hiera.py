@@ -127,7 +127,7 @@ class Block(nn.Module):
         x = shortcut + self._attend(Attention(spec, self.compute, self.weights, name="attn"), x)
         mlp = Mlp(self.compute, (self._hidden, spec.dim_out), gelu, weights=self.weights, name="mlp")
         y = layer_norm(self.compute, 1e-6, name="norm2")(x)
-        return x + in_parts(mlp, Mlp.__call__, y.reshape(-1, spec.dim_out), self._hidden).reshape(x.shape)
+        return x + in_parts(mlp, Mlp.__call__, y, self._hidden, flat=True)
 
     def _attend(self, attend: Attention, x: jax.Array) -> jax.Array:
         if self.windows and not self.spec.window:  # all windows of an image, one below the other

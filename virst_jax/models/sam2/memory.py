@@ -196,13 +196,13 @@ class ConvNextBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         y = DepthwiseConv(self.compute, self.kernel_size, name="dwconv")(x)
-        y = in_parts(self, ConvNextBlock._mix_channels, y.reshape(-1, width), 4 * width).reshape(x.shape)
+        y = in_parts(self, ConvNextBlock._mix_channels, y, 4 * width, flat=True)
         init = with_axes(nn.initializers.constant(1e-6), "norm")
         gamma = self.param("gamma", init, (width,), jnp.dtype(self.compute.param_dtype))
         return x + gamma.astype(y.dtype) * y
 
     def _mix_channels(self, y: jax.Array) -> jax.Array:
-        """dtype[positions, C] -> the same"""
+        """dtype[..., C] -> the same"""
         width = y.shape[-1]
         y = layer_norm(self.compute, 1e-6, name="norm")(y)
         y = gelu(dense(self.compute, 4 * width, ("embed", "mlp"), name="pwconv1")(y))
