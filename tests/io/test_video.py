@@ -3,7 +3,6 @@ import os
 import shutil
 import threading
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,6 +11,7 @@ import pytest
 from PIL import Image
 
 from helpers.places import DATA
+from helpers.video_files import write
 from virst_jax.data.samples import Video
 from virst_jax.errors import UserError
 from virst_jax.io.video import StridedReader, VideoWriter, open_video, prefetch
@@ -29,25 +29,6 @@ def clip(count: int, height: int = 48, width: int = 64) -> np.ndarray:
     return frames
 
 
-def write(
-    path: Path, frames: np.ndarray, *, codec: str = "libx264", pts: list[int] | None = None, **options: str
-) -> Path:
-    formats = {"gif": "rgb8"}
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = formats.get(codec, "yuv420p")
-        if pts is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for t, image in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            if pts is not None:
-                frame.pts, frame.time_base = pts[t], Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
 def write_folder(folder: Path, frames: np.ndarray, name: str = "frame{}.png") -> Path:
     folder.mkdir()
     for t, frame in enumerate(frames):
@@ -61,7 +42,7 @@ def write_folder(folder: Path, frames: np.ndarray, name: str = "frame{}.png") ->
 )
 def test_files(tmp_path, name, codec, error):
     frames = clip(12)
-    video = open_video(write(tmp_path / name, frames, codec=codec))
+    video = open_video(write(tmp_path / name, frames, codec, pix_fmt="rgb8" if codec == "gif" else "yuv420p"))
     assert (video.num_frames, video.size, video.fps) == (12, (48, 64), 10.0)
     assert list(video.frame_names[:2]) == ["00000", "00001"]
     decoded = np.stack(list(video))
@@ -75,13 +56,13 @@ def test_files(tmp_path, name, codec, error):
 
 def test_variable_frame_rate(tmp_path):
     frames = clip(6)
-    video = open_video(write(tmp_path / "a.mp4", frames, pts=[0, 10, 500, 510, 1500, 4000]))
+    video = open_video(write(tmp_path / "a.mp4", frames, times=[0, 10, 500, 510, 1500, 4000]))
     assert video.num_frames == 6
     assert np.abs(np.stack(list(video)).astype(int) - frames).mean() < 12
 
 
 def test_a_container_that_does_not_count_its_frames(tmp_path):
-    path = write(tmp_path / "a.webm", clip(5), codec="libvpx")
+    path = write(tmp_path / "a.webm", clip(5), "libvpx")
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 0
     assert open_video(path).num_frames == 5
