@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import AxisType, PartitionSpec
 
 from virst_jax.ops.platform import target_platform
@@ -39,18 +40,54 @@ def sharded_over(batch: tuple[str, ...] = (), heads: tuple[str, ...] = ()) -> It
         _mesh_axes.reset(token)
 
 
-def _block(length: int) -> int:
+def block_length(length: int) -> int:
     """Block of the kernel: little padding, and long, because every block costs about as much as 64 more positions."""
     return min(range(LANES, 5 * LANES + 1, LANES), key=lambda block: -(-length // block) * (block + 64))
 
 
-def _gradient_block(length: int, block: int) -> int:
+def gradient_block_length(length: int, block: int) -> int:
     """Keys of a block of the gradient's kernel, in whole blocks that are computed at a time.
 
     The kernel writes the gradient of all queries once for each of these blocks, and they are added afterwards.
     """
     count = length // block
     return block * max(n for n in range(1, count + 1) if count % n == 0 and n * block <= max(block, GRADIENT_KEYS))
+
+
+def blocks_seen(seen: jax.Array, block: int) -> jax.Array:
+    """Which blocks of keys a kernel has to run: bool[K // block] for keys that rows see, [B, K].
+
+    The first one is run if no other is, since a sum over no keys divides by zero.
+    """
+    found = (seen != 0).reshape(seen.shape[0], -1, block).any((0, 2))
+    return found.at[0].set(found[0] | ~found.any())
+
+
+def _pass_over_unseen(kernel: kernels.SplashAttentionKernel, segments: jax.Array, block: int) -> None:
+    """Makes the kernel skip blocks of keys that no row sees: neither products nor copies are spent on them.
+
+    kernel: over a full mask. segments: int[B, K], 0 for keys that are not there.
+    """
+    run = blocks_seen(segments, block)
+    # a skipped block names the next one that is run, which is then copied meanwhile
+    blocks = jnp.arange(run.size)
+    following = jax.lax.cummin(jnp.where(run, blocks, run.size), reverse=True)
+    following = jnp.where(following == run.size, run.argmax(), following)
+    kernel.fwd_mask_info = _blocks(kernel.fwd_mask_info, run, following)
+    # the gradient's kernel goes through the queries for every block of keys, several of those above
+    assert kernel.dkv_mask_info is not None
+    queries = jnp.asarray(kernel.dkv_mask_info.data_next)
+    run = run.reshape(queries.shape[-1], -1).any(1)
+    kernel.dkv_mask_info = _blocks(kernel.dkv_mask_info, run, jnp.where(run, queries, 0))
+
+
+def _blocks(info: MaskInfo, run: jax.Array, copied: jax.Array) -> MaskInfo:
+    """Those of `info` that are run, bool[K // block], and which one is copied for each."""
+    mask = jnp.asarray(info.block_mask)
+    return info._replace(
+        data_next=jnp.broadcast_to(copied, mask.shape).astype(jnp.int32),
+        block_mask=jnp.where(run, mask, 0).astype(jnp.int32),
+    )
 
 
 def _auto_mesh() -> bool:
@@ -69,7 +106,7 @@ def attend(
 ) -> jax.Array:
     """As `attention.attention`; rows of queries that see no key mean nothing."""
     (_, num_queries, _, _), (num_keys, _, value_width) = q.shape, v.shape[1:]
-    block_q, block_k = _block(num_queries), _block(num_keys)
+    block_q, block_k = block_length(num_queries), block_length(num_keys)
 
     def to_kernel(x: jax.Array, block: int) -> jax.Array:
         """[B, N, H, D] -> [B, H, N', D'], padded to whole blocks and lanes."""
@@ -105,7 +142,7 @@ def _partitioned(
                 block_kv=block_k,
                 block_kv_compute=block_k,
                 block_q_dkv=block_q,
-                block_kv_dkv=_gradient_block(k.shape[2], block_k),
+                block_kv_dkv=gradient_block_length(k.shape[2], block_k),
                 block_kv_dkv_compute=block_k,
                 # scores are computed once for the gradients of queries, keys and values
                 use_fused_bwd_kernel=True,
@@ -115,6 +152,8 @@ def _partitioned(
         )
         if segments is None:
             return jax.vmap(kernel)(q, k, v)
+        if not causal:
+            _pass_over_unseen(kernel, segments, block_k)
         ones = jnp.ones(shape[0], jnp.int32)
         return jax.vmap(lambda q, k, v, s: kernel(q, k, v, kernels.SegmentIds(ones, s)))(q, k, v, segments)
 
