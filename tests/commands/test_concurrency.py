@@ -192,7 +192,18 @@ def test_a_full_disk_stops_all(model, clips, tmp_path, in_turn, monkeypatch, cap
     assert masks(out) == masks(in_turn)
 
 
-def test_a_signal_stops_all_and_all_go_on(model, tmp_path):
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory):
+    """The masks of long videos, one video after the other."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert cli.main(arguments(write_clips(folder / "clips", LONG), model, folder / "out", 1)) == 0
+    return masks(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "told"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_stops_all_and_all_go_on(model, alone, tmp_path, number, status, told):
     clips, out = write_clips(tmp_path / "clips", LONG), tmp_path / "out"
     go = tmp_path / "go"
     command = [sys.executable, "-c", HELD, str(go), *arguments(clips, model, out, 3)]
@@ -204,13 +215,13 @@ def test_a_signal_stops_all_and_all_go_on(model, tmp_path):
                 assert time.monotonic() < deadline
                 assert process.poll() is None
                 time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             go.touch()
             _, error = process.communicate(timeout=300)
         finally:
             process.kill()
-    assert process.returncode == 130, error
-    assert error.strip().splitlines()[-1] == "interrupted; finished parts are kept"
+    assert process.returncode == status, error
+    assert error.strip().splitlines()[-1] == f"{told}; finished parts are kept"
     assert [row["status"] for row in table(out)] == ["interrupted"] * 3
     saved = {name: int(read_npz(out / name / ".virst" / "tracker.npz", "")["next"]) for name in LONG}
     assert all(0 < saved[name] < count for name, count in LONG.items())
@@ -219,8 +230,7 @@ def test_a_signal_stops_all_and_all_go_on(model, tmp_path):
     assert cli.main(arguments(clips, model, out, 3, "--resume")) == 0
     assert {row["status"] for row in table(out)} == {"done"}
     assert all(path.stat().st_mtime_ns == when for path, when in first.items())
-    assert cli.main(arguments(clips, model, tmp_path / "alone", 1)) == 0
-    assert masks(out) == masks(tmp_path / "alone")
+    assert masks(out) == alone
 
 
 def test_bad_numbers_take_one_line(clips, tmp_path, capsys):
