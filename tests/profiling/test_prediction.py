@@ -340,3 +340,35 @@ def test_a_product_reads_one_layer_of_stacked_weights(text):
     hbm, fast = schedule.moved(product, "main")
     assert hbm == pytest.approx(2 * MIB + 4)  # the slice, and its number
     assert fast == 2 * 2 * MIB  # read from and written to fast memory
+
+
+KEPT = """HloModule m, is_scheduled=true
+
+%product (k: bf16[28,1024,1024], x: bf16[1024,1024], w: bf16[1024,1024], i: s32[]) -> (bf16[28,1024,1024], bf16[1024,1024]) {
+  %k = bf16[28,1024,1024]{2,1,0} parameter(0)
+  %x = bf16[1024,1024]{1,0} parameter(1)
+  %w = bf16[1024,1024]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %z = s32[] constant(0)
+  %c = bf16[1024,1024]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  %b = bf16[1,1024,1024]{2,1,0} bitcast(%c)
+  %u = bf16[28,1024,1024]{2,1,0} dynamic-update-slice(%k, %b, %i, %z, %z)
+  ROOT %t = (bf16[28,1024,1024]{2,1,0}, bf16[1024,1024]{1,0}) tuple(%u, %c)
+}
+
+ENTRY %main (k: bf16[28,1024,1024], x: bf16[1024,1024], w: bf16[1024,1024], i: s32[]) -> bf16[28,1024,1024] {
+  %k = bf16[28,1024,1024]{2,1,0} parameter(0)
+  %x = bf16[1024,1024]{1,0} parameter(1)
+  %w = bf16[1024,1024]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %f = (bf16[28,1024,1024]{2,1,0}, bf16[1024,1024]{1,0}) fusion(%k, %x, %w, %i), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"9"}
+  ROOT %g = bf16[28,1024,1024]{2,1,0} get-tuple-element(%f), index=0
+}
+"""  # noqa: E501
+
+
+def test_a_product_that_is_kept_with_those_of_other_layers():
+    """It is written once for what comes next, and once into the stack, of which the rest stays."""
+    schedule = Schedule(KEPT, PEAKS["v5e"], Fabric.of("v5e:1x1"))
+    hbm, _ = schedule.moved(schedule.module.instructions["main"]["f"], "main")
+    assert hbm == pytest.approx(4 * 2 * MIB + 4)

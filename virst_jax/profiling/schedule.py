@@ -140,15 +140,22 @@ class Schedule:
                 sizes += self._read(around[name].result, place, inner)
         return _sum(sizes, on_chip=False), _sum(sizes, on_chip=True)
 
-    def _written(self, one: Instruction, inner: dict[str, Instruction]) -> Iterable[tuple[Array, float]]:
-        root = next((x for x in inner.values() if x.is_root), None)
-        while root is not None and root.opcode == "bitcast" and root.operands[0] in inner:
-            root = inner[root.operands[0]]
-        update = root or one
-        table = inner if root else {}
-        if update.opcode == "dynamic-update-slice" and len(update.operands) > 1 and update.operands[1] in table:
-            return [(one.result[0], table[update.operands[1]].result[0].size)]  # in its place: the rest stays
-        return [(array, array.size) for array in one.result]
+    def _written(self, one: Instruction, inner: dict[str, Instruction]) -> list[tuple[Array, float]]:
+        def through_bitcasts(name: str) -> Instruction | None:
+            found = inner.get(name)
+            while found is not None and found.opcode == "bitcast" and found.operands[0] in inner:
+                found = inner[found.operands[0]]
+            return found
+
+        root = through_bitcasts(next((x.name for x in inner.values() if x.is_root), ""))
+        makers: list[Instruction | None] = [root]
+        if root is not None and root.opcode == "tuple":
+            makers = [through_bitcasts(name) for name in root.operands]
+        written = [(array, array.size) for array in one.result]
+        for i, maker in enumerate(makers):
+            if maker is not None and maker.opcode == "dynamic-update-slice" and maker.operands[1] in inner:
+                written[i] = one.result[i], inner[maker.operands[1]].result[0].size  # in its place: the rest stays
+        return written
 
     def _read(self, result: tuple[Array, ...], place: int, inner: dict[str, Instruction]) -> list[tuple[Array, float]]:
         read = self._part_read(inner, place)
