@@ -1,7 +1,9 @@
-"""Which kernels a traced program runs."""
+"""What a traced program holds: its operations, and the kernels that it runs."""
 
+from collections.abc import Iterator
 from typing import Any
 
+from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 
 
@@ -17,3 +19,11 @@ def kernels(jaxpr: Any) -> list[str]:
             if hasattr(inner, "eqns"):
                 found += kernels(inner)
     return found
+
+
+def equations(program: Any) -> Iterator[Any]:
+    """Of a traced program and of all that it holds."""
+    for equation in program.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)

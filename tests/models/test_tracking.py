@@ -13,14 +13,16 @@ from flax.core import meta
 from jax.extend.core import jaxprs_in_params
 
 from helpers.compiling import SAME_BITS
-from helpers.kernels import kernels
+from helpers.kernels import equations, kernels
 from virst_jax.config import Compute, HieraConfig, Sam2Config, VirstConfig, virst_7b
 from virst_jax.inference.steps import Network
 from virst_jax.inference.stream import propagate
+from virst_jax.models.sam2 import memory
 from virst_jax.models.sam2 import tracker as tracker_module
 from virst_jax.models.sam2.anchors import select_anchors
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.models.sam2.tracker import Anchors, MemoryBank, Tracked, Tracker
+from virst_jax.ops import splash
 
 CFG = Sam2Config(
     hiera=HieraConfig(embed_dim=8, num_heads=1, stages=(1, 1, 1, 1), global_att_blocks=(2,), window_spec=(4, 4, 4, 4)),
@@ -278,14 +280,6 @@ def training_arguments(cfg: Sam2Config) -> tuple[Any, ...]:
     return params, anchors, images, jax.ShapeDtypeStruct((9,), jnp.int32), jax.ShapeDtypeStruct((9,), bool)
 
 
-def equations(program: Any) -> Iterator[Any]:
-    """Of a traced program and of all that it holds."""
-    for equation in program.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 def products(program: Any) -> int:
     """Multiplications in matrix products and convolutions; those in branches do not count."""
     total = 0
@@ -331,16 +325,26 @@ def test_training_holds_the_parameters_once_for_all_videos(training: bool) -> No
     assert bool(copies) != training
 
 
-def test_training_computes_attention_once() -> None:
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_training_computes_attention_once(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a frame's attention has found is kept for the backward pass, in which all else is computed again."""
-    made = Tracker(Sam2(CFG, Compute(attention="splash")), training=True)
+    for module in (memory, splash, tracker_module):
+        monkeypatch.setattr(module, "target_platform", lambda: platform)
+    cfg = dataclasses.replace(CFG, memory_layers=3)
+    made = Tracker(Sam2(cfg, Compute(attention="splash")), training=True)
 
     def loss(params: Any, *arguments: Any) -> jax.Array:
         return made.track_in_training(params, *arguments).low_res.sum()
 
-    names = kernels(jax.make_jaxpr(jax.value_and_grad(loss))(*training_arguments(CFG)).jaxpr)
+    program = jax.make_jaxpr(jax.value_and_grad(loss))(*training_arguments(cfg)).jaxpr
+    names = kernels(program)
     forward, backward = (sum(kind in name for name in names) for kind in ("fwd", "dkv"))
     assert forward == backward == len(names) / 2 > 0
+    # a TPU projects a layer's keys again rather than keep those of all layers
+    keys = (cfg.num_maskmem - 1 + cfg.max_anchors_attended) * cfg.feature_size**2
+    shapes = [out.aval.shape for equation in equations(program) for out in equation.outvars]
+    of_layers = [x for x in shapes if x[:3] == (3, 2, 1) and x[3] >= keys and x[4:] == (cfg.hidden_size,)]
+    assert bool(of_layers) == (platform == "cpu")
 
 
 # the tracker at full size; the trunk is no part of it

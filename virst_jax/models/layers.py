@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from virst_jax.config import FLOAT, Compute
+from virst_jax.ops.dropout import drop
 from virst_jax.ops.platform import target_platform
 from virst_jax.ops.quantized import DTYPES, SCALE, Quantized, stored_shapes
 from virst_jax.ops.strided import folded_convolution, strided_convolution
@@ -272,14 +273,27 @@ def gelu(x: jax.Array) -> jax.Array:
     return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
-def remat(module: type[nn.Module], policy: str, **kwargs: Any) -> type[nn.Module]:
+class Dropout(nn.Module):
+    """As nn.Dropout, from fewer random bits (ops.dropout); draws from the "dropout" rng when not deterministic."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """dtype[...] -> dtype[...]"""
+        return x if deterministic or self.rate == 0 else drop(x, self.rate, self.make_rng("dropout"))
+
+
+def remat(module: type[nn.Module], policy: str, names: tuple[str, ...] = (), **kwargs: Any) -> type[nn.Module]:
     """`module` with its activations recomputed in the backward pass as `policy` says.
 
     policy: "none" keeps all, "full" recomputes all, "dots" keeps the outputs of matrix products with weights.
+    names: those that "dots" keeps, of jax.ad_checkpoint.checkpoint_name; none: all of them.
     """
     if policy == "none":
         return module
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(*names) if names else dots}
     if policy not in policies:
         raise ValueError(f"unknown remat policy {policy!r}: choose none, full or dots")
     return nn.remat(module, policy=policies[policy], prevent_cse=False, **kwargs)

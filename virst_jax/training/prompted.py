@@ -26,7 +26,8 @@ from virst_jax.models.sam2.mask_decoder import Masks
 from virst_jax.models.sam2.prompt_encoder import BOX_CORNERS, PADDING
 from virst_jax.models.sam2.prompted import NO_FRAME, ObjectAnchors, ObjectBank, PromptedTracker
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
-from virst_jax.models.sam2.tracker import KEPT, PROMPT_LOGIT_LIMIT, Tracked
+from virst_jax.models.sam2.tracker import PROMPT_LOGIT_LIMIT, Tracked
+from virst_jax.ops.splash import KEPT
 from virst_jax.training.clicks import next_click, noisy_box
 from virst_jax.training.losses import Losses, encode_frames
 from virst_jax.types import Params

@@ -5,6 +5,7 @@ R mask side (the image's).
 Source: model/sam2/modeling/{memory_attention,memory_encoder}.py, sam/transformer.py class RoPEAttention.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import numpy as np
 from einops import rearrange
 
 from virst_jax.config import Compute, Sam2Config
-from virst_jax.models.layers import conv, default_init, dense, gelu, in_parts, layer_norm, with_axes
+from virst_jax.models.layers import Dropout, conv, default_init, dense, gelu, in_parts, layer_norm, with_axes
 from virst_jax.models.sam2.folded import FoldedConv, FoldedNorm, fold
 from virst_jax.models.sam2.planes import PlaneConv, PlaneNorm
 from virst_jax.ops.attention import attention
@@ -22,6 +23,7 @@ from virst_jax.ops.constrain import constrain
 from virst_jax.ops.depthwise import shifted_depthwise
 from virst_jax.ops.platform import target_platform
 from virst_jax.ops.position import axial_angles, rotate_halves, sine_2d
+from virst_jax.ops.splash import KEPT
 
 
 class SplitDense(nn.Module):
@@ -110,7 +112,7 @@ class Layer(nn.Module):
         x = constrain(x, None, None, "width")
         norm = [layer_norm(compute, name=f"norm{i}") for i in range(1, 4)]
         y = norm[0](x)
-        drop = nn.Dropout(cfg.memory_dropout, deterministic=self.deterministic)
+        drop = functools.partial(Dropout(cfg.memory_dropout), deterministic=self.deterministic)
         x = x + drop(RotaryAttention(cfg, compute, name="self_attn")(y, y, y))
         y = norm[1](x)
         cross = RotaryAttention(cfg, compute, name="cross_attn")
@@ -149,9 +151,13 @@ class MemoryAttention(nn.Module):
           dtype[B, S, C].
         """
         dtype = jnp.dtype(self.compute.dtype)
-        # training computes whole frames again in the backward pass; layers once more on their own would be a third time
+        layer: Any = Layer
+        if target_platform() == "tpu":
+            # Training computes whole frames again in the backward pass, but for attention, whose outcome is kept. To
+            # keep the keys of all layers then takes longer than to project those of each layer once more.
+            layer = nn.remat(Layer, prevent_cse=False, policy=KEPT)
         layers: Any = nn.scan(
-            Layer,
+            layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),

@@ -21,14 +21,11 @@ from virst_jax.config import Sam2Config
 from virst_jax.models.sam2.anchors import select_anchors
 from virst_jax.models.sam2.sam2 import Features, Prediction, Sam2
 from virst_jax.ops.platform import target_platform
-from virst_jax.ops.splash import RESIDUALS
+from virst_jax.ops.splash import KEPT
 from virst_jax.types import PyTree
 
 PROMPT_LOGIT_LIMIT = 32.0  # a mask prompt from an earlier anchor on the same frame is clamped so
 NO_FRAME = -(10**6)  # far from every frame
-# A frame is computed again in the backward pass, but for what attention has found within it and in its memories: of a
-# frame and an object of the release's size it takes 10 MB, and most of the frame's time.
-KEPT = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 
 
 @flax.struct.dataclass
@@ -247,6 +244,8 @@ class Tracker:
 
         slot = jax.tree.map(lambda x: jnp.take(x, others, axis=0), (features, frames, valid))
         start = (self.start(anchors.memory.shape[1]), jnp.int32(NO_FRAME))
+        # A frame is computed again in the backward pass, but for what attention has found within it and in its
+        # memories: of a frame and an object of the release's size it takes 10 MB, and most of the frame's time.
         _, tracked = jax.lax.scan(jax.checkpoint(step, prevent_cse=False, policy=KEPT), start, slot)
         places = jnp.zeros(count, jnp.int32).at[others].set(slots + jnp.arange(count - slots))
         places = places.at[jnp.searchsorted(frames, anchors.frames)].set(jnp.arange(slots))
