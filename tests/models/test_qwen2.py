@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from conversion.weights_rule import make_input, make_state
+from helpers.kernels import equations
 from helpers.places import PARITY as DATA
 from helpers.qwen2 import SMALL, prompt, random_params, rel_l2, run, to_params
 from virst_jax.config import Compute, LoraConfig, QwenConfig
@@ -288,3 +289,27 @@ def test_low_precision() -> None:
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     expected = run(full, params, embeds, mask)
     assert rel_l2(np.asarray(hidden, np.float32), expected) < 0.05
+
+
+def test_products_are_kept_with_their_adapters_added() -> None:
+    """remat="dots" keeps a layer's sums; what the adapters add is not kept beside them."""
+    params, (embeds, mask) = random_params(ADAPTED), prompt(ADAPTED, (5, 3), 5)
+
+    def gradients(remat: str) -> Any:
+        model = Qwen2(ADAPTED, Compute(remat=remat))
+
+        def loss(params: Any) -> jax.Array:
+            rngs = {"dropout": jax.random.key(2)}
+            out = model.apply({"params": params}, embeds, mask, deterministic=False, rngs=rngs)
+            return jnp.square(jnp.asarray(out)).sum()
+
+        return jax.grad(loss)
+
+    program = jax.make_jaxpr(gradients("dots"))(params).jaxpr
+    scans = [e for e in equations(program) if e.primitive.name == "scan"]
+    forward = [out.aval.shape for out in scans[0].outvars]
+    kept = [shape for shape in forward if shape[0] == ADAPTED.num_layers and shape[-1] == ADAPTED.intermediate_size]
+    assert kept == [(2, 2, 5, 48)] * 2  # of gate_proj and up_proj
+    found, expected = (jax.jit(gradients(remat))(params) for remat in ("dots", "none"))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()))

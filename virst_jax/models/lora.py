@@ -10,15 +10,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from virst_jax.config import FLOAT, Compute, LoraConfig
 from virst_jax.errors import UserError
-from virst_jax.models.layers import default_init, quantized_kernel, with_axes
+from virst_jax.models.layers import Dropout, default_init, quantized_kernel, with_axes
 from virst_jax.ops.few_rows import with_rows
 from virst_jax.ops.rounding import rounded
 from virst_jax.types import Params, PyTree
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTED = "projected"  # for jax.checkpoint_policies: what a linear layer gives
 
 
 class LoraDense(nn.Module):
@@ -60,12 +62,13 @@ class LoraDense(nn.Module):
             y = with_rows(lambda x: x @ kernel.astype(dtype), x)
             y = y if bias is None else y + bias.astype(dtype)
         if rank == 0:
-            return y
+            return checkpoint_name(y, PROJECTED)
         a = self.param("lora_a", with_axes(default_init, self.axes[0], "lora"), (width, rank), param_dtype)
         zeros = with_axes(nn.initializers.zeros, "lora", self.axes[1])
         b = self.param("lora_b", zeros, (rank, self.features), param_dtype)
-        dropped = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
-        return y + dropped @ a.astype(dtype) @ b.astype(dtype) * self.lora.scale
+        narrow = Dropout(self.lora.dropout)(x, deterministic) @ a.astype(dtype)
+        # the sum is kept for the backward pass, rather than both products
+        return checkpoint_name(y + narrow @ b.astype(dtype) * self.lora.scale, PROJECTED)
 
 
 def add_lora(params: Params, have: LoraConfig, want: LoraConfig, seed: int) -> dict[str, PyTree]:

@@ -19,12 +19,13 @@ from einops import rearrange
 from virst_jax.config import FLOAT, Compute, QwenConfig
 from virst_jax.errors import UserError
 from virst_jax.models.layers import QuantizedDense, default_init, remat, with_axes
-from virst_jax.models.lora import LoraDense
+from virst_jax.models.lora import PROJECTED, LoraDense
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
 from virst_jax.ops.few_rows import with_rows
 from virst_jax.ops.platform import target_platform
 from virst_jax.ops.rounding import rounded
+from virst_jax.ops.whole import whole, whole_gradient
 
 
 @flax.struct.dataclass
@@ -158,12 +159,15 @@ class Mlp(nn.Module):
         project = functools.partial(LoraDense, self.compute, lora=cfg.lora, use_bias=False, weights=cfg.weights)
         gate = project(cfg.intermediate_size, ("embed", "mlp"), name="gate_proj")(x, deterministic)
         up = project(cfg.intermediate_size, ("embed", "mlp"), name="up_proj")(x, deterministic)
+        if not deterministic:  # the gradients of both come from exponentials
+            gate, up = whole_gradient(gate), whole_gradient(up)
         if self.compute.rounding == "release":
             wide, dtype = jnp.promote_types(gate.dtype, jnp.float32), gate.dtype
             gate = rounded(nn.silu(gate.astype(wide)), dtype)
             product = rounded(gate.astype(wide) * up.astype(wide), dtype)
         else:
             product = nn.silu(gate) * up
+        product = product if deterministic else whole(product)
         hidden = constrain(product, None, None, "hidden")
         return project(cfg.hidden_size, ("mlp", "embed"), name="down_proj")(hidden, deterministic)
 
@@ -201,7 +205,9 @@ class Block(nn.Module):
         """
         x = constrain(x, None, None, "width")
         norms = (RmsNorm(self.compute, self.cfg.rms_norm_eps, name=n) for n in ("input_norm", "post_norm"))
-        input_norm, post_norm = norms
+        # in training, the norms' gradients are not folded into the products whose results they take
+        once: Callable[[jax.Array], jax.Array] = (lambda x: x) if deterministic else whole_gradient
+        input_norm, post_norm = (lambda x, norm=norm: once(norm(x)) for norm in norms)
         attended, cache = Attention(self.cfg, self.compute, name="attn")(
             input_norm(x), cache, mask, rotary, slots, is_prefill, deterministic, prefix_len
         )
@@ -232,7 +238,7 @@ class Qwen2(nn.Module):
         )
         broadcast = nn.broadcast
         layers: Any = nn.scan(
-            remat(Block, compute.remat, static_argnums=(6, 7, 8, 9)),
+            remat(Block, compute.remat, (PROJECTED,), static_argnums=(6, 7, 8, 9)),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, *(broadcast,) * 7),

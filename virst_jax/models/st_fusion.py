@@ -5,6 +5,7 @@ C fusion width, D width of the language model, h heads.
 Source: model/seg_prompter.py.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -14,8 +15,9 @@ import numpy as np
 from einops import rearrange
 
 from virst_jax.config import Compute, FusionConfig
-from virst_jax.models.layers import conv, default_init, dense, gelu, layer_norm, with_axes
-from virst_jax.ops.attention import attention, drop_weights
+from virst_jax.models.layers import Dropout, conv, default_init, dense, gelu, layer_norm, with_axes
+from virst_jax.ops import dropout
+from virst_jax.ops.attention import attention
 from virst_jax.ops.position import rotate_pairs, spacetime_angles
 
 
@@ -89,7 +91,7 @@ class RotaryCrossAttention(nn.Module):
         weights = nn.softmax(logits / math.sqrt(head_dim))
         scores = rearrange(weights, "b h q (t g) -> b t (h q g)", t=frames).mean(-1)
         if self.dropout and not deterministic:
-            weights = drop_weights(weights, self.dropout, self.make_rng("dropout"))
+            weights = dropout.drop(weights, self.dropout, self.make_rng("dropout"))
         out = rearrange(jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v), "b q h d -> b q (h d)")
         return dense(self.compute, width, ("heads", "embed"), name="o_proj")(out), scores
 
@@ -102,7 +104,7 @@ class FusionLayer(nn.Module):
     def __call__(self, x: jax.Array, keys: jax.Array, frames: int, deterministic: bool) -> tuple[jax.Array, jax.Array]:
         width = x.shape[-1]
         norm = [layer_norm(self.compute, name=f"norm{i}") for i in range(1, 4)]
-        drop = nn.Dropout(self.cfg.dropout, deterministic=deterministic)
+        drop = functools.partial(Dropout(self.cfg.dropout), deterministic=deterministic)
         y = FusedAttention(self.compute, self.cfg.num_heads, self.cfg.dropout, name="self_attn")(x, x, deterministic)
         x = norm[0](x + drop(y))
         cross = RotaryCrossAttention(self.compute, self.cfg.num_heads, self.cfg.dropout, name="cross_attn")

@@ -12,6 +12,7 @@ import numpy as np
 
 from virst_jax.errors import UserError
 from virst_jax.ops import splash
+from virst_jax.ops.dropout import drop
 from virst_jax.ops.platform import allows_kernels, target_platform
 from virst_jax.ops.rounding import rounded
 from virst_jax.ops.splash import LANES
@@ -192,7 +193,7 @@ def _plain(
         out, total = jnp.split(_weighted(weights, jnp.concatenate([v, ones], axis=-1)), [v.shape[3]], axis=-1)
     else:
         total = weights.sum(-1, keepdims=True)
-        out = _weighted(drop_weights(weights, dropout, rng) if dropout else weights, v)
+        out = _weighted(drop(weights, dropout, rng) if dropout and rng is not None else weights, v)
     if visible is not None:
         total = jnp.where(total == 0, 1, total)  # zeros where nothing is seen
     return _heads_last((out / total).astype(dtype), num_queries)
@@ -218,12 +219,6 @@ def _eager(
     if visible is not None:
         weights = jnp.where(visible.any(-1, keepdims=True), weights, 0)  # zeros where nothing is seen
     return _heads_last(rounded(_weighted(weights, v), dtype), num_queries)
-
-
-def drop_weights(weights: jax.Array, dropout: float, rng: jax.Array | None) -> jax.Array:
-    """Attention weights with a share of them set to zero, the others divided by what is left of one."""
-    assert rng is not None
-    return jnp.where(jax.random.bernoulli(rng, 1 - dropout, weights.shape), weights / (1 - dropout), 0)
 
 
 def _chunked(
@@ -282,7 +277,7 @@ def _chunked(
                 weights, shrink = jnp.exp(logits - higher), jnp.exp(highest - higher)
                 sums = total * shrink + weights.sum(-1, keepdims=True)
                 if dropout and rng is not None:
-                    weights = drop_weights(weights, dropout, jax.random.fold_in(rng, index[0]))
+                    weights = drop(weights, dropout, jax.random.fold_in(rng, index[0]))
                 return higher, sums, out * shrink + _weighted(weights, v)
 
             # memories that are not there yet and what lies ahead of all queries cost nothing; a GPU would be waited

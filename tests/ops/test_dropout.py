@@ -1,0 +1,66 @@
+"""Dropout: its shares, that its numbers are independent, and that a number's fate follows from key and place alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.kernels import equations
+from virst_jax.ops.dropout import drop, keep_mask
+
+SHAPES = [(7,), (3, 5, 40), (2, 4099), (64, 1)]
+
+
+def mask(seed: int, rate: float, shape: tuple[int, ...], impl: str = "threefry2x32") -> np.ndarray:
+    return np.asarray(jax.jit(keep_mask, static_argnums=(1, 2))(jax.random.key(seed, impl=impl), rate, shape))
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.9])
+def test_the_share_that_is_dropped(rate: float, impl: str) -> None:
+    kept = mask(0, rate, (500, 2000), impl)
+    deviation = np.sqrt(rate * (1 - rate))
+    assert abs(kept.mean() - (1 - rate)) < 4.5 * deviation / 1000
+    for axis, count in ((0, 500), (1, 2000)):  # rows and columns alike
+        assert np.abs(kept.mean(axis) - (1 - rate)).max() < 5 * deviation / np.sqrt(count)
+
+
+def test_numbers_are_independent() -> None:
+    """Neighbours, the four numbers of one pass of the generator, and the same place under other keys."""
+    kept = mask(1, 0.5, (1000, 400)) * 2.0 - 1
+    pairs = [(kept[:, :-1], kept[:, 1:]), (kept[:-1], kept[1:]), (kept, mask(2, 0.5, (1000, 400)) * 2.0 - 1)]
+    pairs += [(kept[:, :100], kept[:, 100 * i : 100 * (i + 1)]) for i in (1, 2, 3)]
+    for one, other in pairs:
+        assert abs((one * other).mean()) < 4.5 / np.sqrt(one.size)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_keys_and_shapes(shape: tuple[int, ...]) -> None:
+    one = mask(3, 0.5, shape)
+    assert one.shape == shape
+    assert one.dtype == bool
+    np.testing.assert_array_equal(one, mask(3, 0.5, shape))
+    keys = jax.random.split(jax.random.key(4), 3)
+    together = jax.vmap(lambda key: keep_mask(key, 0.5, shape))(keys)
+    for key, found in zip(keys, together, strict=True):
+        np.testing.assert_array_equal(found, keep_mask(key, 0.5, shape))
+
+
+def test_what_is_kept_grows() -> None:
+    x = jnp.arange(1.0, 4001.0).reshape(4, 1000)
+    out = jax.jit(drop, static_argnums=1)(x, 0.2, jax.random.key(0))
+    kept = mask(0, 0.2, x.shape)
+    np.testing.assert_array_equal(out, np.where(kept, x / (1 - 0.2), 0))
+    np.testing.assert_array_equal(drop(x, 0.0, jax.random.key(0)), x)
+    np.testing.assert_array_equal(drop(x, 1.0, jax.random.key(0)), 0 * x)
+    gradient = jax.grad(lambda x: drop(x, 0.2, jax.random.key(0)).sum())(x)
+    np.testing.assert_allclose(gradient, kept / 0.8, rtol=1e-6)
+    assert drop(x.astype(jnp.bfloat16), 0.2, jax.random.key(0)).dtype == jnp.bfloat16
+
+
+def test_a_pass_of_the_generator_decides_four_numbers() -> None:
+    program = jax.make_jaxpr(lambda key: keep_mask(key, 0.1, (8, 400)))(jax.random.key(0)).jaxpr
+    passes: list[Any] = [e for e in equations(program) if e.primitive.name == "threefry2x32"]
+    assert [e.outvars[0].aval.size for e in passes] == [800]
