@@ -23,7 +23,7 @@ from virst_jax.ops.constrain import constrain
 from virst_jax.ops.depthwise import shifted_depthwise
 from virst_jax.ops.platform import target_platform
 from virst_jax.ops.position import axial_angles, rotate_halves, sine_2d
-from virst_jax.ops.splash import KEPT
+from virst_jax.ops.splash import KEPT, block_length
 
 
 class SplitDense(nn.Module):
@@ -164,6 +164,12 @@ class MemoryAttention(nn.Module):
             length=self.cfg.memory_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+        if target_platform() == "tpu" and key_mask is not None:
+            # to whole blocks of the kernel, which would have to pad each layer's keys and values
+            padding = -memory.shape[1] % block_length(memory.shape[1])
+            memory, memory_pos = (jnp.pad(x, ((0, 0), (0, padding), (0, 0))) for x in (memory, memory_pos))
+            key_mask = jnp.pad(key_mask, ((0, 0), (0, padding)))
+            pointer_tokens += padding
         x = image.astype(dtype) + (0.1 * image_pos).astype(dtype)
         self.sow("intermediates", "entered", x)
         x, _ = layers(self.cfg, self.compute, pointer_tokens, deterministic, name="layers")(
