@@ -110,6 +110,10 @@ def test_presets_are_compiled_as_they_are_converted():
         (["--model", "tiny", "--topology", "cpu:1", "--frames", "0"], "--frames 0: give 1 or more"),
         (["--model", "tiny", "--topology", "cpu:1", "--only", "x"], "no such step; there are image encoder, video"),
         (["--model", "tiny", "--topology", "nothing"], "unknown topology"),
+        (["--model", "tiny", "--topology", "v5e:1x1", "--operations", "-1"], "--operations -1: give 0 or more"),
+        (["--model", "tiny", "--topology", "v5e:1x1", "--picture", "a.gif"], "a.gif: pictures end in .png, .svg, .pdf"),
+        (["--model", "tiny", "--topology", "v5e:1x1", "--picture", "nowhere/a.png"], "nowhere"),
+        (["--model", "tiny", "--topology", "cpu:1", "--picture", "a.png"], "times are known of TPUs and NVIDIA GPUs"),
     ],
 )
 def test_what_cannot_be_compiled(arguments, message, capsys):
@@ -118,10 +122,11 @@ def test_what_cannot_be_compiled(arguments, message, capsys):
 
 
 @pytest.mark.heavy
-def test_a_step_of_a_chip_is_predicted(capsys):
+def test_a_step_of_a_chip_is_predicted(capsys, tmp_path):
     pytest.importorskip("libtpu")
     arguments = ["--model", "virst_7b", "--topology", "v5e:1x1", "--only", "second fusion"]
-    assert cli.main(["compile", *arguments]) == 0
+    assert cli.main(["compile", *arguments, "--operations", "3", "--picture", str(tmp_path / "times.png")]) == 0
     printed = capsys.readouterr().out
     assert "predicted ms of a call" in printed
-    assert "second fusion" in printed
+    assert "second fusion: the dearest of its operations" in printed
+    assert (tmp_path / "times.png").read_bytes().startswith(b"\x89PNG")

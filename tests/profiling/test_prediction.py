@@ -15,11 +15,20 @@ from helpers.places import DATA, ROOT
 from virst_jax import cli
 from virst_jax.errors import UserError
 from virst_jax.parallel import sharding
-from virst_jax.profiling import aot, prediction
+from virst_jax.profiling import aot, picture, prediction
 from virst_jax.profiling.flops import PEAKS
 from virst_jax.profiling.hlo import Module
 from virst_jax.profiling.interconnect import HOP, Fabric
-from virst_jax.profiling.prediction import AGAIN, BACKWARD, FORWARD, REST, StageCost, predict, weak_scaling
+from virst_jax.profiling.prediction import (
+    AGAIN,
+    BACKWARD,
+    FORWARD,
+    REST,
+    StageCost,
+    dearest,
+    predict,
+    weak_scaling,
+)
 from virst_jax.profiling.schedule import ICI, KERNEL_SHARE, KERNELS, MEMORY, MOVES, NETWORK, PRODUCTS, Schedule, Spent
 
 CLOCK = 1.5e9  # of v5e
@@ -372,3 +381,22 @@ def test_a_product_that_is_kept_with_those_of_other_layers():
     schedule = Schedule(KEPT, PEAKS["v5e"], Fabric.of("v5e:1x1"))
     hbm, _ = schedule.moved(schedule.module.instructions["main"]["f"], "main")
     assert hbm == pytest.approx(4 * 2 * MIB + 4)
+
+
+def test_the_dearest_operations(schedule):
+    spent = schedule.estimated()
+    rows = dearest(spent, 3)
+    assert len(rows) == 3
+    assert [seconds for *_, seconds in rows] == sorted((seconds for *_, seconds in rows), reverse=True)
+    everything = dearest(spent, 10**6)
+    assert sum(seconds for *_, seconds in everything) == pytest.approx(spent.seconds)
+    assert any(name.startswith("llm/layers/mlp") and category == PRODUCTS for name, category, _ in everything)
+
+
+@pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_picture_of_steps(schedule, kind, start):
+    steps = {"encode": (schedule.estimated(), schedule.at_bandwidth()), "track": (schedule.estimated(),) * 2}
+    drawn = picture.draw(steps, "virst_7b on v5e:4x1", kind)
+    assert drawn.startswith(start)
+    if kind == "svg":
+        assert all(f"<!-- {name} -->".encode() in drawn for name in ("encode", "track", PRODUCTS, KERNELS))

@@ -29,7 +29,8 @@ EXAMPLES = """examples:
   virst compile --model virst_7b --topology v5e:1x1 --quantize int8                 with integer kernels
   virst compile --model virst_7b --topology v5e:2x2 --expressions 8 --frames 64     four chips share the language model
   virst compile --model sam2.1_large --topology h100:1 --expressions 4             tracking four objects from clicks
-  virst compile --model MODEL --topology h100:1 --only track                        does it fit?"""
+  virst compile --model MODEL --topology h100:1 --only track                        does it fit?
+  virst compile --model MODEL --topology v5e:1x1 --operations 20 --picture t.png   where does the time go?"""
 GIB = 2**30
 TRACKER = "sam2.1_"  # before a size of SAM 2.1, tracked from clicks
 
@@ -44,16 +45,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", default="llm,vision", metavar="NAMES", help="parts to quantize (llm,vision)")
     parser.add_argument("--effort", choices=("quick", "full"), default="full", help="quick: does it fit? (full)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also add the figures to this file, in ms")
+    parser.add_argument(
+        "--operations", type=int, default=0, metavar="N", help="also the N dearest operations of a step"
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what the times go to: .png, .svg or .pdf")
     parser.add_argument("--only", default="", metavar="WORDS", help="steps whose names hold these words")
 
 
 def run(args: argparse.Namespace) -> int:
-    from virst_jax.profiling import aot
+    from virst_jax.io import atomic
+    from virst_jax.profiling import aot, picture, prediction
 
     if not 1 <= args.expressions <= 8:
         raise UserError(f"--expressions {args.expressions}: give 1 to 8, which are tracked together")
     if args.frames < 1:
         raise UserError(f"--frames {args.frames}: give 1 or more")
+    if args.operations < 0:
+        raise UserError(f"--operations {args.operations}: give 0 or more")
+    if args.picture:
+        picture.check_format(args.picture)
+        atomic.check_place(args.picture)
+        if not prediction.timed(args.topology) or args.effort == "quick":
+            raise UserError("--picture: times are known of TPUs and NVIDIA GPUs, with --effort full; leave it out")
     cfg = _config(args.model, args.dtype)
     if args.quantize:
         cfg = _quantized(cfg, args.quantize, args.parts)
@@ -208,6 +221,36 @@ def _print(
     )
     _print_predictions(args, console, calls, done)
     _print_rooflines(args, console, calls, done)
+    timed = {call.name: spent for call, found in done if (spent := _times(found)) is not None}
+    if args.operations:
+        _print_operations(console, {name: upper for name, (upper, _) in timed.items()}, args.operations)
+    if args.picture and timed:
+        from virst_jax.io import atomic
+        from virst_jax.profiling import picture
+
+        atomic.write_bytes(args.picture, picture.draw(timed, where, picture.check_format(args.picture)))
+        console.print(f"{args.picture}: what the times go to")
+
+
+def _times(found: "Compiled") -> "tuple[Spent, Spent] | None":
+    """The upper and the lower figure of a step."""
+    if found.prediction is not None:
+        return found.prediction.slow, found.prediction.fast
+    return None if found.roofline is None else (found.roofline, found.roofline)
+
+
+def _print_operations(console: "Console", steps: "dict[str, Spent]", count: int) -> None:
+    from rich.table import Table
+
+    from virst_jax.profiling.prediction import dearest
+
+    for name, spent in steps.items():
+        table = Table(title=f"{name}: the dearest of its operations, ms of a call", title_justify="left")
+        table.add_column("operation", overflow="fold")
+        _table(table, "of", "ms")
+        for operation, category, seconds in dearest(spent, count):
+            table.add_row(operation, category, f"{1e3 * seconds:.3f}")
+        console.print(table)
 
 
 def _print_predictions(

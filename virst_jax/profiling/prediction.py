@@ -115,12 +115,26 @@ def part(op_name: str) -> tuple[str, str]:
         which = BACKWARD
     else:
         which = FORWARD if "jvp(" in op_name or "jit(" not in op_name else REST
-    steps = [step for step in _split(op_name) if not _WRAPPERS.match(step) and step not in _PLUMBING]
-    named = [step for step in steps[:-1] if not re.fullmatch(r"[a-z]+[,a-z]*->[a-z]+", step)]
+    named = [step for step in _path(op_name)[:-1] if not re.fullmatch(r"[a-z]+[,a-z]*->[a-z]+", step)]
     named = [re.sub(r"^(layers|blocks)\d+$", r"\1", step) for step in named]
     if not named:
         return ("(no module)", REST if which == FORWARD else which)
     return "/".join(named[:_DEPTH]), which
+
+
+def _path(op_name: str) -> list[str]:
+    """Modules and operation, without loops and JAX's transformations."""
+    return [step for step in _split(op_name) if not _WRAPPERS.match(step) and step not in _PLUMBING]
+
+
+def dearest(spent: Spent, count: int) -> list[tuple[str, str, float]]:
+    """The operations that take longest: modules and operation, category, and seconds of all its runs together."""
+    found: dict[tuple[str, str], float] = {}
+    for (op_name, category), seconds in spent.by.items():
+        key = "/".join(_path(op_name)) or "(no module)", category
+        found[key] = found.get(key, 0.0) + seconds
+    rows = sorted(found.items(), key=lambda item: -item[1])[:count]
+    return [(name, category, seconds) for (name, category), seconds in rows]
 
 
 def _split(op_name: str) -> list[str]:
