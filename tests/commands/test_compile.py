@@ -113,7 +113,11 @@ def test_presets_are_compiled_as_they_are_converted():
         (["--model", "tiny", "--topology", "v5e:1x1", "--operations", "-1"], "--operations -1: give 0 or more"),
         (["--model", "tiny", "--topology", "v5e:1x1", "--picture", "a.gif"], "a.gif: pictures end in .png, .svg, .pdf"),
         (["--model", "tiny", "--topology", "v5e:1x1", "--picture", "nowhere/a.png"], "nowhere"),
-        (["--model", "tiny", "--topology", "cpu:1", "--picture", "a.png"], "times are known of TPUs and NVIDIA GPUs"),
+        (
+            ["--model", "tiny", "--topology", "cpu:1", "--picture", "a.png"],
+            "--picture: times are known of TPUs and NVIDIA",
+        ),
+        (["--model", "tiny", "--topology", "cpu:1", "--operations", "3"], "--operations: times are known of TPUs"),
     ],
 )
 def test_what_cannot_be_compiled(arguments, message, capsys):

@@ -60,6 +60,11 @@ def test_what_is_kept_grows() -> None:
     assert drop(x.astype(jnp.bfloat16), 0.2, jax.random.key(0)).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_a_share_that_rounds_to_nothing(impl: str) -> None:
+    assert mask(0, 1e-7, (40, 40), impl).all()
+
+
 def test_a_pass_of_the_generator_decides_four_numbers() -> None:
     program = jax.make_jaxpr(lambda key: keep_mask(key, 0.1, (8, 400)))(jax.random.key(0)).jaxpr
     passes: list[Any] = [e for e in equations(program) if e.primitive.name == "threefry2x32"]

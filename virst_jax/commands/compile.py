@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
     if args.picture:
         picture.check_format(args.picture)
         atomic.check_place(args.picture)
-        if not prediction.timed(args.topology) or args.effort == "quick":
-            raise UserError("--picture: times are known of TPUs and NVIDIA GPUs, with --effort full; leave it out")
+    wanted = "--picture" if args.picture else "--operations" if args.operations else ""
+    if wanted and (not prediction.timed(args.topology) or args.effort == "quick"):
+        raise UserError(f"{wanted}: times are known of TPUs and NVIDIA GPUs, with --effort full; leave it out")
     cfg = _config(args.model, args.dtype)
     if args.quantize:
         cfg = _quantized(cfg, args.quantize, args.parts)

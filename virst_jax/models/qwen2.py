@@ -207,12 +207,12 @@ class Block(nn.Module):
         norms = (RmsNorm(self.compute, self.cfg.rms_norm_eps, name=n) for n in ("input_norm", "post_norm"))
         # in training, the norms' gradients are not folded into the products whose results they take
         once: Callable[[jax.Array], jax.Array] = (lambda x: x) if deterministic else whole_gradient
-        input_norm, post_norm = (lambda x, norm=norm: once(norm(x)) for norm in norms)
+        input_norm, post_norm = norms
         attended, cache = Attention(self.cfg, self.compute, name="attn")(
-            input_norm(x), cache, mask, rotary, slots, is_prefill, deterministic, prefix_len
+            once(input_norm(x)), cache, mask, rotary, slots, is_prefill, deterministic, prefix_len
         )
         y = self._add(x, attended)
-        y = self._add(y, Mlp(self.cfg, self.compute, name="mlp")(post_norm(y), deterministic))
+        y = self._add(y, Mlp(self.cfg, self.compute, name="mlp")(once(post_norm(y)), deterministic))
         return y, (cache, x if return_input else None)
 
     def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
