@@ -7,8 +7,7 @@ expressions. Every chip holds the tracker's parameters whole, so one chip tells 
 TPU (`pip install 'virst-jax[aot]'`), and takes a quarter of an hour. docs/notes/predicted_times.md has its figures.
 
 The kernels of memory attention pass over blocks of keys that no frame has filled yet, which the compiled program does
-not tell. Their share is the mean over all places that the anchors can have in the video. MFU counts the keys that are
-seen.
+not tell. Their share is the mean over all places that the anchors can have in the video.
 """
 
 import argparse
@@ -86,7 +85,6 @@ def report(topology: str, name: str) -> None:
         compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 2, 3))).lower(*arguments).compile()
     memory: Any = compiled.memory_analysis()
     console = Console(width=150)
-    flops -= unseen_flops(cfg.sam2, used, anchors, objects)
     found = prediction.predict(compiled.as_text() or "", topology, flops, 1)
     shares = blocks_run(cfg.sam2, used, anchors)
     found = dataclasses.replace(found, slow=passing_over(found.slow, *shares), fast=passing_over(found.fast, *shares))
@@ -118,15 +116,6 @@ def keys_seen(sam: Sam2Config, frames: int, anchors: tuple[int, ...]) -> np.ndar
 def all_places(sam: Sam2Config, frames: int, anchors: int) -> np.ndarray:
     """The keys that tracked frames attend to, bool[N, K], for all places of the anchors together."""
     return np.concatenate([keys_seen(sam, frames, places) for places in itertools.combinations(range(frames), anchors)])
-
-
-def unseen_flops(sam: Sam2Config, frames: int, anchors: int, objects: int) -> float:
-    """What `flops.memory_attention` counts for memories that are not there, forward and backward."""
-    if frames == anchors:
-        return 0.0
-    unseen = float((~all_places(sam, frames, anchors)).sum(1).mean())  # keys of a frame
-    forward = 2 * sam.feature_size**2 * unseen * (sam.hidden_size + sam.memory_dim) * sam.memory_layers
-    return 3 * forward * (frames - anchors) * objects
 
 
 def blocks_run(sam: Sam2Config, frames: int, anchors: int) -> tuple[float, float]:

@@ -64,14 +64,24 @@ def test_share_of_blocks_that_are_run() -> None:
     assert training_tracker.blocks_run(cfg, 3, 3) == (1, 1)  # anchors alone attend to nothing
 
 
-def test_flops_of_keys_that_are_not_there() -> None:
-    cfg = virst_7b().sam2
-    tracked, keys = 9 * 3, 9 * 4096 + 72
-    attention = 3 * tracked * 2 * 4096 * keys * (256 + 64) * cfg.memory_layers
-    seen = 1 - training_tracker.unseen_flops(cfg, 12, 3, 3) / attention
-    assert seen == pytest.approx(training_tracker.all_places(cfg, 12, 3).mean())
-    assert attention < 3 * tracked * flops.memory_attention(cfg, 3)
-    assert training_tracker.unseen_flops(cfg, 3, 3, 3) == 0
+@pytest.mark.parametrize(("frames", "anchors"), [(12, 3), (10, 2), (4, 1), (8, 5)])
+def test_flops_count_the_memories_that_are_there(frames: int, anchors: int) -> None:
+    """As the mean over all places of the anchors, where a frame may attend to all of them."""
+    cfg = dataclasses.replace(virst_7b().sam2, max_anchors_attended=-1)
+    slots = (anchors + cfg.num_maskmem - 1) * cfg.feature_size**2
+    seen = training_tracker.all_places(cfg, frames, anchors)[:, :slots]
+    memories = flops.memories_seen(cfg, frames, anchors)
+    assert memories * cfg.feature_size**2 == pytest.approx(seen.sum(1).mean())
+    assert flops.memories_seen(virst_7b().sam2, 8, 5) < flops.memories_seen(cfg, 8, 5)  # attends to three
+
+
+def test_a_training_step_counts_the_memories_that_are_there() -> None:
+    cfg, sam = virst_7b(), virst_7b().sam2
+    shape = flops.StepShape(1, 1, 1, 3, 0, 0, 12, used=12, anchors=3, seg_tokens=10)
+    found = flops.step_flops(cfg, shape).parts["memory attention"].forward
+    keys = (3 + sam.num_maskmem - 1 - flops.memories_seen(sam, 12, 3)) * sam.feature_size**2
+    of_a_key = 2 * sam.feature_size**2 * (sam.hidden_size + sam.memory_dim) + 2 * sam.memory_dim * sam.hidden_size
+    assert found == pytest.approx(9 * 3 * (flops.memory_attention(sam, 3) - keys * of_a_key * sam.memory_layers))
 
 
 def test_only_kernels_of_memories_take_their_share() -> None:

@@ -113,12 +113,41 @@ def image_encoder(cfg: Sam2Config) -> float:
     return total + 2 * width**2 * (sides[0] ** 2 / 8 + sides[1] ** 2 / 4)
 
 
-def memory_attention(cfg: Sam2Config, anchors: int) -> float:
-    """One frame of one object, with all memories in place, which the one head weighs before they are projected."""
+def _attended(cfg: Sam2Config, anchors: int) -> int:
+    """Of so many anchors, those that a frame attends to."""
+    return anchors if cfg.max_anchors_attended == -1 else min(anchors, cfg.max_anchors_attended)
+
+
+def memories_seen(cfg: Sam2Config, frames: int, anchors: int) -> float:
+    """Memories that a tracked frame of a training sample attends to, as the mean over all places of its anchors.
+
+    Anchors that come later have no memory yet, except the first. Of other frames, those of the last num_maskmem - 1
+    are remembered.
+
+    Args:
+      frames: of the sample, with its anchors; all have the same chance to be one.
+      anchors: fewer than frames.
+    """
+    others, ring = frames - 1, cfg.num_maskmem - 1
+    total = 0.0
+    for number in range(frames):  # the tracked frame, and how many of the anchors lie before it
+        for passed in range(min(number, anchors) + 1):
+            chance = math.comb(number, passed) * math.comb(others - number, anchors - passed)
+            total += chance / math.comb(others, anchors) * _attended(cfg, max(1, passed))
+        total += min(ring, number) * (1 - anchors / others)
+    return total / frames
+
+
+def memory_attention(cfg: Sam2Config, anchors: int, memories: float | None = None) -> float:
+    """One frame of one object, whose one head weighs memories before they are projected.
+
+    memories: that are there, of anchors and other frames; None: as many as there can be.
+    """
     size, width = cfg.feature_size**2, cfg.hidden_size
-    attended = anchors if cfg.max_anchors_attended == -1 else min(anchors, cfg.max_anchors_attended)
-    pointers = (attended + cfg.max_pointers - 1) * (width // cfg.memory_dim)
-    keys = (attended + cfg.num_maskmem - 1) * size + pointers
+    attended = _attended(cfg, anchors)
+    if memories is None:
+        memories = attended + cfg.num_maskmem - 1
+    keys = memories * size + (attended + cfg.max_pointers - 1) * (width // cfg.memory_dim)
     self_attention = 8 * size * width**2 + 4 * size**2 * width
     queries = 4 * size * width**2 + 2 * size * cfg.memory_dim * width
     cross_attention = queries + 2 * keys * cfg.memory_dim * width + 2 * size * keys * (width + cfg.memory_dim)
@@ -284,8 +313,9 @@ class StepCount:
         second = self.trains("second_fusion/")
         prompts = seg_hidden or second
         self.add("second fusion", fused, weights=second, inputs=prompts)
-        tracked = 0 if s.used == s.anchors else s.used - s.anchors
-        attending = tracked * s.conversations * memory_attention(sam, s.anchors)
+        tracked = s.used - s.anchors
+        memories = memories_seen(sam, s.used, s.anchors) if tracked else 0
+        attending = tracked * s.conversations * memory_attention(sam, s.anchors, memories)
         attention = self.trains("sam2/memory_attention/")
         self.add("memory attention", attending, weights=attention, inputs=prompts, again=True)
         decoding = s.anchors * (mask_decoder(sam, s.seg_tokens) + mask_prompt(sam)) + tracked * mask_decoder(sam, 2)
@@ -325,7 +355,8 @@ def prompted_flops(count: StepCount, s: PromptedShape) -> StepFlops:
     attention, decoder = count.trains("sam2/memory_attention/"), count.trains("sam2/mask_decoder/")
     through = encoder or count.trains("sam2/")  # memories have gradients
     if tracked:
-        attending = tracked * s.objects * memory_attention(sam, s.anchors)
+        memories = memories_seen(sam, s.frames, min(s.anchors, s.frames - 1))
+        attending = tracked * s.objects * memory_attention(sam, s.anchors, memories)
         count.add("memory attention", attending, weights=attention, inputs=through, again=large)
     decoding = decoded * (mask_decoder(sam, tokens) + mask_prompt(sam))
     if tracked:  # given masks are decoded, too, for their pointers
