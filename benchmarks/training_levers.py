@@ -4,31 +4,39 @@
     python -m benchmarks.training_levers --topology v5p:2x2x1 --stage stage3 --kind video
 
 Compiles the layers of virst_7b's language model alone, forward and backward, as a stage trains them: adapters over
-frozen weights, split over all chips. It needs libtpu and no TPU (`pip install 'virst-jax[aot]'`),
-and takes 3 minutes a row on two idle cores. docs/notes/predicted_times.md has its figures.
+frozen weights, split over all chips or whole on each. `--part head` compiles its output head, whose labels are taken to
+fit one piece, with its gradients, and `--part optimizer` the update of all trained parameters. It needs libtpu and no
+TPU (`pip install 'virst-jax[aot]'`), and takes 3 minutes a row on two idle cores. docs/notes/predicted_times.md has its
+figures.
 """
 
 import argparse
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import optax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 import train
 from benchmarks import run
 from configs import stage1, stage2, stage3
+from virst_jax.config import VirstConfig
 from virst_jax.errors import UserError
 from virst_jax.models.virst import Virst
+from virst_jax.ops.cross_entropy import piece_size
 from virst_jax.parallel import sharding
 from virst_jax.profiling import aot, prediction
-from virst_jax.profiling.flops import llm_weights
+from virst_jax.profiling.flops import llm_weights, lm_head
 from virst_jax.training import losses, recipe
+from virst_jax.training.answers import Answers, answers_loss
 from virst_jax.training.compile_only import PREFIX_TOKENS
-from virst_jax.training.optim import join
+from virst_jax.training.optim import join, make_optimizer
 from virst_jax.training.start import StateLayout
 from virst_jax.training.tasks import get_task, visual_tokens
 
@@ -42,24 +50,36 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--stage", default="stage1", choices=STAGES)
     parser.add_argument("--kind", default="image", choices=["image", "video", "video_text"], help="of batch")
+    parser.add_argument("--part", default="layers", choices=PARTS)
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 4], help="on each chip")
     parser.add_argument("--remat", nargs="+", default=["full"], choices=["none", "full", "dots"])
+    parser.add_argument("--frozen", nargs="+", default=["split"], choices=recipe.FROZEN, help="weights, over the chips")
     parser.add_argument("--gathers", nargs="+", default=list(GATHERS), choices=GATHERS)
     args = parser.parse_args()
-    title = f"language model of {args.stage}, batches of kind {args.kind}, {args.topology}"
+    title = f"{args.part} of the language model, {args.stage}, batches of kind {args.kind}, {args.topology}"
     table = Table(title=title, title_justify="left")
-    for heading in ("samples a chip", "remat", "gathers", "GiB", "ms", "products", "moves", "waiting", "MFU"):
+    for heading in ("samples a chip", "remat", "frozen", "gathers", "GiB", "ms", "products", "moves", "waiting", "MFU"):
         table.add_column(heading, justify="right")
-    for samples, remat, gathers in itertools.product(args.samples, args.remat, args.gathers):
-        found = row(args.topology, args.stage, args.kind, samples, remat, GATHERS[gathers])
-        table.add_row(str(samples), remat, gathers, *found)
+    for samples, remat, kept, gathers in itertools.product(args.samples, args.remat, args.frozen, args.gathers):
+        found = row(args.part, args.topology, args.stage, args.kind, samples, remat, kept, GATHERS[gathers])
+        table.add_row(str(samples), remat, kept, gathers, *found)
     Console().print(table)
 
 
-def row(topology: str, name: str, kind: str, samples: int, remat: str, options: dict[str, str | bool]) -> list[str]:
+def row(
+    part: str,
+    topology: str,
+    name: str,
+    kind: str,
+    samples: int,
+    remat: str,
+    kept: str,
+    options: dict[str, str | bool],
+) -> list[str]:
     """Temporaries, time, what it goes to, and MFU; of two figures the second takes moves at the memory's bandwidth."""
     config = STAGES[name].get_config()
     config.model.overrides.compute.remat = remat
+    config[name].frozen = kept
     cfg, stage = train.starting_point(config)[0], recipe.stages(config)[0]
     data = next((data for data in stage.data if data.name == kind), None)
     if data is None:
@@ -68,40 +88,12 @@ def row(topology: str, name: str, kind: str, samples: int, remat: str, options: 
     _, conversations, length = get_task(data.batch.kind).shapes(cfg, data.batch, prefix)["token_ids"][0]
     devices = aot.topology_devices(topology)
     mesh = sharding.make_mesh(data=1, fsdp=len(devices), devices=devices)
-    layout = StateLayout.of(cfg, stage, mesh)
-    batch, width = samples * mesh.size, cfg.llm.hidden_size
-    trained = {"llm": {"layers": layout.abstract.params["llm"]["layers"]}}
-    frozen = {"llm": {name: layout.abstract.frozen["llm"][name] for name in ("layers", "norm")}}
-
-    def loss(trained: Any, frozen: Any, embeds: jax.Array, mask: jax.Array, rngs: jax.Array) -> jax.Array:
-        params = join(trained, frozen)
-
-        def of_example(embeds: jax.Array, mask: jax.Array, rng: jax.Array) -> jax.Array:
-            apply = losses.bind(cfg, params, rng)
-            both = apply(Virst.hidden_after_prefix, embeds, mask, prefix, deterministic=False)
-            return sum((jnp.square(x.astype(jnp.float32)).sum() for x in both), jnp.zeros(()))
-
-        return jax.vmap(of_example, spmd_axis_name=sharding.BATCH_AXES)(embeds, mask, rngs).mean()
-
-    def step(trained: Any, frozen: Any, embeds: jax.Array, mask: jax.Array, key: jax.Array) -> Any:
-        rngs = jax.random.split(key, batch)
-        return jax.value_and_grad(loss, argnums=(0, 2))(trained, frozen, embeds, mask, rngs)
-
-    rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    given = (
-        jax.ShapeDtypeStruct((batch, conversations, length, width), cfg.compute.dtype, sharding=rows),
-        jax.ShapeDtypeStruct((batch, conversations, length), bool, sharding=rows),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-    )
-    split = jax.tree.map(lambda x: x.sharding, trained)
+    sizes = Sizes(samples * mesh.size, conversations, length, prefix)
+    step, arguments, results, flops = PARTS[part](cfg, stage, StateLayout.of(cfg, stage, mesh), mesh, sizes)
     with sharding.use_mesh(mesh):
-        jitted = jax.jit(step, out_shardings=(None, (split, rows)))
-        compiled = jitted.lower(trained, frozen, *given).compile(compiler_options=options)
+        compiled = jax.jit(step, out_shardings=results).lower(*arguments).compile(compiler_options=options)
     memory: Any = compiled.memory_analysis()
-    # forward, and the gradient of what comes in: the weights are frozen
-    flops = 2 * samples * (prefix + conversations * (length - prefix)) * llm_weights(cfg.llm)
-    found = prediction.predict(compiled.as_text() or "", topology, flops, mesh.size)
+    found = prediction.predict(compiled.as_text() or "", topology, samples * flops, mesh.size)
     spent = (found.slow, found.fast)
     waiting = (prediction.MEMORY, prediction.ICI)
     return [
@@ -112,6 +104,97 @@ def row(topology: str, name: str, kind: str, samples: int, remat: str, options: 
         " to ".join(f"{1e3 * sum(x.category(name) for name in waiting):.0f}" for x in spent),
         " to ".join(f"{found.mfu(x.seconds):.0%}" for x in spent),
     ]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a batch's text."""
+
+    batch: int
+    conversations: int
+    length: int
+    prefix: int
+
+    @property
+    def positions(self) -> int:
+        """Of an example, whose conversations share their prefix."""
+        return self.prefix + self.conversations * (self.length - self.prefix)
+
+
+# A function to compile, its arguments, the shardings of its results, and FLOPs of a sample
+Part = tuple[Callable[..., Any], tuple[Any, ...], Any, float]
+
+
+def layers(cfg: VirstConfig, stage: recipe.Stage, layout: StateLayout, mesh: Mesh, sizes: Sizes) -> Part:
+    """The layers, forward and backward."""
+    trained = {"llm": {"layers": layout.abstract.params["llm"]["layers"]}}
+    frozen = {"llm": {name: layout.abstract.frozen["llm"][name] for name in ("layers", "norm")}}
+
+    def loss(trained: Any, frozen: Any, embeds: jax.Array, mask: jax.Array, rngs: jax.Array) -> jax.Array:
+        params = join(trained, frozen)
+
+        def of_example(embeds: jax.Array, mask: jax.Array, rng: jax.Array) -> jax.Array:
+            apply = losses.bind(cfg, params, rng)
+            both = apply(Virst.hidden_after_prefix, embeds, mask, sizes.prefix, deterministic=False)
+            return sum((jnp.square(x.astype(jnp.float32)).sum() for x in both), jnp.zeros(()))
+
+        return jax.vmap(of_example, spmd_axis_name=sharding.BATCH_AXES)(embeds, mask, rngs).mean()
+
+    def step(trained: Any, frozen: Any, embeds: jax.Array, mask: jax.Array, key: jax.Array) -> Any:
+        rngs = jax.random.split(key, sizes.batch)
+        return jax.value_and_grad(loss, argnums=(0, 2))(trained, frozen, embeds, mask, rngs)
+
+    rows = sharding.batch_sharding(mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    tokens = (sizes.batch, sizes.conversations, sizes.length)
+    given = (
+        jax.ShapeDtypeStruct((*tokens, cfg.llm.hidden_size), cfg.compute.dtype, sharding=rows),
+        jax.ShapeDtypeStruct(tokens, bool, sharding=rows),
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh)),
+    )
+    split = jax.tree.map(lambda x: x.sharding, trained)
+    # forward, and the gradient of what comes in: the weights are frozen
+    flops = 2 * sizes.positions * llm_weights(cfg.llm)
+    return step, (trained, frozen, *given), (None, (split, rows)), flops
+
+
+def head(cfg: VirstConfig, stage: recipe.Stage, layout: StateLayout, mesh: Mesh, sizes: Sizes) -> Part:
+    """The output head and its gradients, at the positions of a batch that have a label."""
+    trained, rows = {"llm": {"lm_head": layout.abstract.params["llm"]["lm_head"]}}, sharding.batch_sharding(mesh)
+    positions = sizes.positions - 1
+
+    def loss(trained: Any, answers: Answers) -> jax.Array:
+        return answers_loss(cfg, trained, answers)
+
+    def step(trained: Any, hidden: jax.Array, target: jax.Array, weight: jax.Array) -> Any:
+        given: Any = jax.value_and_grad(lambda trained, x: loss(trained, Answers(x, target, weight)), argnums=(0, 1))
+        return given(trained, hidden)
+
+    shape = (sizes.batch, positions)
+    given = (
+        jax.ShapeDtypeStruct((*shape, cfg.llm.hidden_size), cfg.compute.dtype, sharding=rows),
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
+    )
+    split = jax.tree.map(lambda x: x.sharding, trained)
+    flops = 3 * piece_size(positions, cfg.llm.vocab_size) * lm_head(cfg.llm)
+    return step, (trained, *given), (None, (split, rows)), flops
+
+
+def optimizer(cfg: VirstConfig, stage: recipe.Stage, layout: StateLayout, mesh: Mesh, sizes: Sizes) -> Part:
+    """The update of all trained parameters, which has no products."""
+    update = make_optimizer(stage.optim, stage.groups)
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        updates, state = update.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, optax.tree.norm(gradients)
+
+    params, state = layout.abstract.params, layout.abstract.opt_state
+    results = (layout.shardings.params, layout.shardings.opt_state, None)
+    return step, (params, state, params), results, 0.0
+
+
+PARTS = {"layers": layers, "head": head, "optimizer": optimizer}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
         "steps": 1000,
         "optim": common.OPTIM,
         "groups": common.GROUPS,
+        "frozen": "split",
         "data": {
             "video": {
                 "kind": "video",

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
         "steps": 30_000,
         "optim": common.OPTIM,
         "groups": common.GROUPS,
+        "frozen": "split",
         "data": common.mixed(GROUPS, batch_size=16, conversations=3, vlm_frames=12, seg_frames=12),
     }
     return c

@@ -19,5 +19,11 @@ def get_config() -> ConfigDict:
     c.stages = ("stage3",)
     data = common.mixed(GROUPS, batch_size=16, conversations=3, vlm_frames=12, seg_frames=12)
     data["video"] |= {"propagate": True, "after": 5, "before": 2}
-    c.stage3 = {"steps": 15_000, "optim": common.OPTIM, "groups": common.GROUPS, "data": data}
+    c.stage3 = {
+        "steps": 15_000,
+        "optim": common.OPTIM,
+        "groups": common.GROUPS,
+        "frozen": "split",
+        "data": data,
+    }
     return c

@@ -18,6 +18,7 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from configs import stage3
 from helpers import compiling
 from helpers.places import DATA, PROGRAMS, ROOT
 from virst_jax.config import tiny, virst_7b
@@ -25,6 +26,8 @@ from virst_jax.errors import UserError
 from virst_jax.models.layers import AXES
 from virst_jax.ops.constrain import ACTIVATIONS, activation_rules, constrain
 from virst_jax.parallel import sharding
+from virst_jax.training import recipe
+from virst_jax.training.start import StateLayout
 
 SNAPSHOTS = DATA / "sharding"
 MESHES = [(4, 4, 1), (1, 16, 1), (1, 4, 4), (8, 32, 1)]
@@ -241,6 +244,28 @@ def test_optimizer_state_is_split_like_the_parameters():
 
     with pytest.raises(ValueError, match="mirrors no parameter"):
         sharding.state_shardings({"b": jax.ShapeDtypeStruct((2048, 1024), "f4")}, shardings, shapes, mesh)
+
+
+def test_frozen_parameters_that_are_whole_on_every_device():
+    """They stay split over tensor; what is trained, and its optimizer, stay split over all."""
+    mesh, config = mesh_of(2, 16, 4), stage3.get_config()
+    cfg, (stage,) = recipe.network(virst_7b(), config), recipe.stages(config)
+    split, whole = (StateLayout.of(cfg, dataclasses.replace(stage, frozen=way), mesh) for way in recipe.FROZEN)
+    assert whole.shardings.replace(frozen=None) == split.shardings.replace(frozen=None)
+    for before, now in zip(jax.tree.leaves(split.abstract.frozen), jax.tree.leaves(whole.abstract.frozen), strict=True):
+        names = [axis for axes in before.sharding.spec for axis in ((axes,) if isinstance(axes, str) else axes or ())]
+        ways = 16 if "fsdp" in names else 1
+        shards = [math.prod(x.sharding.shard_shape(x.shape)) for x in (before, now)]
+        assert shards[1] == ways * shards[0]
+    kernel = whole.shardings.frozen["llm"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.spec == PartitionSpec(None, None, "tensor")
+
+
+def test_a_place_for_frozen_parameters_that_is_unknown():
+    config = stage3.get_config()
+    config.stage3.frozen = "anywhere"
+    with pytest.raises(UserError, match=r"stage3\.frozen: must be split or whole, not 'anywhere'"):
+        recipe.stages(config)
 
 
 def test_constraints_do_nothing_without_a_mesh():

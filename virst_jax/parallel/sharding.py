@@ -255,6 +255,20 @@ def parameter_shardings(cfg: VirstConfig, mesh: Mesh, replicate_below: int = REP
     )
 
 
+def whole_over(shardings: PyTree, axis: str) -> PyTree:
+    """The same NamedShardings, but that no array is split over this mesh axis."""
+
+    def without(names: str | tuple[str, ...] | None) -> tuple[str, ...] | str | None:
+        if isinstance(names, tuple):
+            return tuple(name for name in names if name != axis) or None
+        return None if names == axis else names
+
+    def whole(where: NamedSharding) -> NamedSharding:
+        return NamedSharding(where.mesh, PartitionSpec(*map(without, where.spec)))
+
+    return jax.tree.map(whole, shardings)
+
+
 def describe(cfg: VirstConfig, mesh: Mesh) -> str:
     """A line per parameter: path, shape, spec and elements a device."""
     shapes, _ = logical_axes(cfg)

@@ -10,6 +10,8 @@ stages      names of the stages in order; each is a key of the recipe:
   steps     batches of the stage
   optim     an OptimConfig (total_steps follows from steps)
   groups    ((pattern of parameter paths, factor of the learning rate; 0: frozen), ...)
+  frozen    where frozen parameters lie: "split" over fsdp and gathered when they are used, which is also what a stage
+            without this key means, or "whole" on every device
   data      {name: {"weight": share of the batches, "sources": {name: {"kind", "weight", ...}}, a BatchConfig's values}}
 eval        {"source": as above, "videos": how many, "every": steps; 0: only at the end of a stage}
 checkpoint  {"every": steps, "keep": latest ones}
@@ -27,6 +29,8 @@ from virst_jax.config import VirstConfig, override
 from virst_jax.data.batches import BatchConfig
 from virst_jax.errors import UserError
 from virst_jax.training.optim import Groups, OptimConfig
+
+FROZEN = ("split", "whole")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Stage:
     optim: OptimConfig
     groups: Groups
     data: tuple[DataConfig, ...]
+    frozen: str = "split"
     in_turn: bool = False  # one batch of each kind after the other, whatever their weights
 
 
@@ -65,9 +70,13 @@ def _stage(name: str, config: Mapping[str, Any]) -> Stage:
     if name not in config:
         raise UserError(f"the recipe lists the stage {name!r} but does not describe it")
     given = plain(config[name])
+    frozen = given.pop("frozen", "split")
     unknown = set(given) - {"steps", "optim", "groups", "data"}
     if unknown:
-        raise UserError(f"{name}: unknown key {sorted(unknown)[0]!r}; a stage has steps, optim, groups and data")
+        known = "steps, optim, groups, frozen and data"
+        raise UserError(f"{name}: unknown key {sorted(unknown)[0]!r}; a stage has {known}")
+    if frozen not in FROZEN:
+        raise UserError(f"{name}.frozen: must be {' or '.join(FROZEN)}, not {frozen!r}")
     try:
         steps, optim, groups, data = (given[key] for key in ("steps", "optim", "groups", "data"))
     except KeyError as error:
@@ -85,6 +94,7 @@ def _stage(name: str, config: Mapping[str, Any]) -> Stage:
         override(OptimConfig(), {**total, **optim}, f"{name}.optim"),
         tuple((str(pattern), float(factor)) for pattern, factor in groups),
         parts,
+        frozen,
     )
 
 

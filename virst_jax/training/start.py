@@ -35,6 +35,8 @@ class StateLayout:
         parameters = sharding.parameter_shardings(cfg, mesh)
         state = jax.eval_shape(lambda params: init_state(cfg, stage.optim, stage.groups, params), shapes)
         shardings = sharding.state_shardings(state, parameters, shapes, mesh)
+        if stage.frozen == "whole":
+            shardings = shardings.replace(frozen=sharding.whole_over(shardings.frozen, "fsdp"))
         place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
         return cls(jax.tree.map(place, state, shardings), shardings)
 
