@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from virst_jax.config import Compute, VirstConfig, tiny
 from virst_jax.parallel import sharding
+from virst_jax.training import losses
 from virst_jax.training.losses import VideoBatch
 from virst_jax.training.optim import OptimConfig
 from virst_jax.training.step import init_state, make_train_step
@@ -69,6 +70,8 @@ def program(mesh: Mesh) -> tuple[Any, dict[str, Any]]:
         return init_state(cfg, OPTIM, GROUPS, params)
 
     shardings = sharding.state_shardings(jax.eval_shape(begin, shapes), parameters, shapes, mesh)
+    losses.FRAME_BY_FRAME = 1  # one video after another, as with large frames
+    shardings = shardings.replace(frozen=sharding.whole_over(shardings.frozen, "fsdp"))  # the others stay split
     step = make_train_step(cfg, OPTIM, GROUPS, mesh_axes=sharding.BATCH_AXES, dropout=False)
     draw = np.random.default_rng(1)
     host = jax.tree.map(lambda x: (0.05 * draw.standard_normal(x.shape)).astype(np.float32), shapes)

@@ -5,7 +5,9 @@ import pytest
 
 from helpers.losses_cases import CFG, SHARED, assert_same, make_batch, random_params
 from virst_jax.ops import cross_entropy
+from virst_jax.training import losses
 from virst_jax.training.losses import TextBatch, text_loss, video_losses
+from virst_jax.training.step import batch_loss
 
 ANCHORS = (0, 2)
 
@@ -74,3 +76,27 @@ def test_cross_entropy_in_pieces(cfg, params, monkeypatch):
     pieces, _ = jax.jit(lambda p, b: text_loss(cfg, p, b))(params, text)
     assert float(pieces) == pytest.approx(float(whole), rel=1e-6)
     assert float(whole) > 1
+
+
+@pytest.mark.heavy  # gradients of two forms of the network take two minutes to compile
+def test_a_batch_of_large_frames_one_video_after_another(cfg, params, monkeypatch):
+    """The losses and gradients of two videos at once, also where the image encoder is trained."""
+    one = make_batch(cfg, SHARED, used=ANCHORS, slots=2)
+    other = one.replace(frames=one.frames[::-1], targets=~one.targets)
+    batch = jax.tree.map(lambda *x: np.stack(x), one, other)
+
+    def run(side):
+        monkeypatch.setattr(losses, "FRAME_BY_FRAME", side)
+        given = jax.jit(jax.value_and_grad(lambda p: batch_loss(cfg, p, batch, None, losses.video_parts), has_aux=True))
+        return given(params)
+
+    (loss, parts), gradients = run(1)
+    (expected, others), plain = run(2**20)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert parts.keys() == others.keys()
+    for name, part in others.items():
+        assert float(parts[name]) == pytest.approx(float(part), rel=1e-5), name
+    for part, tree in plain.items():
+        ours, theirs = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for g in (gradients[part], tree))
+        assert float(jnp.linalg.norm(ours - theirs)) <= 1e-4 * float(jnp.linalg.norm(theirs)), part
+    assert float(jnp.linalg.norm(plain["sam2"]["image_encoder"]["trunk"]["patch_embed"]["kernel"])) > 0

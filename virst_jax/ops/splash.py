@@ -97,6 +97,16 @@ def _auto_mesh() -> bool:
     return any(size > 1 and kind != AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types))
 
 
+def mesh_axes(kind: str, length: int) -> tuple[str, ...]:
+    """The mesh axes that split "batch" or "heads", if they divide `length`; only those that the compiler still has."""
+    names = dict(zip(("batch", "heads"), _mesh_axes.get() or ((), ())))[kind]
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+    sizes = {name: size for name, size, of in kinds if of != AxisType.Manual}
+    axes = tuple(name for name in names if name in sizes)
+    return axes if length % math.prod(sizes[name] for name in axes) == 0 else ()
+
+
 def can_be_sharded() -> bool:
     """Whether the kernel runs on a share of the rows on each device, or there is one device only."""
     return _mesh_axes.get() is not None or not _auto_mesh()
@@ -160,17 +170,8 @@ def _partitioned(
 
     if not _auto_mesh():
         return run(q, k, v, segments)
-    batch_axes, head_axes = _mesh_axes.get() or ((), ())
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-    sizes = {name: size for name, size, kind in kinds if kind != AxisType.Manual}
-
-    def divided(axes: tuple[str, ...], length: int) -> tuple[str, ...]:
-        """The axes that the compiler still has, if they divide `length`; else every device has all."""
-        axes = tuple(a for a in axes if a in sizes)
-        return axes if length % math.prod(sizes[a] for a in axes) == 0 else ()
-
-    batch, heads = divided(batch_axes, q.shape[0]), divided(head_axes, k.shape[1])
+    # where axes do not divide, every device has all
+    batch, heads = mesh_axes("batch", q.shape[0]), mesh_axes("heads", k.shape[1])
     spec = PartitionSpec(batch or None, heads or None)
     in_specs = (spec, spec, spec, None if segments is None else PartitionSpec(batch or None))
     return jax.shard_map(run, in_specs=in_specs, out_specs=spec, check_vma=False)(q, k, v, segments)

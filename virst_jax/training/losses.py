@@ -6,6 +6,8 @@ encoder's and the tracker's image.
 Source: model/VIRST.py (dice_loss, sigmoid_ce_loss, VirstForCausalLM.forward).
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,9 +18,11 @@ import numpy as np
 import optax
 
 from virst_jax.config import FRAME_BY_FRAME, IGNORE, PIXEL_MEAN, PIXEL_STD, VirstConfig
+from virst_jax.models.sam2.hiera import ImageEncoder
 from virst_jax.models.sam2.sam2 import PYRAMID, Features, Prediction, Sam2
 from virst_jax.models.sam2.tracker import Tracker
 from virst_jax.models.virst import Virst
+from virst_jax.ops.one_at_a_time import gradient_with_value, one_at_a_time
 from virst_jax.training.answers import Answers, answers_loss
 from virst_jax.types import Params
 
@@ -138,15 +142,48 @@ def video_losses(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rn
       The weighted sum float32[], and its parts: ce_loss, mask_bce_loss, mask_dice_loss, iou_loss, occ_loss,
       mask_loss (all weighted, float32[]), mean_iou float32[], masks float32[O, U, R, R] (logits).
     """
-    return finish(cfg, params, video_parts(cfg, params, batch, dropout_rng))
+    features = encode_frames(Sam2(cfg.sam2, cfg.compute), params, batch.frames)
+    given, answers = _understand(cfg, params, batch, features, dropout_rng)
+    value, parts = _segment(cfg, params["sam2"], given)
+    return finish(cfg, params, (value, {ANSWERS: answers, **parts}))
 
 
 def video_parts(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rng: jax.Array | None = None) -> Losses:
-    """video_losses, unfinished."""
-    tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=dropout_rng)
-    apply, deterministic = bind(cfg, params, dropout_rng), dropout_rng is None
+    """video_losses, unfinished and without masks.
 
-    features = encode_frames(tracker.sam, params, batch.frames)
+    Of a batch with large frames, each device encodes and tracks one video after the other: it needs the memory of one,
+    and a TPU takes less time for each.
+    """
+    if cfg.sam2.image_size < FRAME_BY_FRAME:
+        features = encode_frames(Sam2(cfg.sam2, cfg.compute), params, batch.frames)
+        given, answers = _understand(cfg, params, batch, features, dropout_rng)
+        value, parts = _segment(cfg, params["sam2"], given)
+    else:
+        features = encode_alone(cfg, params, batch.frames)
+        given, answers = _understand(cfg, params, batch, features, dropout_rng)
+        value, parts = _segment_alone(cfg, params["sam2"], given)
+    return value, {ANSWERS: answers, **{name: part for name, part in parts.items() if name != "masks"}}
+
+
+@flax.struct.dataclass
+class Tracked:
+    """What the losses of one video's masks are computed from."""
+
+    features: Any  # Features with a leading axis T
+    prompts: Any  # dtype[O, N, T, C]
+    targets: jax.Array  # as those of VideoBatch
+    anchors: jax.Array
+    frames_used: jax.Array
+    valid: jax.Array  # bool[U]
+    weights: jax.Array  # float32[U, O] or float32[U, 1]
+    dropout_rng: jax.Array | None
+
+
+def _understand(
+    cfg: VirstConfig, params: Params, batch: VideoBatch, features: Features, dropout_rng: jax.Array | None
+) -> tuple[Tracked, Answers]:
+    """What the language model makes of a video: prompts for the tracker, and answers."""
+    apply, deterministic = bind(cfg, params, dropout_rng), dropout_rng is None
     maps = features.top[None]
     embeds = embed(apply, batch, apply(Virst.encode_clips, normalize(batch.clips)))
     if cfg.fusion.initial:
@@ -158,14 +195,38 @@ def video_parts(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rng
     prompts, _ = apply(Virst.prompts, rest, positions, maps, deterministic=deterministic)
     count = batch.frames_used.shape[0]
     valid = jnp.ones(count, bool) if batch.used_valid is None else batch.used_valid
-    prediction = segment_frames(tracker, params, features, prompts, batch.anchors, batch.frames_used, valid)
     weights = valid[:, None].astype(jnp.float32)
     if batch.conversation_valid is not None:
         weights = weights * batch.conversation_valid
-    parts = mask_losses(cfg, tracker, prediction, batch.targets, weights)
+    chosen = (batch.targets, batch.anchors, batch.frames_used)
+    return Tracked(features, prompts, *chosen, valid, weights, dropout_rng), answers_of(cfg, (prefix, rest), batch)
+
+
+def _segment(cfg: VirstConfig, sam: Params, given: Tracked) -> Losses:
+    """The losses of a video's masks.
+
+    sam: the parameters of SAM 2.1; those of its image encoder may be missing.
+    """
+    tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=given.dropout_rng)
+    frames = (given.anchors, given.frames_used, given.valid)
+    prediction = segment_frames(tracker, {"sam2": sam}, given.features, given.prompts, *frames)
+    parts = mask_losses(cfg, tracker, prediction, given.targets, given.weights)
     # the IoU loss counts twice: as a part of mask_loss and on its own
-    value = parts["mask_loss"] + parts["iou_loss"] + parts["occ_loss"]
-    return value, {ANSWERS: answers_of(cfg, (prefix, rest), batch), **parts}
+    return parts["mask_loss"] + parts["iou_loss"] + parts["occ_loss"], parts
+
+
+def _segment_alone(cfg: VirstConfig, sam: Params, given: Tracked) -> Losses:
+    """As _segment, without masks; a batch's videos come one after another."""
+
+    def loss(sam: Params, own: tuple[Any, Tracked]) -> Losses:
+        (features, prompts), rest = own
+        value, parts = _segment(cfg, sam, dataclasses.replace(rest, features=features, prompts=prompts))
+        return value, {name: part for name, part in parts.items() if name != "masks"}
+
+    without_encoder = {name: part for name, part in sam.items() if name != "image_encoder"}
+    rest = dataclasses.replace(given, features=None, prompts=None)
+    value, parts = gradient_with_value(loss)(without_encoder, (given.features, given.prompts), rest)
+    return value, jax.lax.stop_gradient(parts)
 
 
 # What losses consist of
@@ -206,6 +267,34 @@ def encode_frames(sam: Sam2, params: Params, frames: jax.Array) -> Features:
     # recomputed in the backward pass, but for its outputs: the activations of a large frame are gigabytes
     keep = jax.checkpoint_policies.save_only_these_names(PYRAMID)
     return jax.lax.map(jax.checkpoint(encode, policy=keep), frames)
+
+
+def encode_alone(cfg: VirstConfig, params: Params, frames: jax.Array) -> Features:
+    """As encode_frames; the frames of a batch's videos come one after another, too."""
+    sam, encoder = Sam2(cfg.sam2, cfg.compute), ImageEncoder(cfg.sam2, cfg.compute)
+
+    def encode(params: Params, frame: jax.Array) -> list[jax.Array]:
+        maps: Any = encoder.apply({"params": params}, normalize(frame[None]))
+        return [x[0] for x in maps]
+
+    def encode_all(params: Params, frames: jax.Array) -> list[jax.Array]:
+        return jax.lax.map(jax.checkpoint(functools.partial(encode, params)), frames)
+
+    alone = one_at_a_time(encode_all)
+
+    @jax.custom_vjp
+    def pyramid(params: Params, frames: jax.Array) -> list[jax.Array]:
+        return alone(params, frames)
+
+    def backward(given: tuple[Params, jax.Array], gradients: list[jax.Array]) -> tuple[Params, None]:
+        params, frames = given
+        return *jax.vjp(lambda params: encode_all(params, frames), params)[1](gradients), None
+
+    # where the encoder is trained, its backward pass takes the videos together
+    pyramid.defvjp(lambda params, frames: (alone(params, frames), (params, frames)), backward)
+    maps = pyramid(params["sam2"]["image_encoder"], frames)
+    refined: Any = sam.apply({"params": params["sam2"]}, maps, method=Sam2.refine)
+    return refined
 
 
 def embed(apply: Apply, batch: Conversations, visual: jax.Array) -> jax.Array:

@@ -4,6 +4,8 @@ Axes: T frames, B objects, N prompt tokens, H, W feature grid, S = H*W, C width,
 Source: model/sam2/modeling/sam2_base.py, model/sam2/sam2_virst.py.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -74,7 +76,11 @@ class Sam2(nn.Module):
     def encode_image(self, pixels: jax.Array) -> Features:
         """Normalised pixels float[T, R, R, 3] -> features of T frames."""
         # named, so that a backward pass that starts here need not run the encoder again
-        high0, high1, top = (checkpoint_name(x, PYRAMID) for x in self.image_encoder(pixels))
+        return self.refine([checkpoint_name(x, PYRAMID) for x in self.image_encoder(pixels)])
+
+    def refine(self, maps: Sequence[jax.Array]) -> Features:
+        """The image encoder's maps dtype[T, H, W, C], the finest first -> features of T frames."""
+        high0, high1, top = maps
         return Features(self.high_res0(high0), self.high_res1(high1), top)
 
     def image_position(self) -> jax.Array:

@@ -1,0 +1,85 @@
+"""Functions of one example that a batch runs one example after another.
+
+jax.vmap computes all examples of a batch at once. What takes most of a device's memory for one of them, or runs no
+faster for several, is better done in turn.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from virst_jax.ops.splash import mesh_axes
+from virst_jax.types import PyTree
+
+Function = Callable[[PyTree, PyTree], Any]  # of what all examples share, and of an example's own
+
+
+def one_at_a_time(function: Function) -> Function:
+    """The same function, which jax.vmap over its second argument runs for one example after another.
+
+    On a mesh every device runs its own examples, if the axes that parallel.sharding.use_mesh names divide the batch. It
+    cannot be differentiated, as gradient_with_value can.
+
+    Raises:
+      ValueError: jax.vmap over the first argument.
+    """
+    run = jax.custom_batching.custom_vmap(function)
+
+    def in_turn(shared: PyTree, own: PyTree) -> Any:
+        return jax.lax.map(lambda example: function(shared, example), own)
+
+    @run.def_vmap
+    def _(size: int, batched: Any, shared: PyTree, own: PyTree) -> tuple[Any, Any]:
+        if any(jax.tree.leaves(batched[0])):
+            raise ValueError("one_at_a_time: jax.vmap over what the examples share")
+        own = jax.tree.map(lambda x, has: x if has else jnp.broadcast_to(x, (size, *x.shape)), own, batched[1])
+        axes = mesh_axes("batch", size)
+        given = in_turn
+        if axes and size > 1:
+            rows = PartitionSpec(axes)
+            given = jax.shard_map(
+                in_turn, in_specs=(PartitionSpec(), rows), out_specs=rows, axis_names=set(axes), check_vma=False
+            )
+        results = given(shared, own)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return run
+
+
+def gradient_with_value(function: Function) -> Callable[[PyTree, PyTree, PyTree], Any]:
+    """A loss of one example, one at a time, whose gradient is made together with its value.
+
+    Nothing but the gradient is kept for the backward pass, so that examples in turn need the memory of one.
+
+    Args:
+      function: of (shared, (varied, fixed)) to a loss float32[] and a tree of other results, which have no gradient.
+
+    Returns:
+      A function of (shared, varied, fixed). It is differentiable by `shared` and `varied`; in float arrays alone.
+    """
+
+    def value(shared: PyTree, own: tuple[PyTree, PyTree]) -> Any:
+        return function(shared, own)
+
+    def both(shared: PyTree, own: tuple[PyTree, PyTree]) -> Any:
+        by_both = jax.value_and_grad(lambda shared, varied: function(shared, (varied, own[1])), (0, 1), has_aux=True)
+        return by_both(shared, own[0])
+
+    alone, with_gradient = one_at_a_time(value), one_at_a_time(both)
+
+    @jax.custom_vjp
+    def loss(shared: PyTree, varied: PyTree, fixed: PyTree) -> Any:
+        return alone(shared, (varied, fixed))
+
+    def forward(shared: PyTree, varied: PyTree, fixed: PyTree) -> Any:
+        return with_gradient(shared, (varied, fixed))
+
+    def backward(gradients: tuple[PyTree, PyTree], scales: Any) -> tuple[PyTree, PyTree, None]:
+        scaled = jax.tree.map(lambda x: (x * scales[0]).astype(x.dtype), gradients)
+        return *scaled, None
+
+    loss.defvjp(forward, backward)
+    return loss
