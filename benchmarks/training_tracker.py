@@ -74,7 +74,7 @@ def report(topology: str, name: str) -> None:
     whole = NamedSharding(mesh, PartitionSpec())
     given = {key: shape(sizes[key][0][1:], sizes[key][1], whole) for key in ("anchors", "frames_used", "used_valid")}
     given["targets"] = shape((objects, used, *[cfg.sam2.image_size] * 2), bool, whole)
-    key = jax.eval_shape(lambda: jax.random.key(0, impl="rbg"))
+    key = jax.eval_shape(lambda: jax.random.key(0))
     given["key"] = shape(key.shape, key.dtype, whole)
     prompts = shape((objects, tokens, data.batch.seg_frames, cfg.sam2.hidden_size), cfg.compute.dtype, whole)
     arguments = (trained, frozen, features_of(cfg, data.batch.seg_frames, whole), prompts, given)

@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from virst_jax.ops import splash
+from virst_jax.ops.attention import attention
+from virst_jax.ops.constrain import activation_rules, constrain
 from virst_jax.ops.one_at_a_time import gradient_with_value, one_at_a_time
+from virst_jax.parallel import sharding
 
 
 def function(shared: Any, own: Any) -> Any:
@@ -76,3 +81,27 @@ def test_a_value_without_a_gradient() -> None:
     np.testing.assert_allclose(
         gradient_with_value(function)(shared, x[0], fixed)[0], function(shared, (x[0], fixed))[0], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1), (2, 2, 2)], ids=str)
+def test_kernels_of_examples_on_a_mesh(sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TPU's compiler partitions no kernel: no axis of the mesh may be left to it, nor named in a constraint."""
+    monkeypatch.setattr(splash, "target_platform", lambda: "tpu")
+    mesh = AbstractMesh(sizes, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def attend(kernel: Any, own: Any) -> Any:
+        x = constrain(own[0] @ kernel, None, None, "heads", None)
+        return jnp.square(attention(x, x, x, impl="splash").astype(jnp.float32)).sum(), {}
+
+    def loss(kernel: Any, x: Any) -> Any:
+        of_example = lambda x: gradient_with_value(attend)(kernel, x, None)[0]  # noqa: E731
+        return jax.vmap(of_example, spmd_axis_name=sharding.BATCH_AXES)(x).sum()
+
+    places = (NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
+    shapes = ((128, 128), (8, 2, 256, 4, 128))
+    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape, where in zip(shapes, places)]
+    axes, rules = splash.sharded_over(sharding.BATCH_AXES, ("tensor",)), activation_rules(sharding.ACTIVATION_RULES)
+    with jax.sharding.use_abstract_mesh(mesh), axes, rules:
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*given)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 ACTIVATIONS = frozenset(
     {
@@ -64,12 +64,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if rules is None:
         return x
     mesh = jax.sharding.get_abstract_mesh()
-    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes))
-    if mesh.empty or all(size == 1 for size in sizes.values()):
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+    sizes = {name: size for name, size, kind in kinds if kind != AxisType.Manual}  # a device has its share of others
+    if all(size == 1 for size in sizes.values()):
         return x
     spec: list[Any] = []
     for axis, length in zip(axes, x.shape):
-        names = () if axis is None else rules[axis]
+        names = () if axis is None else tuple(name for name in rules[axis] if name in sizes)
         fits = names and length % math.prod(sizes[name] for name in names) == 0
         spec.append(PartitionSpec.UNCONSTRAINED if axis is None else names if fits else None)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

@@ -4,6 +4,7 @@ jax.vmap computes all examples of a batch at once. What takes most of a device's
 faster for several, is better done in turn.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,17 +37,23 @@ def one_at_a_time(function: Function) -> Function:
         if any(jax.tree.leaves(batched[0])):
             raise ValueError("one_at_a_time: jax.vmap over what the examples share")
         own = jax.tree.map(lambda x, has: x if has else jnp.broadcast_to(x, (size, *x.shape)), own, batched[1])
-        axes = mesh_axes("batch", size)
-        given = in_turn
-        if axes and size > 1:
-            rows = PartitionSpec(axes)
-            given = jax.shard_map(
-                in_turn, in_specs=(PartitionSpec(), rows), out_specs=rows, axis_names=set(axes), check_vma=False
-            )
-        results = given(shared, own)
+        results = _on_devices(in_turn, size)(shared, own)
         return results, jax.tree.map(lambda _: True, results)
 
     return run
+
+
+def _on_devices(in_turn: Function, size: int) -> Function:
+    """Each device with its own of `size` examples, where a mesh has several that share them out."""
+    axes = mesh_axes("batch", size)
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes))
+    if math.prod(sizes[axis] for axis in axes) == 1:
+        return in_turn
+    # kernels cannot run where the compiler has an axis left, even one of a single device
+    manual = {axis for axis, count in sizes.items() if axis in axes or count == 1}
+    rows = PartitionSpec(axes)
+    return jax.shard_map(in_turn, in_specs=(PartitionSpec(), rows), out_specs=rows, axis_names=manual, check_vma=False)
 
 
 def gradient_with_value(function: Function) -> Callable[[PyTree, PyTree, PyTree], Any]:
