@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.interpreters import partial_eval
 
 from helpers.kernels import equations
 from virst_jax.ops.dropout import drop, keep_mask
-from virst_jax.ops.splash import KEPT
 
 SHAPES = [(7,), (3, 5, 40), (2, 4099), (64, 1)]
 
@@ -71,13 +69,3 @@ def test_a_pass_of_the_generator_decides_four_numbers() -> None:
     program = jax.make_jaxpr(lambda key: keep_mask(key, 0.1, (8, 400)))(jax.random.key(0)).jaxpr
     passes: list[Any] = [e for e in equations(program) if e.primitive.name == "threefry2x32"]
     assert [e.outvars[0].aval.size for e in passes] == [800]
-
-
-@pytest.mark.parametrize(("policy", "passes"), [(None, 2), (KEPT, 1)], ids=["computed again", "kept"])
-def test_a_policy_can_keep_the_mask_for_the_backward_pass(policy: Any, passes: int) -> None:
-    def loss(x: jax.Array) -> jax.Array:
-        return jnp.sin(drop(jnp.sin(x), 0.5, jax.random.key(0))).sum()
-
-    traced = jax.make_jaxpr(jax.value_and_grad(jax.checkpoint(loss, policy=policy)))(jnp.ones((4, 8)))
-    traced, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True, True])
-    assert [x.primitive.name for x in equations(traced)].count("threefry2x32") == passes

@@ -340,12 +340,17 @@ def test_eight_devices_and_two_processes_equal_one_device(tmp_path, program):
 
 
 @pytest.mark.heavy
-def test_eight_devices_of_two_processes_equal_one_device(tmp_path):
-    """A step of the whole network, with tracking, which takes more than a minute to compile for each mesh."""
+def test_devices_of_two_processes_equal_one_device(tmp_path):
+    """A step of the whole network, with tracking, which takes more than a minute to compile for each mesh.
+
+    Videos run in turn on each device, which has all axes of the second mesh for itself, but not tensor of the first.
+    """
     program = "sharded_training.py"
     finish(start(tmp_path, ["1x1x1"], 1, program=program))
     two_processes(tmp_path, program, "2x2x2", devices=4)
     compare(tmp_path / "2x2x2.npz", tmp_path / "1x1x1.npz", 8, share=1 / 4)
+    two_processes(tmp_path, program, "2x2x1", devices=2)
+    compare(tmp_path / "2x2x1.npz", tmp_path / "1x1x1.npz", 4, share=1 / 2)
 
 
 def test_tiny_model_has_shardings():

@@ -4,13 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend.random import threefry2x32_p
 
 from virst_jax.ops.whole import whole
 
 DRAWS = 2**16  # a number is kept with a probability of so many parts
-MASK = "dropout mask"  # of jax.checkpoint_policies, to keep what is dropped for the backward pass
 PIECES = 4  # numbers that one pass of the generator decides: it gives 64 bits
 
 
@@ -50,4 +48,4 @@ def drop(x: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
         return x
     if rate == 1:
         return jnp.zeros_like(x)
-    return jnp.where(checkpoint_name(keep_mask(rng, rate, x.shape), MASK), x / (1 - rate), 0)
+    return jnp.where(keep_mask(rng, rate, x.shape), x / (1 - rate), 0)

@@ -15,13 +15,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jax.sharding import AxisType, PartitionSpec
 
-from virst_jax.ops.dropout import MASK
 from virst_jax.ops.platform import target_platform
 
 LANES = 128  # of a TPU; its kernel takes as many positions at once, or a multiple
 RESIDUALS = "attention residuals"  # what the kernel's gradient needs beside its inputs
-# for what is computed again but for its attention, and for the numbers that dropout draws
-KEPT = jax.checkpoint_policies.save_only_these_names(RESIDUALS, MASK)
+KEPT = jax.checkpoint_policies.save_only_these_names(RESIDUALS)  # for what is computed again but for its attention
 GRADIENT_KEYS = 1280  # keys whose gradients the kernel accumulates at a time, as far as its fast memory holds them
 
 _mesh_axes: contextvars.ContextVar[tuple[tuple[str, ...], tuple[str, ...]] | None] = contextvars.ContextVar(

@@ -280,18 +280,21 @@ def encode_alone(cfg: VirstConfig, params: Params, frames: jax.Array) -> Feature
     def encode_all(params: Params, frames: jax.Array) -> list[jax.Array]:
         return jax.lax.map(jax.checkpoint(functools.partial(encode, params)), frames)
 
-    alone = one_at_a_time(encode_all)
+    def gradient(params: Params, own: tuple[jax.Array, list[jax.Array]]) -> Params:
+        frames, of_maps = own
+        of_params: Params = jax.vjp(lambda params: encode_all(params, frames), params)[1](of_maps)[0]
+        return of_params
+
+    alone, gradient_alone = one_at_a_time(encode_all), one_at_a_time(gradient)
 
     @jax.custom_vjp
     def pyramid(params: Params, frames: jax.Array) -> list[jax.Array]:
         return alone(params, frames)
 
-    def backward(given: tuple[Params, jax.Array], gradients: list[jax.Array]) -> tuple[Params, None]:
-        params, frames = given
-        return *jax.vjp(lambda params: encode_all(params, frames), params)[1](gradients), None
-
-    # where the encoder is trained, its backward pass takes the videos together
-    pyramid.defvjp(lambda params, frames: (alone(params, frames), (params, frames)), backward)
+    pyramid.defvjp(
+        lambda params, frames: (alone(params, frames), (params, frames)),
+        lambda given, of_maps: (gradient_alone(given[0], (given[1], of_maps)), None),
+    )
     maps = pyramid(params["sam2"]["image_encoder"], frames)
     refined: Any = sam.apply({"params": params["sam2"]}, maps, method=Sam2.refine)
     return refined
