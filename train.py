@@ -125,6 +125,9 @@ def thrown_away(place: "Place") -> Iterator[None]:
 def open_run(config: ConfigDict) -> tuple["Run", Path | None]:
     """What all stages share, and the model folder to start from (None: random parameters)."""
     mesh = sharding.make_mesh(**recipe.plain(config.mesh))
+    fault = compiler_flags.known_fault(mesh.devices.flat[0].device_kind)
+    if fault and processes.is_main():
+        tqdm.write(fault, file=sys.stderr)
     cfg, start, tokenizer_folder = starting_point(config)
     tokenizer = load_tokenizer(tokenizer_folder, cfg.seg_token_id)
     if tokenizer.num_rows > cfg.llm.vocab_size:

@@ -58,6 +58,8 @@ def test_recipes_carry_flags_that_xla_knows():
     flags = compiler_flags.as_text(config.xla_flags.gpu)
     assert flags["xla_gpu_enable_pipelined_all_gather"] == "false"
     assert flags["xla_gpu_enable_latency_hiding_scheduler"] == "true"
+    options = compiler_flags.as_options(recipe.plain(config.xla_flags.gpu), compiler_flags.GPU)
+    assert jax.jit(lambda x: x + 1).lower(1).compile(compiler_options=options)(1) == 2
     environment = {**os.environ, "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in flags.items())}
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -69,3 +71,19 @@ def test_a_flag_that_recipes_leave_to_the_compiler_can_be_given():
     assert name not in compiler_flags.as_text(recipe.plain(config_file.load("stage1", []).xla_flags)["tpu"])
     given = config_file.load("stage1", [f"--config.xla_flags.tpu.{name}=1000000"])
     assert compiler_flags.as_text(recipe.plain(given.xla_flags)["tpu"])[name] == "1000000"
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "warned"),
+    [
+        ("TPU v6 lite", "0.0.42.1", True),
+        ("TPU v6e", "0.0.45", False),
+        ("TPU v6 lite", "0.0.52", False),
+        ("TPU v5 lite", "0.0.42", False),
+        ("cpu", "0.0.42", False),
+    ],
+)
+def test_a_compiler_that_crashes_is_named_before_it_does(kind, version, warned):
+    line = compiler_flags.known_fault(kind, version)
+    assert bool(line) == warned
+    assert not warned or line.endswith("run pip install 'libtpu>=0.0.45'")

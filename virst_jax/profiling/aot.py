@@ -215,7 +215,7 @@ def compile_report(
     parts: Callable[[PyTree], dict[str, PyTree]] | None = None,
     flops: float = 0.0,
     quick: bool = True,
-    options: Mapping[str, str] | None = None,
+    options: Mapping[str, str | bool] | None = None,
     hlo_path: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Compiles (state, batch) -> (state, metrics) for a topology and reads off what it takes.

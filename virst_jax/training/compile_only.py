@@ -1,6 +1,7 @@
 """The steps of a recipe compiled for hardware that need not be there."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,10 +45,13 @@ def compile_only(
         )
     mesh = sharding.make_mesh(**recipe.plain(config.mesh), devices=aot.topology_devices(topology, slices))
     sharding.check_mesh(cfg, mesh)
+    if predict and (fault := compiler_flags.known_fault(mesh.devices.flat[0].device_kind)):
+        print(fault, file=sys.stderr, flush=True)
     flags = recipe.plain(config.get("xla_flags") or {})
     compiler_flags.check(flags)
-    platform = {"tpu": compiler_flags.TPU, "cuda": compiler_flags.GPU, "gpu": compiler_flags.GPU}
-    options = compiler_flags.as_text(flags.get(platform.get(mesh.devices.flat[0].platform, ""), {}))
+    names = {"tpu": compiler_flags.TPU, "cuda": compiler_flags.GPU, "gpu": compiler_flags.GPU}
+    platform = names.get(mesh.devices.flat[0].platform, "")
+    options = compiler_flags.as_options(flags.get(platform, {}), platform)
     known: dict[tuple[Any, ...], aot.Report] = {}
     for stage in recipe.stages(config):
         layout = StateLayout.of(cfg, stage, mesh)
@@ -76,7 +80,7 @@ def _compile(
     slices: int,
     mesh: Mesh,
     predict: bool,
-    options: Mapping[str, str],
+    options: Mapping[str, str | bool],
 ) -> aot.Report:
     task = get_task(data.batch.kind)
     prefix_len = visual_tokens(cfg, data.batch) + PREFIX_TOKENS
