@@ -36,14 +36,18 @@ def test_weights_and_biases_gets_what_is_logged(tmp_path, monkeypatch):
 
 def test_a_stage_that_goes_on_keeps_its_run(tmp_path, monkeypatch):
     begun, told = [], []
-    stand_in = types.SimpleNamespace(init=lambda **o: begun.append(o), log=told.append, finish=lambda: None)
+    stand_in = types.SimpleNamespace(
+        init=lambda **o: begun.append(o),
+        log=lambda scalars, step: told.append((step, scalars)),  # a value "step" would be renamed
+        finish=lambda: None,
+    )
     monkeypatch.setitem(sys.modules, "trackio", stand_in)
     for start in (0, 2):
         write(tmp_path / "runs" / "stage", {"to": "trackio", "project": "p"}, [start + 1, start + 2], start)
     assert begun[0] == begun[1]
     assert begun[0]["name"].startswith("runs-stage-")
     assert (begun[0]["project"], begun[0]["config"], begun[0]["resume"]) == ("p", {"seed": 3}, "allow")
-    assert told == [{"step": step, "loss": step / 8} for step in (1, 2, 3, 4)]
+    assert told == [(step, {"loss": step / 8}) for step in (1, 2, 3, 4)]
 
 
 def test_services_that_cannot_be_had(tmp_path, monkeypatch):

@@ -23,11 +23,14 @@ class Tracker:
     Steps that a killed run had taken, and that are taken again, appear in the service twice.
     """
 
-    def __init__(self, service: Any):
-        self.service = service
+    def __init__(self, service: Any, name: str):
+        self.service, self.name = service, name
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self.service.log({"step": step, **scalars})
+        if self.name == "trackio":
+            self.service.log(dict(scalars), step=step)
+        else:  # its own steps only rise, but those after a checkpoint are taken again
+            self.service.log({"step": step, **scalars})
 
     def close(self) -> None:
         self.service.finish()
@@ -69,7 +72,7 @@ def open_tracker(asked: Mapping[str, str], folder: "Place", config: Mapping[str,
     except Exception as error:  # each service has errors of its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--config.tracking.to={name}: it does not start ({reason})") from error
-    return Tracker(service)
+    return Tracker(service, name)
 
 
 def _identity(folder: "Place") -> str:
