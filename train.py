@@ -225,7 +225,9 @@ def train_stage(
     bar = tqdm(total=stage.steps, initial=begin, desc=stage.name, disable=log is None, dynamic_ncols=True)
 
     def count_flops(stream: Stream, batch: Batch) -> float:
-        return stream.task.count_flops(cfg, batch, layout.trained).model
+        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        examples = jax.tree.leaves(batch)[0].shape[0]
+        return stream.task.count_flops(cfg, batch, layout.trained).shared_by(devices, examples).model
 
     def is_due(step: int) -> bool:
         return videos is not None and (step == stage.steps or _divides(config.eval.every, step))

@@ -177,7 +177,8 @@ def head(cfg: VirstConfig, stage: recipe.Stage, layout: StateLayout, mesh: Mesh,
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
     )
     split = jax.tree.map(lambda x: x.sharding, trained)
-    flops = 3 * piece_size(positions, cfg.llm.vocab_size) * lm_head(cfg.llm)
+    # of one piece for all samples of a chip
+    flops = 3 * piece_size(positions, cfg.llm.vocab_size) * lm_head(cfg.llm) * mesh.size / sizes.batch
     return step, (trained, *given), (None, (split, rows)), flops
 
 

@@ -317,3 +317,12 @@ def test_device_peaks():
     assert 1e8 < measured < 1e15
     assert "measured" in source
     assert flops.utilisation(measured, 2.0, 1, measured) == 0.5
+
+
+def test_devices_apply_the_head_to_the_labels_of_all_their_examples():
+    counted = flops.step_flops(CFG, flops.StepShape(8, 1, 4, 2, 200, 100))
+    one, four = counted.shared_by(8, 8), counted.shared_by(2, 8)
+    assert one == counted == counted.shared_by(16, 8)
+    head = counted.parts[flops.HEAD]
+    assert four.model == pytest.approx(counted.model - 0.75 * (head.forward + head.backward))
+    assert four.parts[flops.HEAD].recomputed == head.recomputed / 4

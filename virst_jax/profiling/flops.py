@@ -197,6 +197,9 @@ def memory_encoder(cfg: Sam2Config) -> float:
 # A step
 
 
+HEAD = "its head"  # the language model's, among the parts of a step
+
+
 @dataclass(frozen=True)
 class StepShape:
     """The sizes of a batch of conversations that decide its cost."""
@@ -234,6 +237,14 @@ class StepFlops:
     def model(self) -> float:
         """Forward and backward, what the mathematics needs: the numerator of MFU."""
         return sum(part.forward + part.backward for part in self.parts.values())
+
+    def shared_by(self, devices: int, examples: int) -> "StepFlops":
+        """The same step on devices with several examples each, which apply the head to the labels of all at once."""
+        parts, share = dict(self.parts), min(1.0, devices / examples)
+        if HEAD in parts:
+            head = parts[HEAD]
+            parts[HEAD] = Part(share * head.forward, share * head.backward, share * head.recomputed)
+        return StepFlops(parts)
 
 
 class StepCount:
@@ -295,9 +306,10 @@ class StepCount:
         if llm.lora.rank:
             self.add("its adapters", tokens * llm_adapters(llm), weights=adapters, inputs=through, again=self.remat)
         predicted = tokens - 1 if s.prefix_len else tokens - s.conversations
-        predicted = piece_size(predicted, llm.vocab_size)  # only labels count, and they are taken to fit one piece
+        # only labels count; those of a device are taken to fit one piece, here of one example (see StepFlops.shared_by)
+        predicted = piece_size(predicted, llm.vocab_size)
         head = self.trains("llm/lm_head")
-        self.add("its head", predicted * lm_head(llm), weights=head, inputs=through, again=True)
+        self.add(HEAD, predicted * lm_head(llm), weights=head, inputs=through, again=True)
         return through
 
     def add_segmentation(self, s: StepShape, seg_hidden: bool) -> None:

@@ -86,6 +86,8 @@ def _compile(
     prefix_len = visual_tokens(cfg, data.batch) + PREFIX_TOKENS
     shapes = task.shapes(cfg, data.batch, prefix_len)
     batch = task.batch({name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}, prefix_len)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    counted = task.count_flops(cfg, batch, layout.trained).shared_by(devices, data.batch.batch_size)
     with sharding.use_mesh(mesh):
         return aot.compile_report(
             make_train_step(cfg, stage.optim, stage.groups, task.loss, mesh_axes=sharding.BATCH_AXES),
@@ -95,7 +97,7 @@ def _compile(
             sharding.batch_sharding(mesh),
             topology if slices == 1 else f"{topology} x {slices} slices",
             parts=_parts,
-            flops=task.count_flops(cfg, batch, layout.trained).model,
+            flops=counted.model,
             quick=not predict,
             options=options,
         )
