@@ -21,11 +21,11 @@ from rich.table import Table
 
 import train
 from benchmarks import run
-from configs import stage1, stage2, stage3
+from benchmarks.training_levers import FIGURES, STAGES, figures
 from virst_jax.config import VirstConfig
 from virst_jax.models.virst import Virst
 from virst_jax.parallel import sharding
-from virst_jax.profiling import aot, prediction
+from virst_jax.profiling import aot
 from virst_jax.profiling.flops import step_flops
 from virst_jax.training import losses, recipe
 from virst_jax.training.compile_only import PREFIX_TOKENS
@@ -34,7 +34,6 @@ from virst_jax.training.start import StateLayout
 from virst_jax.training.tasks import get_task, video_shape, visual_tokens
 from virst_jax.types import PyTree
 
-STAGES = {"stage1": stage1, "stage2": stage2, "stage3": stage3}
 KINDS = {"stage1": "image", "stage2": "video", "stage3": "video"}  # of batch, in which frames are segmented
 Sizes = dict[str, tuple[tuple[int, ...], Any]]  # shapes and dtypes of a batch's arrays
 Compute = Callable[[losses.Apply, PyTree, jax.Array], PyTree]  # what is made of all parameters and a sample's array
@@ -45,7 +44,7 @@ class Part:
     """A part of the network."""
 
     parameters: tuple[str, ...]
-    given: Callable[[VirstConfig, Sizes], tuple[tuple[int, ...], Any]]  # shape and dtype of its input
+    given: str  # of a batch's arrays, the one that it reads
     compute: Callable[[VirstConfig], Compute]
     counted: tuple[str, ...]  # what flops.py calls it
 
@@ -73,17 +72,17 @@ def report(topology: str, name: str, samples: int, parts: list[str]) -> None:
     layout = StateLayout.of(cfg, stage, mesh)
     counted = step_flops(cfg, video_shape(batch), layout.trained).parts
     table = Table(title=f"{name}, {samples} samples a chip, {topology}", title_justify="left")
-    for heading in ("", "GiB", "ms", "products and kernels", "moves", "MFU"):
+    for heading in ("", *FIGURES):
         table.add_column(heading, justify="right" if heading else "left")
     for part in parts:
         compiled = compile_part(PARTS[part], cfg, layout, sizes, mesh)
         flops = sum(counted[key].forward + counted[key].backward for key in PARTS[part].counted)
-        table.add_row(part, *figures(compiled, topology, flops))
+        table.add_row(part, *figures(compiled, topology, flops, 1))
     Console(width=150).print(table)
 
 
 def compile_part(part: Part, cfg: VirstConfig, layout: StateLayout, sizes: Sizes, mesh: Mesh) -> Any:
-    """Forward and backward: the gradients of what is trained, and of what comes in if it has one."""
+    """Forward, and the gradients of what is trained."""
     compute = part.compute(cfg)
 
     def loss(trained: PyTree, array: jax.Array, frozen: PyTree, key: jax.Array) -> jax.Array:
@@ -95,7 +94,7 @@ def compile_part(part: Part, cfg: VirstConfig, layout: StateLayout, sizes: Sizes
 
         return jax.vmap(of_sample)(array, jax.random.split(key, len(array))).sum()
 
-    shape, dtype = part.given(cfg, sizes)
+    shape, dtype = sizes[part.given]
     whole = sharding.replicated(mesh)
     array = jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -103,24 +102,9 @@ def compile_part(part: Part, cfg: VirstConfig, layout: StateLayout, sizes: Sizes
         {name: tree[name] for name in part.parameters if name in tree}
         for tree in (layout.abstract.params, layout.abstract.frozen)
     )
-    wanted = (0, 1) if jnp.issubdtype(dtype, jnp.floating) else 0
-    step = jax.jit(jax.value_and_grad(loss, argnums=wanted))
+    step = jax.jit(jax.value_and_grad(loss))
     with sharding.use_mesh(mesh):
         return step.lower(trained, array, frozen, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)).compile()
-
-
-def figures(compiled: Any, topology: str, flops: float) -> list[str]:
-    """Temporaries, time, and what it goes to; of two figures the second takes moves at the memory's bandwidth."""
-    found = prediction.predict(compiled.as_text() or "", topology, flops, 1)
-    spent = (found.slow, found.fast)
-    products = found.slow.category(prediction.PRODUCTS) + found.slow.category(prediction.KERNELS)
-    return [
-        f"{compiled.memory_analysis().temp_size_in_bytes / 2**30:.1f}",
-        " to ".join(f"{1e3 * x.seconds:.1f}" for x in spent),
-        f"{1e3 * products:.1f}",
-        " to ".join(f"{1e3 * x.category(prediction.MOVES):.1f}" for x in spent),
-        " to ".join(f"{found.mfu(x.seconds):.0%}" for x in spent),
-    ]
 
 
 def encode_frames(cfg: VirstConfig) -> Compute:
@@ -132,10 +116,8 @@ def encode_clips(cfg: VirstConfig) -> Compute:
 
 
 PARTS = {
-    "image encoder": Part(("sam2",), lambda cfg, sizes: sizes["frames"], encode_frames, ("image encoder",)),
-    "video encoder": Part(
-        ("vision", "projector"), lambda cfg, sizes: sizes["clips"], encode_clips, ("video encoder", "projector")
-    ),
+    "image encoder": Part(("sam2",), "frames", encode_frames, ("image encoder",)),
+    "video encoder": Part(("vision", "projector"), "clips", encode_clips, ("video encoder", "projector")),
 }
 
 

@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     title = f"{args.part} of the language model, {args.stage}, batches of kind {args.kind}, {args.topology}"
     table = Table(title=title, title_justify="left")
-    for heading in ("samples a chip", "remat", "frozen", "gathers", "GiB", "ms", "products", "moves", "waiting", "MFU"):
+    for heading in ("samples a chip", "remat", "frozen", "gathers", *FIGURES):
         table.add_column(heading, justify="right")
     for samples, remat, kept, gathers in itertools.product(args.samples, args.remat, args.frozen, args.gathers):
         found = row(args.part, args.topology, args.stage, args.kind, samples, remat, kept, GATHERS[gathers])
@@ -76,7 +76,7 @@ def row(
     kept: str,
     options: dict[str, str | bool],
 ) -> list[str]:
-    """Temporaries, time, what it goes to, and MFU; of two figures the second takes moves at the memory's bandwidth."""
+    """Compiles a part; see `figures`."""
     config = STAGES[name].get_config()
     config.model.overrides.compute.remat = remat
     config[name].frozen = kept
@@ -92,16 +92,27 @@ def row(
     step, arguments, results, flops = PARTS[part](cfg, stage, StateLayout.of(cfg, stage, mesh), mesh, sizes)
     with sharding.use_mesh(mesh):
         compiled = jax.jit(step, out_shardings=results).lower(*arguments).compile(compiler_options=options)
-    memory: Any = compiled.memory_analysis()
-    found = prediction.predict(compiled.as_text() or "", topology, samples * flops, mesh.size)
+    return figures(compiled, topology, samples * flops, mesh.size)
+
+
+FIGURES = ("GiB", "ms", "products", "moves", "waiting", "MFU")
+
+
+def figures(compiled: Any, topology: str, flops: float, chips: int) -> list[str]:
+    """Temporaries, time, what it goes to, and MFU; of two figures the second takes moves at the memory's bandwidth.
+
+    flops: of one chip.
+    """
+    found = prediction.predict(compiled.as_text() or "", topology, flops, chips)
     spent = (found.slow, found.fast)
     waiting = (prediction.MEMORY, prediction.ICI)
+    products = sum(found.slow.category(name) for name in (prediction.PRODUCTS, prediction.KERNELS))
     return [
-        f"{memory.temp_size_in_bytes / 2**30:.1f}",
-        " to ".join(f"{1e3 * x.seconds:.0f}" for x in spent),
-        f"{1e3 * found.slow.category(prediction.PRODUCTS):.0f}",
-        " to ".join(f"{1e3 * x.category(prediction.MOVES):.0f}" for x in spent),
-        " to ".join(f"{1e3 * sum(x.category(name) for name in waiting):.0f}" for x in spent),
+        f"{compiled.memory_analysis().temp_size_in_bytes / 2**30:.1f}",
+        " to ".join(f"{1e3 * x.seconds:.1f}" for x in spent),
+        f"{1e3 * products:.1f}",
+        " to ".join(f"{1e3 * x.category(prediction.MOVES):.1f}" for x in spent),
+        " to ".join(f"{1e3 * sum(x.category(name) for name in waiting):.1f}" for x in spent),
         " to ".join(f"{found.mfu(x.seconds):.0%}" for x in spent),
     ]
 

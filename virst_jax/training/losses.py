@@ -142,27 +142,28 @@ def video_losses(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rn
       The weighted sum float32[], and its parts: ce_loss, mask_bce_loss, mask_dice_loss, iou_loss, occ_loss,
       mask_loss (all weighted, float32[]), mean_iou float32[], masks float32[O, U, R, R] (logits).
     """
-    features = encode_frames(Sam2(cfg.sam2, cfg.compute), params, batch.frames)
-    given, answers = _understand(cfg, params, batch, features, dropout_rng)
-    value, parts = _segment(cfg, params["sam2"], given)
-    return finish(cfg, params, (value, {ANSWERS: answers, **parts}))
+    return finish(cfg, params, _video(cfg, params, batch, dropout_rng, alone=False))
 
 
 def video_parts(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rng: jax.Array | None = None) -> Losses:
-    """video_losses, unfinished and without masks.
+    """video_losses, unfinished.
 
     Of a batch with large frames, each device encodes and tracks one video after the other: it needs the memory of one,
-    and a TPU takes less time for each.
+    and a TPU takes less time for each. Masks are not among the parts then.
     """
-    if cfg.sam2.image_size < FRAME_BY_FRAME:
-        features = encode_frames(Sam2(cfg.sam2, cfg.compute), params, batch.frames)
-        given, answers = _understand(cfg, params, batch, features, dropout_rng)
-        value, parts = _segment(cfg, params["sam2"], given)
-    else:
+    return _video(cfg, params, batch, dropout_rng, alone=cfg.sam2.image_size >= FRAME_BY_FRAME)
+
+
+def _video(
+    cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rng: jax.Array | None, *, alone: bool
+) -> Losses:
+    if alone:
         features = encode_alone(cfg, params, batch.frames)
-        given, answers = _understand(cfg, params, batch, features, dropout_rng)
-        value, parts = _segment_alone(cfg, params["sam2"], given)
-    return value, {ANSWERS: answers, **{name: part for name, part in parts.items() if name != "masks"}}
+    else:
+        features = encode_frames(Sam2(cfg.sam2, cfg.compute), params, batch.frames)
+    given, answers = _understand(cfg, params, batch, features, dropout_rng)
+    value, parts = (_segment_alone if alone else _segment)(cfg, params["sam2"], given)
+    return value, {ANSWERS: answers, **parts}
 
 
 @flax.struct.dataclass
