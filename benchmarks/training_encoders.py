@@ -23,7 +23,6 @@ import train
 from benchmarks import run
 from benchmarks.training_levers import FIGURES, STAGES, figures
 from virst_jax.config import VirstConfig
-from virst_jax.models.virst import Virst
 from virst_jax.parallel import sharding
 from virst_jax.profiling import aot
 from virst_jax.profiling.flops import step_flops
@@ -112,7 +111,7 @@ def encode_frames(cfg: VirstConfig) -> Compute:
 
 
 def encode_clips(cfg: VirstConfig) -> Compute:
-    return lambda apply, params, clips: apply(Virst.encode_clips, losses.normalize(clips))
+    return lambda apply, params, clips: losses.visual_tokens(cfg, params, apply, clips, alone=True)
 
 
 PARTS = {

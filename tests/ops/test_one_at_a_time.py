@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from virst_jax.ops import splash
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import activation_rules, constrain
-from virst_jax.ops.one_at_a_time import gradient_with_value, one_at_a_time
+from virst_jax.ops.one_at_a_time import gradient_with_value, one_at_a_time, recomputed
 from virst_jax.parallel import sharding
 
 
@@ -73,6 +73,27 @@ def test_the_gradient_is_that_of_all_examples_at_once(in_jit: bool) -> None:
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_array_equal(parts["largest"], others["largest"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), gradients, plain)
+
+
+def test_a_gradient_from_what_is_computed_again() -> None:
+    """Results are arrays that another function goes on with."""
+    shared, x, (scales, _) = arguments()
+
+    def features(shared: Any, own: Any) -> Any:
+        x, scale = own
+        return [jnp.sin(x @ shared["kernel"]) * scale, (x @ shared["kernel"]).sum(0)]
+
+    def total(of: Any) -> Any:
+        def loss(shared: Any) -> Any:
+            wide, narrow = jax.vmap(of, (None, 0))(shared, (x, scales))
+            return (jnp.square(wide).sum((1, 2)) * jnp.arange(1.0, 6)).sum() + jnp.cos(narrow).sum()
+
+        return jax.jit(jax.value_and_grad(loss))(shared)
+
+    (value, gradient), (expected, plain) = total(recomputed(features)), total(features)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient["kernel"], plain["kernel"], rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(plain["kernel"]).max()) > 0.1
 
 
 def test_a_value_without_a_gradient() -> None:

@@ -37,7 +37,11 @@ class Virst(nn.Module):
 
     def encode_clips(self, pixels: jax.Array) -> jax.Array:
         """Normalised clips float[B, frames, S, S, 3] -> visual tokens dtype[B, tokens, D]; one frame: a still image."""
-        return self.projector(self.vision(pixels), pixels.shape[1])
+        return self.project(self.vision(pixels), pixels.shape[1])
+
+    def project(self, features: jax.Array, frames: int) -> jax.Array:
+        """The video encoder's features of clips of so many frames -> visual tokens dtype[B, tokens, D]."""
+        return self.projector(features, frames)
 
     def embed(self, token_ids: jax.Array, visual_index: jax.Array, visual: jax.Array) -> jax.Array:
         """Input embeddings: text, with visual tokens at their places.

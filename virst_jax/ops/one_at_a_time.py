@@ -22,7 +22,7 @@ def one_at_a_time(function: Function) -> Function:
     """The same function, which jax.vmap over its second argument runs for one example after another.
 
     On a mesh every device runs its own examples, if the axes that parallel.sharding.use_mesh names divide the batch. It
-    cannot be differentiated, as gradient_with_value can.
+    cannot be differentiated, as gradient_with_value and recomputed can.
 
     Raises:
       ValueError: jax.vmap over the first argument.
@@ -90,3 +90,31 @@ def gradient_with_value(function: Function) -> Callable[[PyTree, PyTree, PyTree]
 
     loss.defvjp(forward, backward)
     return loss
+
+
+def recomputed(function: Function) -> Function:
+    """A function of one example, one at a time, that the backward pass computes again for its gradient.
+
+    Args:
+      function: of (shared, own) to a tree of arrays.
+
+    Returns:
+      The same function. It is differentiable by `shared` alone.
+    """
+
+    def gradient(shared: PyTree, own: tuple[PyTree, PyTree]) -> PyTree:
+        given, of_results = own
+        (of_shared,) = jax.vjp(lambda shared: function(shared, given), shared)[1](of_results)
+        return of_shared
+
+    alone, gradient_alone = one_at_a_time(function), one_at_a_time(gradient)
+
+    @jax.custom_vjp
+    def run(shared: PyTree, own: PyTree) -> Any:
+        return alone(shared, own)
+
+    run.defvjp(
+        lambda shared, own: (alone(shared, own), (shared, own)),
+        lambda given, of_results: (gradient_alone(given[0], (given[1], of_results)), None),
+    )
+    return run

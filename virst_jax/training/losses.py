@@ -21,8 +21,9 @@ from virst_jax.config import FRAME_BY_FRAME, IGNORE, PIXEL_MEAN, PIXEL_STD, Virs
 from virst_jax.models.sam2.hiera import ImageEncoder
 from virst_jax.models.sam2.sam2 import PYRAMID, Features, Prediction, Sam2
 from virst_jax.models.sam2.tracker import Tracker
+from virst_jax.models.umt import VideoEncoder
 from virst_jax.models.virst import Virst
-from virst_jax.ops.one_at_a_time import gradient_with_value, one_at_a_time
+from virst_jax.ops.one_at_a_time import gradient_with_value, recomputed
 from virst_jax.training.answers import Answers, answers_loss
 from virst_jax.types import Params
 
@@ -104,7 +105,8 @@ def text_loss(cfg: VirstConfig, params: Params, batch: TextBatch, dropout_rng: j
 def text_parts(cfg: VirstConfig, params: Params, batch: TextBatch, dropout_rng: jax.Array | None = None) -> Losses:
     """text_loss, unfinished."""
     apply = bind(cfg, params, dropout_rng)
-    return answer_parts(cfg, apply, batch, apply(Virst.encode_clips, normalize(batch.clips)), dropout_rng is None)
+    visual = visual_tokens(cfg, params, apply, batch.clips, alone=in_turn(cfg))
+    return answer_parts(cfg, apply, batch, visual, dropout_rng is None)
 
 
 def answer_parts(
@@ -148,10 +150,10 @@ def video_losses(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rn
 def video_parts(cfg: VirstConfig, params: Params, batch: VideoBatch, dropout_rng: jax.Array | None = None) -> Losses:
     """video_losses, unfinished.
 
-    Of a batch with large frames, each device encodes and tracks one video after the other: it needs the memory of one,
-    and a TPU takes less time for each. Masks are not among the parts then.
+    Of a batch with large frames (`in_turn`), each device encodes and tracks one video after the other: it needs the
+    memory of one, and a TPU takes less time for each. Masks are not among the parts then.
     """
-    return _video(cfg, params, batch, dropout_rng, alone=cfg.sam2.image_size >= FRAME_BY_FRAME)
+    return _video(cfg, params, batch, dropout_rng, alone=in_turn(cfg))
 
 
 def _video(
@@ -161,7 +163,7 @@ def _video(
         features = encode_alone(cfg, params, batch.frames)
     else:
         features = encode_frames(Sam2(cfg.sam2, cfg.compute), params, batch.frames)
-    given, answers = _understand(cfg, params, batch, features, dropout_rng)
+    given, answers = _understand(cfg, params, batch, features, dropout_rng, alone=alone)
     value, parts = (_segment_alone if alone else _segment)(cfg, params["sam2"], given)
     return value, {ANSWERS: answers, **parts}
 
@@ -181,12 +183,18 @@ class Tracked:
 
 
 def _understand(
-    cfg: VirstConfig, params: Params, batch: VideoBatch, features: Features, dropout_rng: jax.Array | None
+    cfg: VirstConfig,
+    params: Params,
+    batch: VideoBatch,
+    features: Features,
+    dropout_rng: jax.Array | None,
+    *,
+    alone: bool,
 ) -> tuple[Tracked, Answers]:
     """What the language model makes of a video: prompts for the tracker, and answers."""
     apply, deterministic = bind(cfg, params, dropout_rng), dropout_rng is None
     maps = features.top[None]
-    embeds = embed(apply, batch, apply(Virst.encode_clips, normalize(batch.clips)))
+    embeds = embed(apply, batch, visual_tokens(cfg, params, apply, batch.clips, alone=alone))
     if cfg.fusion.initial:
         embeds = apply(Virst.fuse_initially, embeds, batch.seg_positions, maps)
     prefix, rest = hidden_states(apply, batch, embeds, deterministic)
@@ -243,6 +251,11 @@ def bind(cfg: VirstConfig, params: Params, dropout_rng: jax.Array | None) -> App
     return apply
 
 
+def in_turn(cfg: VirstConfig) -> bool:
+    """Whether frames are so large that a device encodes and tracks the videos of a batch one after another."""
+    return cfg.sam2.image_size >= FRAME_BY_FRAME
+
+
 def normalize(pixels: jax.Array) -> jax.Array:
     """uint8 pixels as data.transforms.normalize makes them; others are so already."""
     if pixels.dtype != jnp.uint8:
@@ -281,24 +294,24 @@ def encode_alone(cfg: VirstConfig, params: Params, frames: jax.Array) -> Feature
     def encode_all(params: Params, frames: jax.Array) -> list[jax.Array]:
         return jax.lax.map(jax.checkpoint(functools.partial(encode, params)), frames)
 
-    def gradient(params: Params, own: tuple[jax.Array, list[jax.Array]]) -> Params:
-        frames, of_maps = own
-        of_params: Params = jax.vjp(lambda params: encode_all(params, frames), params)[1](of_maps)[0]
-        return of_params
-
-    alone, gradient_alone = one_at_a_time(encode_all), one_at_a_time(gradient)
-
-    @jax.custom_vjp
-    def pyramid(params: Params, frames: jax.Array) -> list[jax.Array]:
-        return alone(params, frames)
-
-    pyramid.defvjp(
-        lambda params, frames: (alone(params, frames), (params, frames)),
-        lambda given, of_maps: (gradient_alone(given[0], (given[1], of_maps)), None),
-    )
-    maps = pyramid(params["sam2"]["image_encoder"], frames)
+    maps = recomputed(encode_all)(params["sam2"]["image_encoder"], frames)
     refined: Any = sam.apply({"params": params["sam2"]}, maps, method=Sam2.refine)
     return refined
+
+
+def visual_tokens(cfg: VirstConfig, params: Params, apply: Apply, clips: jax.Array, *, alone: bool) -> jax.Array:
+    """What the language model sees of clips, as those of TextBatch: dtype[clips, tokens, D].
+
+    alone: a batch's videos come one after another.
+    """
+    if not alone:
+        tokens: jax.Array = apply(Virst.encode_clips, normalize(clips))
+        return tokens
+    encoder = VideoEncoder(cfg.vision, cfg.compute)
+    encode = recomputed(lambda own, clips: encoder.apply({"params": own}, normalize(clips)))
+    features = encode(params["vision"], clips)
+    projected: jax.Array = apply(Virst.project, features, clips.shape[1])
+    return projected
 
 
 def embed(apply: Apply, batch: Conversations, visual: jax.Array) -> jax.Array:
