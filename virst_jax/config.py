@@ -21,6 +21,9 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1
 PIXEL_STD = (0.229, 0.224, 0.225)
 # "late": after as much as possible was computed in float32; "release": at every operation, as PyTorch does
 ROUNDINGS = ("late", "release")
+# what of a layer waits for the backward pass, which makes the rest again: everything; its input; its input and what its
+# linear layers gave; its input, in the host's memory
+REMAT = ("none", "full", "dots", "offload")
 FLOAT = "float"
 WEIGHTS = (FLOAT, "int8", "int4")  # kernels of linear layers, see ops.quantized
 PARTS = ("llm", "vision", "hiera")  # of the network, whose kernels can be integers
@@ -39,13 +42,15 @@ class Compute:
     dtype: str = "float32"  # of activations
     param_dtype: str = "float32"
     attention: str = "auto"  # see ops.attention.IMPLEMENTATIONS
-    remat: str = "none"  # none | full | dots: what a layer's backward pass recomputes
+    remat: str = "none"  # of REMAT
     # where the language model rounds to `dtype`, see ROUNDINGS
     rounding: str = "late"
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise UserError(f"unknown rounding {self.rounding!r}: choose {' or '.join(ROUNDINGS)}")
+        if self.remat not in REMAT:
+            raise UserError(f"unknown remat {self.remat!r}: choose one of {', '.join(REMAT)}")
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,14 @@ def plain(name: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [("llm", "full"), ("llm", "dots"), ("vision", "dots"), ("image_encoder", "full"), ("memory_attention", "full")],
+    [
+        ("llm", "full"),
+        ("llm", "dots"),
+        ("llm", "offload"),
+        ("vision", "dots"),
+        ("image_encoder", "full"),
+        ("memory_attention", "full"),
+    ],
 )
 def test_remat_changes_nothing(name, policy):
     module, inputs = stacks()[name]
@@ -107,9 +114,8 @@ def test_remat_changes_nothing(name, policy):
 
 
 def test_unknown_remat_policy_raises():
-    module, inputs = stacks()["llm"]
-    with pytest.raises(ValueError, match="unknown remat policy 'some'"):
-        value_and_gradients(module.clone(compute=Compute(remat="some")), params_of("llm"), inputs)
+    with pytest.raises(UserError, match="unknown remat 'some': choose one of none, full, dots, offload"):
+        Compute(remat="some")
 
 
 @pytest.mark.parametrize("name", ["llm", "vision", "image_encoder", "memory_attention"])

@@ -29,7 +29,18 @@ from virst_jax.profiling.prediction import (
     predict,
     weak_scaling,
 )
-from virst_jax.profiling.schedule import ICI, KERNEL_SHARE, KERNELS, MEMORY, MOVES, NETWORK, PRODUCTS, Schedule, Spent
+from virst_jax.profiling.schedule import (
+    HOST,
+    ICI,
+    KERNEL_SHARE,
+    KERNELS,
+    MEMORY,
+    MOVES,
+    NETWORK,
+    PRODUCTS,
+    Schedule,
+    Spent,
+)
 
 CLOCK = 1.5e9  # of v5e
 MIB = 2**20
@@ -129,6 +140,30 @@ def test_a_schedule_is_played_through(schedule):
     assert spent.hidden[ICI] == pytest.approx(loop)
     assert (spent.started_early, spent.at_once, spent.unread_loops) == (2, 1, 0)
     assert spent.seconds == pytest.approx(sum(spent.by.values()))
+
+
+def test_slices_that_wait_in_the_memory_of_the_host():
+    """Both directions at once: 4 MiB there and as many back, beside an operation of 0.1 ms."""
+    text = """HloModule step
+
+ENTRY %main (x: f32[1,1024,1024], stack: f32[28,1024,1024], i: s32[]) -> f32[1,1024,1024] {
+  %x = f32[1,1024,1024]{2,1,0} parameter(0)
+  %stack = f32[28,1024,1024]{2,1,0:S(5)} parameter(1)
+  %i = s32[] parameter(2)
+  %put = ((f32[28,1024,1024]{2,1,0:S(5)}, f32[1,1024,1024]{2,1,0}, s32[]), f32[28,1024,1024]{2,1,0:S(5)}, u32[]{:S(2)}) dynamic-update-slice-start(%stack, %x, %i), metadata={op_name="jit(step)/layers/put"}
+  %get = ((f32[28,1024,1024]{2,1,0:S(5)}, s32[]), f32[1,1024,1024]{2,1,0}, u32[]{:S(2)}) dynamic-slice-start(%stack, %i), metadata={op_name="jit(step)/layers/get"}
+  %beside = f32[1,1024,1024]{2,1,0} copy(%x), backend_config={"estimated_cycles":"150000"}
+  %there = f32[28,1024,1024]{2,1,0:S(5)} dynamic-update-slice-done(%put)
+  ROOT %here = f32[1,1024,1024]{2,1,0} dynamic-slice-done(%get)
+}
+"""  # noqa: E501
+    spent = Schedule(text, PEAKS["v5e"], Fabric.of("v5e:4x1")).estimated()
+    link, beside = 4 * MIB / 16e9, 150000 / CLOCK
+    assert link > beside
+    assert spent.category(HOST) == pytest.approx(link - beside)
+    assert spent.hidden[HOST] == pytest.approx(2 * beside + link - beside)
+    assert spent.category(MOVES) == pytest.approx(beside)
+    assert spent.category(MEMORY) == 0
 
 
 def test_moves_may_be_as_fast_as_memory(schedule):

@@ -41,6 +41,7 @@ AXES = frozenset(
 default_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+LAYER_INPUT = "layer_input"  # for jax.checkpoint_policies: what a layer of a stack is given
 PART = 2**20  # numbers of the widest array that `in_parts` makes at a time: 4 MiB in float32
 STRIDED_KERNEL = 4  # the largest for which ops.strided is faster: it gathers kernel x kernel copies
 
@@ -285,15 +286,24 @@ class Dropout(nn.Module):
 
 
 def remat(module: type[nn.Module], policy: str, names: tuple[str, ...] = (), **kwargs: Any) -> type[nn.Module]:
-    """`module` with its activations recomputed in the backward pass as `policy` says.
+    """`module`, a layer of a stack, with its activations recomputed in the backward pass as `policy` says.
 
-    policy: "none" keeps all, "full" recomputes all, "dots" keeps the outputs of matrix products with weights.
-    names: those that "dots" keeps, of jax.ad_checkpoint.checkpoint_name; none: all of them.
+    policy: of config.REMAT. "none" keeps all, "full" keeps a layer's input, "dots" also the outputs of matrix products
+      with weights, "offload" keeps the input in the host's memory if the layer names it LAYER_INPUT.
+    names: those that "dots" keeps, of jax.ad_checkpoint.checkpoint_name; none: all such outputs.
     """
     if policy == "none":
         return module
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policies = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(*names) if names else dots}
-    if policy not in policies:
-        raise ValueError(f"unknown remat policy {policy!r}: choose none, full or dots")
+    keep = jax.checkpoint_policies
+    policies: dict[str, Callable[..., Any] | None] = {
+        "full": None,
+        "dots": keep.save_only_these_names(*names) if names else keep.dots_with_no_batch_dims_saveable,
+        # A link to the host takes longer for the output of a product than a chip takes to make it again.
+        "offload": keep.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }
     return nn.remat(module, policy=policies[policy], prevent_cse=False, **kwargs)

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from virst_jax.config import FLOAT, Compute, QwenConfig
 from virst_jax.errors import UserError
-from virst_jax.models.layers import QuantizedDense, default_init, remat, with_axes
+from virst_jax.models.layers import LAYER_INPUT, QuantizedDense, default_init, remat, with_axes
 from virst_jax.models.lora import PROJECTED, LoraDense
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
@@ -203,7 +204,7 @@ class Block(nn.Module):
         Returns:
           dtype[B, S, D]; the cache with x in it, and x if `return_input`.
         """
-        x = constrain(x, None, None, "width")
+        x = checkpoint_name(constrain(x, None, None, "width"), LAYER_INPUT)
         norms = (RmsNorm(self.compute, self.cfg.rms_norm_eps, name=n) for n in ("input_norm", "post_norm"))
         # in training, the norms' gradients are not folded into the products whose results they take
         once: Callable[[jax.Array], jax.Array] = (lambda x: x) if deterministic else whole_gradient

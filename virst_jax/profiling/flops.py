@@ -261,7 +261,7 @@ class StepCount:
     def __init__(self, cfg: VirstConfig, videos: int, trained: Iterable[str] | None = None):
         self.cfg, self.videos = cfg, videos
         self.paths = None if trained is None else tuple(trained)
-        self.remat = cfg.compute.remat == "full"
+        self.remat = cfg.compute.remat in ("full", "offload")
         self.parts: dict[str, Part] = {}
 
     def trains(self, *prefixes: str, last: tuple[str, ...] = ()) -> bool:

@@ -10,11 +10,13 @@ _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$", re.DOTALL)
 _OPCODE = re.compile(r"(?:^|\s)(?P<op>[a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"\b(?P<dtype>[a-z][a-z0-9]*)\[(?P<dims>[\d,<=]*)\](?P<layout>\{[^{}]*\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|async_execution_thread)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONSTANT = re.compile(r" constant\((\d+)\)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+HOST = "5"  # of XLA's memory spaces
 _BYTES = {"pred": 1.0, "token": 0.0, "opaque": 0.0, "bf16": 2.0}
 
 
@@ -25,6 +27,7 @@ class Array:
     dtype: str
     dims: tuple[int, ...]
     on_chip: bool = False  # in the fast memory of a TPU's core (VMEM and the like), not in HBM
+    on_host: bool = False  # in the host's memory
 
     @property
     def size(self) -> float:
@@ -140,13 +143,16 @@ def instruction(line: str) -> Instruction | None:
     match = _INSTRUCTION.match(line)
     if not match or not (op := _OPCODE.search(match["rest"])):
         return None
-    result = tuple(
-        Array(m["dtype"], dims(m["dims"]), bool(re.search(r"S\([1-9]", m["layout"] or "")))
-        for m in _ARRAY.finditer(match["rest"][: op.start()])
-    )
+    result = tuple(map(_array, _ARRAY.finditer(match["rest"][: op.start()])))
     arguments = _arguments(match["rest"], op.end())
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
     return Instruction(match["name"], op["op"], line, result, operands, bool(match["root"]))
+
+
+def _array(match: re.Match[str]) -> Array:
+    space = _SPACE.search(match["layout"] or "")
+    where = space[1] if space else "0"
+    return Array(match["dtype"], dims(match["dims"]), on_chip=where not in ("0", HOST), on_host=where == HOST)
 
 
 def _arguments(text: str, start: int) -> str:

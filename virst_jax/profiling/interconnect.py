@@ -1,8 +1,9 @@
 """What a chip's clock, links and network do, and how long a collective takes on them by its bytes.
 
 Figures are those of Google Cloud's pages of the TPU versions: inter-chip interconnect (ICI) per chip, divided by its
-ports, and the data-centre network of a pod, divided by its chips; of GPUs those of NVIDIA's data sheets. Nothing here
-is measured.
+ports, and the data-centre network of a pod, divided by its chips; of GPUs those of NVIDIA's data sheets. Of links to
+hosts, Google publishes that of TPU v4, 16 GB/s each way. Those of v5e and v5p are taken to be alike, and that of v6e to
+be twice as fast. Nothing here is measured.
 """
 
 import math
@@ -20,20 +21,21 @@ class Chip:
     link: float  # bytes a second of one link, one way
     wraps: int  # an axis of the slice is a ring if its length is a multiple of this
     network: float  # bytes a second to other slices
+    host: float  # bytes a second to the host's memory, and as many from it
 
 
 CHIPS = {
-    "v5e": Chip(1.5e9, 50e9, 16, 3.125e9),
-    "v5p": Chip(1.75e9, 100e9, 4, 6.25e9),
-    "v6e": Chip(1.75e9, 100e9, 16, 12.5e9),
+    "v5e": Chip(1.5e9, 50e9, 16, 3.125e9, 16e9),
+    "v5p": Chip(1.75e9, 100e9, 4, 6.25e9, 16e9),
+    "v6e": Chip(1.75e9, 100e9, 16, 12.5e9, 32e9),
 }
 # GPUs of one machine, as a ring of both directions at the rate with which a GPU sends
 SWITCHED = {
-    "a100": Chip(1.41e9, 150e9, 1, 25e9),  # NVLink 3
-    "h100": Chip(1.98e9, 225e9, 1, 50e9),  # NVLink 4
-    "h200": Chip(1.98e9, 225e9, 1, 50e9),
-    "l4": Chip(2.04e9, 16e9, 1, 12.5e9),  # PCI Express 4.0 x16
-    "rtx4090": Chip(2.52e9, 16e9, 1, 12.5e9),
+    "a100": Chip(1.41e9, 150e9, 1, 25e9, 32e9),  # NVLink 3
+    "h100": Chip(1.98e9, 225e9, 1, 50e9, 64e9),  # NVLink 4
+    "h200": Chip(1.98e9, 225e9, 1, 50e9, 64e9),
+    "l4": Chip(2.04e9, 16e9, 1, 12.5e9, 32e9),  # PCI Express 4.0 x16
+    "rtx4090": Chip(2.52e9, 16e9, 1, 12.5e9, 32e9),
 }
 
 

@@ -9,7 +9,7 @@ from virst_jax.errors import UserError
 from virst_jax.profiling.schedule import CATEGORIES, Spent
 
 FORMATS = ("png", "svg", "pdf")
-COLORS = ("#4477aa", "#228833", "#ccbb44", "#66ccee", "#ee6677", "#aa3377")  # told apart by the colour-blind, too
+COLORS = ("#4477aa", "#228833", "#ccbb44", "#66ccee", "#ee6677", "#aa3377", "#bbbbbb")  # for the colour-blind, too
 
 
 def check_format(path: Path) -> str:

@@ -14,12 +14,14 @@ from virst_jax.profiling.interconnect import CHIPS, Fabric
 from virst_jax.profiling.roofline import estimated, roofline
 from virst_jax.profiling.schedule import (
     CATEGORIES,
+    HOST,
     ICI,
     KERNELS,
     MEMORY,
     MOVES,
     NETWORK,
     PRODUCTS,
+    WAITING,
     Schedule,
     Spent,
 )
@@ -69,6 +71,7 @@ class Prediction:
             KERNELS: "the attention kernels",
             MOVES: "element-wise operations and moves",
             MEMORY: "copies between memories",
+            HOST: "copies to and from the host",
             ICI: "the links between chips",
             NETWORK: "the network between slices",
         }[largest]
@@ -189,7 +192,7 @@ def print_prediction(prediction: Prediction, samples: int, console: Console | No
         table.add_row(f"MFU{at_most}", *(f"{prediction.mfu(spent.seconds):.1%}" for spent in figures))
     rates = (f"{samples / spent.seconds / prediction.chips:.3f}" for spent in figures)
     table.add_row(f"samples/s/chip{at_most}", *rates)
-    for category in (ICI, NETWORK):
+    for category in (HOST, ICI, NETWORK):
         if hidden := slow.hidden[category]:
             table.add_row(f"{category.removeprefix('waiting for ')} behind operations", f"{1e3 * hidden:.1f}")
     console.print(table)
@@ -209,7 +212,7 @@ def print_prediction(prediction: Prediction, samples: int, console: Console | No
         shown.append((f"{len(rest)} more", {key: sum(row[key] for row in rest) for key in rest[0]}))
     for name, row in shown:
         numbers = [_together(row), *(row[which] for which in PASSES)]
-        numbers += [row[PRODUCTS] + row[KERNELS], row[MOVES], row[MEMORY] + row[ICI] + row[NETWORK]]
+        numbers += [row[PRODUCTS] + row[KERNELS], row[MOVES], sum(row[name] for name in WAITING)]
         where.add_row(name, *(f"{1e3 * number:.1f}" for number in numbers))
     console.print(where)
 

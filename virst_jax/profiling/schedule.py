@@ -23,8 +23,9 @@ from virst_jax.profiling.hlo import Array, Instruction, Module
 from virst_jax.profiling.interconnect import Fabric
 
 PRODUCTS, KERNELS, MOVES, MEMORY = "products", "kernels", "element-wise and moves", "waiting for memory"
-ICI, NETWORK = "waiting for ICI", "waiting for the network"
-CATEGORIES = (PRODUCTS, KERNELS, MOVES, MEMORY, ICI, NETWORK)
+HOST, ICI, NETWORK = "waiting for the host", "waiting for ICI", "waiting for the network"
+WAITING = (MEMORY, HOST, ICI, NETWORK)
+CATEGORIES = (PRODUCTS, KERNELS, MOVES, *WAITING)
 
 KERNEL_SHARE = 0.6  # of the matrix units' rate that attention kernels are taken to reach
 VECTOR_BYTES = 4096  # that a core's vector unit loads or stores in a cycle
@@ -131,13 +132,14 @@ class Schedule:
         return any(PIECE.search(line) for called in calls(one) for line in self.module.bodies.get(called, ()))
 
     def moved(self, one: Instruction, computation: str) -> tuple[float, float]:
-        """Bytes that an operation reads from and writes to HBM, and those in fast memory."""
+        """Bytes that an operation reads from and writes to HBM, and those in fast memory; none of the host's."""
         around = self.module.instructions[computation]
         inner = self.module.instructions.get(next(iter(calls(one)), ""), {}) if one.opcode == "fusion" else {}
         sizes = list(self._written(one, inner))
         for place, name in enumerate(one.operands):
             if name in around:
                 sizes += self._read(around[name].result, place, inner)
+        sizes = [(array, size) for array, size in sizes if not array.on_host]
         return _sum(sizes, on_chip=False), _sum(sizes, on_chip=True)
 
     def _written(self, one: Instruction, inner: dict[str, Instruction]) -> list[tuple[Array, float]]:
@@ -300,6 +302,11 @@ class _Run:
             pairs = re.search(r"source_target_pairs=(\{\{.*?\}\})", one.line)
             link = pairs[1] if pairs else "ici"  # permutes of other pairs take other links, or other directions
             self._fly(one.name, one.op_name, ICI, link, self._of_collective(one.line, found))
+        elif any(array.on_host for array in one.result):
+            # a slice of what lies there; both directions at once
+            size = min(array.size for array in one.result if len(array.dims) > 1)
+            link = "from host" if one.opcode.startswith("dynamic-slice") else "to host"
+            self._fly(one.name, one.op_name, HOST, link, size / schedule.fabric.chip.host)
         else:  # between HBM and fast memory: the source or the target counts, whichever is in HBM
             size = max((array.size for array in one.result if array.dtype not in ("u32", "s32")), default=0.0)
             if one.opcode == "slice-start":
@@ -310,7 +317,7 @@ class _Run:
         end = max(self.spent.seconds, self.busy.get(link, 0.0)) + seconds
         self.busy[link] = end
         self.flying[key] = (op_name, category, seconds, end)
-        self.spent.started_early += category != MEMORY
+        self.spent.started_early += category not in (MEMORY, HOST)
 
     def _wait(self, key: object) -> None:
         if key not in self.flying:
