@@ -26,13 +26,14 @@ from rich.table import Table
 import train
 from benchmarks import run
 from configs import stage1, stage2, stage3
-from virst_jax.config import VirstConfig
+from virst_jax.config import REMAT, VirstConfig
 from virst_jax.errors import UserError
 from virst_jax.models.virst import Virst
 from virst_jax.ops.cross_entropy import piece_size
 from virst_jax.parallel import sharding
 from virst_jax.profiling import aot, prediction
 from virst_jax.profiling.flops import llm_weights, lm_head
+from virst_jax.profiling.schedule import WAITING
 from virst_jax.training import losses, recipe
 from virst_jax.training.answers import Answers, answers_loss
 from virst_jax.training.compile_only import PREFIX_TOKENS
@@ -52,17 +53,22 @@ def main() -> None:
     parser.add_argument("--kind", default="image", choices=["image", "video", "video_text"], help="of batch")
     parser.add_argument("--part", default="layers", choices=PARTS)
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 4], help="on each chip")
-    parser.add_argument("--remat", nargs="+", default=["full"], choices=["none", "full", "dots"])
+    parser.add_argument("--remat", nargs="+", default=["full"], choices=REMAT)
     parser.add_argument("--frozen", nargs="+", default=["split"], choices=recipe.FROZEN, help="weights, over the chips")
+    parser.add_argument(
+        "--weights", nargs="+", default=["float"], choices=recipe.FROZEN_WEIGHTS, help="that are frozen"
+    )
     parser.add_argument("--gathers", nargs="+", default=list(GATHERS), choices=GATHERS)
     args = parser.parse_args()
     title = f"{args.part} of the language model, {args.stage}, batches of kind {args.kind}, {args.topology}"
     table = Table(title=title, title_justify="left")
-    for heading in ("samples a chip", "remat", "frozen", "gathers", *FIGURES):
+    for heading in ("samples a chip", "remat", "frozen", "weights", "gathers", *FIGURES):
         table.add_column(heading, justify="right")
-    for samples, remat, kept, gathers in itertools.product(args.samples, args.remat, args.frozen, args.gathers):
-        found = row(args.part, args.topology, args.stage, args.kind, samples, remat, kept, GATHERS[gathers])
-        table.add_row(str(samples), remat, kept, gathers, *found)
+    levers = itertools.product(args.samples, args.remat, args.frozen, args.weights, args.gathers)
+    for samples, remat, kept, weights, gathers in levers:
+        stage = {"frozen": kept, "frozen_weights": weights}
+        found = row(args.part, args.topology, args.stage, args.kind, samples, remat, stage, GATHERS[gathers])
+        table.add_row(str(samples), remat, kept, weights, gathers, *found)
     Console().print(table)
 
 
@@ -73,13 +79,13 @@ def row(
     kind: str,
     samples: int,
     remat: str,
-    kept: str,
+    frozen: dict[str, str],
     options: dict[str, str | bool],
 ) -> list[str]:
     """Compiles a part; see `figures`."""
     config = STAGES[name].get_config()
     config.model.overrides.compute.remat = remat
-    config[name].frozen = kept
+    config[name].update(frozen)
     cfg, stage = train.starting_point(config)[0], recipe.stages(config)[0]
     data = next((data for data in stage.data if data.name == kind), None)
     if data is None:
@@ -105,14 +111,13 @@ def figures(compiled: Any, topology: str, flops: float, chips: int) -> list[str]
     """
     found = prediction.predict(compiled.as_text() or "", topology, flops, chips)
     spent = (found.slow, found.fast)
-    waiting = (prediction.MEMORY, prediction.ICI)
     products = sum(found.slow.category(name) for name in (prediction.PRODUCTS, prediction.KERNELS))
     return [
         f"{compiled.memory_analysis().temp_size_in_bytes / 2**30:.1f}",
         " to ".join(f"{1e3 * x.seconds:.1f}" for x in spent),
         f"{1e3 * products:.1f}",
         " to ".join(f"{1e3 * x.category(prediction.MOVES):.1f}" for x in spent),
-        " to ".join(f"{1e3 * sum(x.category(name) for name in waiting):.1f}" for x in spent),
+        " to ".join(f"{1e3 * sum(x.category(name) for name in WAITING):.1f}" for x in spent),
         " to ".join(f"{found.mfu(x.seconds):.0%}" for x in spent),
     ]
 

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
         "optim": common.OPTIM,
         "groups": common.GROUPS,
         "frozen": "split",
+        "frozen_weights": "float",
         "data": common.mixed(
             {"sem_seg": 9, "refer_seg": 3, "reason_seg": 1, "video_vqa": 4}, batch_size=16, conversations=3
         ),

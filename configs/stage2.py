@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
         "optim": common.OPTIM,
         "groups": common.GROUPS,
         "frozen": "split",
+        "frozen_weights": "float",
         "data": common.mixed(GROUPS, batch_size=16, conversations=3, vlm_frames=12, seg_frames=12),
     }
     return c

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
         "optim": common.OPTIM,
         "groups": common.GROUPS,
         "frozen": "split",
+        "frozen_weights": "float",
         "data": data,
     }
     return c

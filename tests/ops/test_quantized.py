@@ -1,5 +1,6 @@
 """Kernels as integers with scales, and products of few rows."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -55,6 +56,24 @@ def test_product_is_that_of_the_dequantized_kernel(kind, dtype):
     # int4's kernel is rounded to dtype once it is scaled; all else is exact up to float32's sums of 256 terms
     error = (2**-9 if kind == "int4" and dtype == "bfloat16" else 0) + 256 * 2**-24
     assert (abs(found - expected) <= error * (abs(x.astype(np.float64)) @ abs(back))).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_of_a_frozen_product(dtype):
+    values, scale = (jnp.asarray(x) for x in quantized.quantize(kernel((), (256, 24)), "int8"))
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((2, 5, 256)), dtype)
+    y, gradient = jax.vjp(lambda x: quantized.frozen_product(x, values, scale), x)
+    of_result = jnp.asarray(rng.standard_normal(y.shape), dtype)
+    (of_x,) = gradient(of_result)
+    assert (y.dtype, of_x.dtype) == (x.dtype, x.dtype)
+    back = quantized.dequantize(np.asarray(values), np.asarray(scale)).astype(np.float64)
+    error = (
+        2**-7 if dtype == "bfloat16" else 256 * 2**-24
+    )  # results, and operands of the gradient, are rounded to dtype
+    wide_x, wide_y = np.asarray(x, np.float64), np.asarray(of_result, np.float64)
+    assert (abs(np.asarray(y, np.float64) - wide_x @ back) <= error * (abs(wide_x) @ abs(back))).all()
+    assert (abs(np.asarray(of_x, np.float64) - wide_y @ back.T) <= error * (abs(wide_y) @ abs(back.T))).all()
 
 
 def test_kernels_side_by_side():

@@ -15,11 +15,15 @@ from jax.ad_checkpoint import checkpoint_name
 from virst_jax.config import FLOAT, Compute, LoraConfig
 from virst_jax.errors import UserError
 from virst_jax.models.layers import Dropout, default_init, quantized_kernel, with_axes
+from virst_jax.ops.constrain import constrain
 from virst_jax.ops.few_rows import with_rows
+from virst_jax.ops.quantized import SCALE, frozen_product
 from virst_jax.ops.rounding import rounded
 from virst_jax.types import Params, PyTree
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# how the axes of a kernel are split while it is multiplied: as those of activations
+WHOLE = {"embed": "width", "heads": "heads", "kv_heads": "heads", "mlp": "hidden"}
 PROJECTED = "projected"  # for jax.checkpoint_policies: what a linear layer gives
 
 
@@ -27,7 +31,8 @@ class LoraDense(nn.Module):
     """A linear layer and, when the rank is above 0, an adapter: x W + b + scale * (dropout(x) A) B.
 
     The parameters `kernel` and `bias` are where nn.Dense puts them, so adapters can come and go without a change of
-    path. `lora_a` starts as in PEFT (uniform in +-1/sqrt(in)), `lora_b` with zeros.
+    path. `lora_a` starts as in PEFT (uniform in +-1/sqrt(in)), `lora_b` with zeros. Training may hold a frozen kernel
+    as integers, with their scales as `kernel_scale` (training.integers).
     """
 
     compute: Compute
@@ -55,7 +60,13 @@ class LoraDense(nn.Module):
             bias = self.param("bias", with_axes(nn.initializers.zeros, self.axes[-1]), (self.features,), param_dtype)
         if quantized is not None:
             return rounded(quantized if bias is None else quantized + bias.astype(quantized.dtype), dtype)
-        if self.compute.rounding == "release":  # PyTorch adds the bias before it rounds
+        held: Any = self.get_variable("params", SCALE)  # of a kernel that training holds as integers
+        if held is not None:
+            # split over devices, integers are gathered, and not what is made of them
+            whole = constrain(kernel, *(WHOLE.get(axis) for axis in self.axes))
+            y = with_rows(lambda x: frozen_product(x, whole, held), x)
+            y = y if bias is None else y + bias.astype(dtype)
+        elif self.compute.rounding == "release":  # PyTorch adds the bias before it rounds
             wide = jnp.matmul(x, kernel.astype(dtype), preferred_element_type=jnp.promote_types(dtype, jnp.float32))
             y = rounded(wide if bias is None else wide + bias.astype(wide.dtype), dtype)
         else:

@@ -49,6 +49,37 @@ class Quantized(NamedTuple):
         return Quantized(values, self.scale[..., index, :])
 
 
+@jax.custom_vjp
+def frozen_product(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    """The product with an int8 kernel that is not trained, and its gradient with respect to x.
+
+    Operands of both products have the type of x, so that they run at its rate; sums and scales are float32.
+
+    Args:
+      x: dtype[..., I].
+      values: int8[I, O].
+      scale: float32[O].
+
+    Returns:
+      dtype[..., O].
+    """
+    return Quantized(values, scale).product(x).astype(x.dtype)
+
+
+def _frozen_gradient(kept: tuple[jax.Array, jax.Array], of_result: jax.Array) -> tuple[jax.Array, None, None]:
+    values, scale = kept
+    dtype = of_result.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    scaled = (of_result.astype(wide) * scale.astype(wide)).astype(dtype)
+    return jnp.tensordot(scaled, values.astype(dtype), ((-1,), (1,))), None, None
+
+
+frozen_product.defvjp(
+    lambda x, values, scale: (frozen_product(x, values, scale), (values, scale)),
+    _frozen_gradient,
+)
+
+
 def _is_grouped(dtype: np.dtype) -> bool:
     return dtype == DTYPES["int4"]
 

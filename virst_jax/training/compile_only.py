@@ -59,7 +59,8 @@ def compile_only(
         for data in stage.data:
             sharding.check_batch(data.batch.batch_size, mesh)
             check_kind(cfg, data.batch.kind)
-            key = (stage.groups, stage.optim, data.batch)  # stages share kinds of batch
+            # stages share kinds of batch
+            key = (stage.groups, stage.optim, stage.frozen, stage.frozen_weights, data.batch)
             if key not in known:
                 known[key] = _compile(cfg, stage, data, layout, topology, slices, mesh, predict, options)
             reports.append((data, known[key]))

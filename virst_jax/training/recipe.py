@@ -12,6 +12,8 @@ stages      names of the stages in order; each is a key of the recipe:
   groups    ((pattern of parameter paths, factor of the learning rate; 0: frozen), ...)
   frozen    where frozen parameters lie: "split" over fsdp and gathered when they are used, which is also what a stage
             without this key means, or "whole" on every device
+  frozen_weights  "float", the compute dtype, or "int8": kernels of the language model as integers with a scale for
+            every output channel, beside adapters; the model that the stage leaves has these rounded kernels, as floats
   data      {name: {"weight": share of the batches, "sources": {name: {"kind", "weight", ...}}, a BatchConfig's values}}
 eval        {"source": as above, "videos": how many, "every": steps; 0: only at the end of a stage}
 checkpoint  {"every": steps, "keep": latest ones}
@@ -25,12 +27,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from virst_jax.config import VirstConfig, override
+from virst_jax.config import FLOAT, VirstConfig, override
 from virst_jax.data.batches import BatchConfig
 from virst_jax.errors import UserError
 from virst_jax.training.optim import Groups, OptimConfig
 
 FROZEN = ("split", "whole")
+FROZEN_WEIGHTS = (FLOAT, "int8")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Stage:
     optim: OptimConfig
     groups: Groups
     data: tuple[DataConfig, ...]
-    frozen: str = "split"
+    frozen: str = "split"  # of FROZEN
+    frozen_weights: str = FLOAT  # of FROZEN_WEIGHTS
     in_turn: bool = False  # one batch of each kind after the other, whatever their weights
 
 
@@ -70,13 +74,14 @@ def _stage(name: str, config: Mapping[str, Any]) -> Stage:
     if name not in config:
         raise UserError(f"the recipe lists the stage {name!r} but does not describe it")
     given = plain(config[name])
-    frozen = given.pop("frozen", "split")
+    frozen = {"frozen": given.pop("frozen", "split"), "frozen_weights": given.pop("frozen_weights", FLOAT)}
     unknown = set(given) - {"steps", "optim", "groups", "data"}
     if unknown:
-        known = "steps, optim, groups, frozen and data"
+        known = "steps, optim, groups, frozen, frozen_weights and data"
         raise UserError(f"{name}: unknown key {sorted(unknown)[0]!r}; a stage has {known}")
-    if frozen not in FROZEN:
-        raise UserError(f"{name}.frozen: must be {' or '.join(FROZEN)}, not {frozen!r}")
+    for key, allowed in (("frozen", FROZEN), ("frozen_weights", FROZEN_WEIGHTS)):
+        if frozen[key] not in allowed:
+            raise UserError(f"{name}.{key}: must be {' or '.join(allowed)}, not {frozen[key]!r}")
     try:
         steps, optim, groups, data = (given[key] for key in ("steps", "optim", "groups", "data"))
     except KeyError as error:
@@ -94,7 +99,7 @@ def _stage(name: str, config: Mapping[str, Any]) -> Stage:
         override(OptimConfig(), {**total, **optim}, f"{name}.optim"),
         tuple((str(pattern), float(factor)) for pattern, factor in groups),
         parts,
-        frozen,
+        **frozen,
     )
 
 

@@ -33,7 +33,8 @@ class StateLayout:
         folders.check_trainable(cfg, "the recipe's model")
         shapes = model_folder.parameter_shapes(cfg)
         parameters = sharding.parameter_shardings(cfg, mesh)
-        state = jax.eval_shape(lambda params: init_state(cfg, stage.optim, stage.groups, params), shapes)
+        begin = lambda params: init_state(cfg, stage.optim, stage.groups, params, stage.frozen_weights)  # noqa: E731
+        state = jax.eval_shape(begin, shapes)
         shardings = sharding.state_shardings(state, parameters, shapes, mesh)
         if stage.frozen == "whole":
             shardings = shardings.replace(frozen=sharding.whole_over(shardings.frozen, "fsdp"))
@@ -74,7 +75,8 @@ class Start:
 
     def _make(self, part: Callable[[TrainState], PyTree]) -> PyTree:
         def begin(params: PyTree) -> PyTree:
-            return part(init_state(self.cfg, self.stage.optim, self.stage.groups, params))
+            stage = self.stage
+            return part(init_state(self.cfg, stage.optim, stage.groups, params, stage.frozen_weights))
 
         out_shardings = part(self.layout.shardings)
         if self.folder is None:

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from virst_jax.config import VirstConfig
+from virst_jax.config import FLOAT, VirstConfig
+from virst_jax.models.tree import flatten, unflatten
+from virst_jax.ops.quantized import is_scale
 from virst_jax.parallel.sharding import replicate
+from virst_jax.training.integers import KIND, to_floats, to_integers
 from virst_jax.training.losses import ANSWERS, finish, video_parts
 from virst_jax.training.optim import Groups, OptimConfig, join, learning_rate, make_optimizer, split, update_ema
 from virst_jax.training.tasks import Batch, LossFunction
@@ -27,20 +30,29 @@ class TrainState:
 
     step: jax.Array  # int32[], batches seen
     params: PyTree  # the trained parameters, float32
-    frozen: PyTree  # the others, in the compute dtype
+    frozen: PyTree  # the others, in the compute dtype or as integers with their scales
     opt_state: PyTree
     ema: PyTree  # averaged trained parameters float32, or None
 
     def all_params(self, averaged: bool = False) -> dict[str, PyTree]:
-        """The parameters of `Virst`; the averaged ones if there are any and they are asked for."""
-        return join(self.ema if averaged and self.ema is not None else self.params, self.frozen)
+        """The parameters of `Virst`, in floating point; the averaged ones if there are any and they are asked for."""
+        return join(self.ema if averaged and self.ema is not None else self.params, to_floats(self.frozen))
 
 
-def init_state(cfg: VirstConfig, optim: OptimConfig, groups: Groups, params: Params) -> TrainState:
-    """The state before the first step. `params` may be traced or abstract: the function works under eval_shape."""
+def init_state(
+    cfg: VirstConfig, optim: OptimConfig, groups: Groups, params: Params, frozen_weights: str = FLOAT
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      params: may be traced or abstract: the function works under eval_shape.
+      frozen_weights: of recipe.FROZEN_WEIGHTS.
+    """
     trained, frozen = split(params, groups)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
-    frozen = jax.tree.map(lambda x: x.astype(cfg.compute.dtype), frozen)
+    integers = to_integers(frozen) if frozen_weights != FLOAT else frozen
+    cast = lambda path, x: x if x.dtype == KIND or is_scale(path) else x.astype(cfg.compute.dtype)  # noqa: E731
+    frozen = unflatten({path: cast(path, x) for path, x in flatten(integers).items()})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=trained,
