@@ -178,6 +178,13 @@ def test_bytes_bound_what_the_compiler_takes_for_faster():
     assert products == pytest.approx(4 * 3000 / CLOCK + 3 * 2 * MIB / 819e9)
 
 
+def test_an_operation_that_the_compiler_has_no_estimate_for():
+    text = PROGRAM.replace('"estimated_cycles":"15000"', f'"estimated_cycles":"{2**63 - 1}"')
+    spent = Schedule(text, PEAKS["v5e"], Fabric.of("v5e:4x1")).estimated()
+    assert spent.category(PRODUCTS) == pytest.approx(4 * 3000 / CLOCK + 3 * 2 * MIB / 819e9)
+    assert len(spent.unknown_kernels) == 2  # and the kernel
+
+
 def test_loops_that_count_by_more_than_one():
     module = Module.parse(PROGRAM)
     assert list(module.trip_counts.values()) == [4]
@@ -287,7 +294,7 @@ def test_tables(schedule):
     printed = out.getvalue()
     for words in ("waiting for ICI", "MFU", "samples/s/chip", "llm/layers/mlp", "ICI behind operations", "2 x 16x16"):
         assert words in printed
-    assert "1 runs of kernels without an estimate" in printed
+    assert "1 runs of operations without an estimate" in printed
     assert "most of the time goes to the attention kernels" in printed
 
 

@@ -277,7 +277,7 @@ def _print_predictions(
         )
     unknown = sorted({name for _, step in steps for name in step.slow.unknown_kernels})
     if unknown:
-        console.print(f"kernels without an estimate are not counted: {', '.join(unknown)[:300]}")
+        console.print(f"operations without an estimate are not counted in full: {', '.join(unknown)[:300]}")
 
 
 def _print_rooflines(

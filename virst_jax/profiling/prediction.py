@@ -200,7 +200,7 @@ def print_prediction(prediction: Prediction, samples: int, console: Console | No
     if slow.unread_loops or slow.unknown_kernels:
         console.print(
             f"not counted in full: {slow.unread_loops} loops of unknown length (once), "
-            f"{sum(slow.unknown_kernels.values())} runs of kernels without an estimate"
+            f"{sum(slow.unknown_kernels.values())} runs of operations without an estimate"
         )
     where = Table(title=f"by part of the network, {headings[0]}", title_justify="left")
     where.add_column("")

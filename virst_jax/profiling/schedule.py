@@ -31,6 +31,7 @@ KERNEL_SHARE = 0.6  # of the matrix units' rate that attention kernels are taken
 VECTOR_BYTES = 4096  # that a core's vector unit loads or stores in a cycle
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_ESTIMATE = 2**63 - 1
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 _LAYOUT = re.compile(r"operand_layout_constraints=\{(.*?)\}(?:, [a-z_]+=|$)")
 _SEND = re.compile(r' (send|recv)\(.*_xla_host_transfer_handler_name="xla_megascale_runtime"')
@@ -52,7 +53,7 @@ class Spent:
     at_once: int = 0  # collectives that nothing runs beside
     unread_loops: int = 0
     operations: int = 0  # that were counted, turns of loops included
-    unknown_kernels: Counter[str] = field(default_factory=Counter)
+    unknown_kernels: Counter[str] = field(default_factory=Counter)  # runs of operations without an estimate
 
     def add(self, key: Key, seconds: float) -> None:
         self.seconds += seconds
@@ -113,7 +114,8 @@ class Schedule:
         found = _CYCLES.search(one.line)
         if not found:
             return None
-        estimate = int(found[1]) / chip.clock
+        # the largest integer says that the compiler has no estimate; its bytes are counted then
+        estimate = 0.0 if int(found[1]) == _NO_ESTIMATE else int(found[1]) / chip.clock
         if one.opcode in ("convolution", "dot") or any(map(self.has_products, calls(one))):
             return PRODUCTS, max(estimate, by_bytes)
         if at_bandwidth:
@@ -284,7 +286,7 @@ class _Run:
         if taken is not None:
             self.spent.operations += 1
             self.spent.add((one.op_name or one.name, taken[0]), taken[1])
-        elif 'custom_call_target="tpu_custom_call"' in one.line:
+        if _has_no_estimate(one, known=taken is not None):
             self.spent.unknown_kernels[one.op_name or one.name] += 1
 
     def _of_collective(self, line: str, found: tuple[str, int, int]) -> float:
@@ -326,6 +328,13 @@ class _Run:
         waited = max(0.0, end - self.spent.seconds)
         self.spent.add((op_name, category), waited)
         self.spent.hidden[category] += max(0.0, seconds - waited)
+
+
+def _has_no_estimate(one: Instruction, known: bool) -> bool:
+    """Whether an operation's time is not known, or by its bytes alone."""
+    if 'custom_call_target="tpu_custom_call"' in one.line:
+        return not known
+    return f'"estimated_cycles":"{_NO_ESTIMATE}"' in one.line
 
 
 def _attribute(one: Instruction, name: str) -> str:
