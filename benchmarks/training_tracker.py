@@ -28,6 +28,7 @@ from virst_jax.config import Sam2Config, VirstConfig
 from virst_jax.models.sam2.sam2 import Features, Sam2
 from virst_jax.models.sam2.tracker import Tracker
 from virst_jax.ops import splash
+from virst_jax.ops.dropout import hardware_key
 from virst_jax.parallel import sharding
 from virst_jax.profiling import aot, prediction
 from virst_jax.profiling.flops import StepCount, StepShape
@@ -64,7 +65,7 @@ def report(topology: str, name: str) -> None:
 
     def loss(trained: PyTree, frozen: PyTree, features: Features, prompts: jax.Array, given: PyTree) -> jax.Array:
         params: Any = join(trained, frozen)
-        tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=given["key"])
+        tracker = Tracker(Sam2(cfg.sam2, cfg.compute), training=True, dropout_rng=hardware_key(given["key"]))
         frames = (given["anchors"], given["frames_used"], given["used_valid"])
         predicted = losses.segment_frames(tracker, params, features, prompts, *frames)
         weights = given["used_valid"][:, None].astype(jnp.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.kernels import equations
-from virst_jax.ops.dropout import drop, keep_mask
+from virst_jax.ops.dropout import drop, hardware_key, keep_mask
 
 SHAPES = [(7,), (3, 5, 40), (2, 4099), (64, 1)]
 
@@ -34,6 +34,15 @@ def test_numbers_are_independent() -> None:
     pairs += [(kept[:, :100], kept[:, 100 * i : 100 * (i + 1)]) for i in (1, 2, 3)]
     for one, other in pairs:
         assert abs((one * other).mean()) < 4.5 / np.sqrt(one.size)
+
+
+def test_keys_of_the_hardware_differ_as_those_that_they_come_from() -> None:
+    one, other = (hardware_key(jax.random.key(seed)) for seed in (5, 6))
+    kept = [
+        np.asarray(keep_mask(key, 0.5, (100, 400))) * 2.0 - 1 for key in (one, other, hardware_key(jax.random.key(5)))
+    ]
+    np.testing.assert_array_equal(kept[0], kept[2])
+    assert abs((kept[0] * kept[1]).mean()) < 4.5 / np.sqrt(kept[0].size)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -72,7 +72,7 @@ def program(mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     shardings = sharding.state_shardings(jax.eval_shape(begin, shapes), parameters, shapes, mesh)
     losses.FRAME_BY_FRAME = 1  # one video after another, as with large frames
     shardings = shardings.replace(frozen=sharding.whole_over(shardings.frozen, "fsdp"))  # the others stay split
-    step = make_train_step(cfg, OPTIM, GROUPS, mesh_axes=sharding.BATCH_AXES, dropout=False)
+    step = make_train_step(cfg, OPTIM, GROUPS, mesh_axes=sharding.BATCH_AXES)
     draw = np.random.default_rng(1)
     host = jax.tree.map(lambda x: (0.05 * draw.standard_normal(x.shape)).astype(np.float32), shapes)
     state = jax.jit(begin, out_shardings=shardings)(sharding.put_global(host, parameters))

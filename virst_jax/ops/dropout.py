@@ -37,6 +37,14 @@ def keep_mask(rng: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     return whole(mask.reshape(shape))  # and put them together again in each operation that reads the mask
 
 
+def hardware_key(rng: jax.Array) -> jax.Array:
+    """A key of the generator that accelerators have in hardware, drawn from a jax.random key.
+
+    Its bits depend on how their array is split over devices, and on the kind of device.
+    """
+    return jax.random.wrap_key_data(jax.random.bits(rng, (4,), jnp.uint32), impl="rbg")
+
+
 def drop(x: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
     """`x` with a share of its numbers set to zero; the others are divided by what is left of one.
 

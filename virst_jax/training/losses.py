@@ -23,6 +23,7 @@ from virst_jax.models.sam2.sam2 import PYRAMID, Features, Prediction, Sam2
 from virst_jax.models.sam2.tracker import Tracker
 from virst_jax.models.umt import VideoEncoder
 from virst_jax.models.virst import Virst
+from virst_jax.ops.dropout import hardware_key
 from virst_jax.ops.one_at_a_time import gradient_with_value, recomputed
 from virst_jax.training.answers import Answers, answers_loss
 from virst_jax.types import Params
@@ -229,7 +230,11 @@ def _segment_alone(cfg: VirstConfig, sam: Params, given: Tracked) -> Losses:
 
     def loss(sam: Params, own: tuple[Any, Tracked]) -> Losses:
         (features, prompts), rest = own
-        value, parts = _segment(cfg, sam, dataclasses.replace(rest, features=features, prompts=prompts))
+        # A device has a video for itself, so that bits of the hardware's generator depend on no mesh. Layers are
+        # computed three times, with their dropout: Threefry would make the whole tracker a tenth slower on a TPU.
+        rng = None if rest.dropout_rng is None else hardware_key(rest.dropout_rng)
+        given = dataclasses.replace(rest, features=features, prompts=prompts, dropout_rng=rng)
+        value, parts = _segment(cfg, sam, given)
         return value, {name: part for name, part in parts.items() if name != "masks"}
 
     without_encoder = {name: part for name, part in sam.items() if name != "image_encoder"}
