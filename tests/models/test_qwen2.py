@@ -188,6 +188,43 @@ def test_rows_that_begin_alike_are_read_as_one() -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-4 * (float(jnp.abs(theirs).max()) + 1e-3))
 
 
+@pytest.mark.parametrize("impl", ["plain", "chunked"])
+def test_packed_rows_are_read_as_rows_of_their_own(impl: str) -> None:
+    """Rows of 4, 1 and 3 tokens, and one without, in a row of 10 positions."""
+    model, params = Qwen2(ADAPTED, Compute(attention=impl)), random_params(ADAPTED)
+    shared, lengths = 5, (4, 1, 3, 0)
+    rest, mask = prompt(ADAPTED, lengths, 4)
+    prefix = prompt(ADAPTED, (shared,), shared)[0]
+    places = jnp.where(mask, jnp.cumsum(mask).reshape(mask.shape) - 1, -1)
+    count = sum(lengths)
+    tail = jnp.concatenate([rest[mask], prompt(ADAPTED, (2,), 2)[0][0]])[None]
+
+    def packed(params: Any, prefix: jax.Array, tail: jax.Array) -> Any:
+        given = (prefix, tail, places >= 0, True, places)
+        before, behind = model.apply({"params": params}, *given, method=Qwen2.after_prefix)
+        return before[0], behind[0, :count]
+
+    def plain(params: Any, prefix: jax.Array, tail: jax.Array) -> Any:
+        apart = tail[0, places] * mask[..., None]
+        before, behind = model.apply({"params": params}, prefix, apart, mask, method=Qwen2.after_prefix)
+        return before[0], behind[mask]
+
+    def pull(function: Any) -> Any:
+        def loss(*given: Any) -> Any:
+            before, behind = function(*given)
+            return jnp.sin(before).sum() + jnp.sin(behind).sum()
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(params, prefix, tail)
+
+    given = (params, prefix, tail)
+    for ours, theirs in zip(jax.jit(packed)(*given), jax.jit(plain)(*given)):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    found, expected = pull(packed), pull(plain)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * (float(jnp.abs(theirs).max()) + 1e-3))
+    assert (found[1][2][0, count:] == 0).all()  # padding
+
+
 def test_cache_keeps_to_its_size() -> None:
     model, variables = Qwen2(SMALL, Compute()), {"params": random_params(SMALL)}
     embeds, mask = prompt(SMALL, (4, 3), 5)

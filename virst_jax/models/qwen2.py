@@ -24,6 +24,7 @@ from virst_jax.models.lora import PROJECTED, LoraDense
 from virst_jax.ops.attention import attention
 from virst_jax.ops.constrain import constrain
 from virst_jax.ops.few_rows import with_rows
+from virst_jax.ops.packing import Packing, pack, unpack
 from virst_jax.ops.platform import target_platform
 from virst_jax.ops.rounding import rounded
 from virst_jax.ops.whole import whole, whole_gradient
@@ -109,6 +110,7 @@ class Attention(nn.Module):
         is_prefill: bool,
         deterministic: bool,
         prefix_len: int,
+        packing: Packing | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """See Block; returns dtype[B, S, D] and the cache."""
         cfg = self.cfg
@@ -140,7 +142,7 @@ class Attention(nn.Module):
                 k, v = cache
         impl = "eager" if self.compute.rounding == "release" else self.compute.attention
         if prefix_len and mask is not None:
-            out = _attend_behind(q, k, v, mask, prefix_len, impl)
+            out = _attend_behind(q, k, v, mask, prefix_len, packing, impl)
         else:
             positions = first + jnp.arange(x.shape[1])[None] if first else None if is_prefill else slots
             out = attention(q, k, v, key_mask=mask, causal=True, q_positions=positions, impl=impl)
@@ -189,6 +191,7 @@ class Block(nn.Module):
         deterministic: bool,
         return_input: bool,
         prefix_len: int,
+        packing: Packing | None,
     ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array] | None, jax.Array | None]]:
         """A decoder layer.
 
@@ -200,6 +203,7 @@ class Block(nn.Module):
           slots: int[B, S], where x goes in the cache; None: x stays behind it, and the cache may have one row for all.
           is_prefill: x attends to itself, not to the cache (there is none, or it is empty).
           prefix_len: 0, or as in Qwen2.after_prefix, where x and mask are described.
+          packing: of what follows the prefix; None: each row has positions of its own.
 
         Returns:
           dtype[B, S, D]; the cache with x in it, and x if `return_input`.
@@ -210,7 +214,7 @@ class Block(nn.Module):
         once: Callable[[jax.Array], jax.Array] = (lambda x: x) if deterministic else whole_gradient
         input_norm, post_norm = norms
         attended, cache = Attention(self.cfg, self.compute, name="attn")(
-            once(input_norm(x)), cache, mask, rotary, slots, is_prefill, deterministic, prefix_len
+            once(input_norm(x)), cache, mask, rotary, slots, is_prefill, deterministic, prefix_len, packing
         )
         y = self._add(x, attended)
         y = self._add(y, Mlp(self.cfg, self.compute, name="mlp")(once(post_norm(y)), deterministic))
@@ -242,7 +246,7 @@ class Qwen2(nn.Module):
             remat(Block, compute.remat, (PROJECTED,), static_argnums=(6, 7, 8, 9)),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *(broadcast,) * 7),
+            in_axes=(0, *(broadcast,) * 8),
             length=cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -324,7 +328,7 @@ class Qwen2(nn.Module):
         rotary = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
         is_prefill = cache is None or cache.empty
         x = embeds.astype(jnp.dtype(self.compute.dtype))
-        x, (kv, inputs) = self.layers(x, kv, valid, rotary, slots, is_prefill, deterministic, return_layers, 0)
+        x, (kv, inputs) = self.layers(x, kv, valid, rotary, slots, is_prefill, deterministic, return_layers, 0, None)
         hidden = self.norm(constrain(x, None, None, "width"))
         if self.is_initializing():  # `init` through this method makes all parameters
             self.logits(self.embed(jnp.zeros((1, 1), jnp.int32)))
@@ -354,11 +358,16 @@ class Qwen2(nn.Module):
         positions = cache.length[:, None] + jnp.arange(embeds.shape[1])
         rotary = rotary_table(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x = embeds.astype(jnp.dtype(self.compute.dtype))
-        x, (_, inputs) = self.layers(x, (cache.k, cache.v), valid, rotary, None, False, True, return_layers, 0)
+        x, (_, inputs) = self.layers(x, (cache.k, cache.v), valid, rotary, None, False, True, return_layers, 0, None)
         return self.norm(constrain(x, None, None, "width")), inputs
 
     def after_prefix(
-        self, prefix: jax.Array, rest: jax.Array, mask: jax.Array, deterministic: bool = True
+        self,
+        prefix: jax.Array,
+        rest: jax.Array,
+        mask: jax.Array,
+        deterministic: bool = True,
+        places: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Runs the layers on rows with a common prefix, which goes through them once.
 
@@ -366,26 +375,35 @@ class Qwen2(nn.Module):
 
         Args:
           prefix: dtype[1, P, D], without padding.
-          rest: dtype[B, R, D], what follows in each row.
+          rest: dtype[B, R, D], what follows in each row; packed: dtype[1, Q, D].
           mask: bool[B, R], the valid tokens, padded on the right.
+          places: int32[B, R], where in the packed row each row's tokens stand, -1: there is none; None: rest is not
+            packed. Only attention takes the rows apart.
 
         Returns:
-          Hidden states after the final norm, dtype[1, P, D] and dtype[B, R, D].
+          Hidden states after the final norm, dtype[1, P, D] and as rest.
         """
-        prefix_len, (rows, length, width) = prefix.shape[1], rest.shape
-        positions = jnp.concatenate([jnp.arange(prefix_len), jnp.tile(prefix_len + jnp.arange(length), rows)])
+        prefix_len, (rows, length), width = prefix.shape[1], mask.shape, prefix.shape[2]
+        packing = None if places is None else Packing.of(places, rest.shape[1])
+        own = jnp.tile(jnp.arange(length), rows) if packing is None else jnp.maximum(packing.origins, 0) % length
+        positions = jnp.concatenate([jnp.arange(prefix_len), prefix_len + own])
         rotary = rotary_table(positions[None], self.cfg.head_dim, self.cfg.rope_theta)
         x = jnp.concatenate([prefix, rest.reshape(1, -1, width)], axis=1).astype(jnp.dtype(self.compute.dtype))
-        x, _ = self.layers(x, None, mask.astype(bool), rotary, None, True, deterministic, False, prefix_len)
+        x, _ = self.layers(x, None, mask.astype(bool), rotary, None, True, deterministic, False, prefix_len, packing)
         hidden = self.norm(constrain(x, None, None, "width"))
-        return hidden[:, :prefix_len], hidden[:, prefix_len:].reshape(rows, length, width)
+        return hidden[:, :prefix_len], hidden[:, prefix_len:].reshape(rest.shape)
 
 
-def _attend_behind(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, prefix_len: int, impl: str) -> jax.Array:
-    """Causal attention of Qwen2.after_prefix: dtype[1, P + B * R, heads, W] of queries, keys and values."""
+def _attend_behind(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, prefix_len: int, packing: Packing | None, impl: str
+) -> jax.Array:
+    """Causal attention of Qwen2.after_prefix: dtype[1, P + B * R or P + Q, heads, W] of queries, keys and values."""
     rows, length = mask.shape
     out = attention(*(x[:, :prefix_len] for x in (q, k, v)), causal=True, impl=impl)
-    own = [x[:, prefix_len:].reshape(rows, length, *x.shape[2:]) for x in (q, k, v)]
+    if packing is None:
+        own = [x[:, prefix_len:].reshape(rows, length, *x.shape[2:]) for x in (q, k, v)]
+    else:
+        own = [unpack(x[0, prefix_len:], packing) for x in (q, k, v)]
     keys, values = (
         jnp.concatenate([jnp.broadcast_to(x[:, :prefix_len], (rows, prefix_len, *x.shape[2:])), y], axis=1)
         for x, y in zip((k, v), own[1:])
@@ -399,4 +417,5 @@ def _attend_behind(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, pr
         q_positions=prefix_len + jnp.arange(length)[None],
         impl=impl,
     )
-    return jnp.concatenate([out, rest.reshape(1, -1, *rest.shape[2:])], axis=1)
+    rest = rest.reshape(1, -1, *rest.shape[2:]) if packing is None else pack(rest, packing)[None]
+    return jnp.concatenate([out, rest], axis=1)

@@ -61,9 +61,11 @@ class Virst(nn.Module):
     def fuse_initially(self, embeds: jax.Array, seg_positions: jax.Array, maps: jax.Array) -> jax.Array:
         """Initial fusion: embeds dtype[B, L, D] with those at seg_positions int[B, N] replaced; none where negative.
 
-        maps: dtype[B, T, H, W, C], image features; no gradient flows into them, as in the release.
+        Args:
+          embeds: of packed conversations, dtype[1, L, D].
+          maps: dtype[B or 1, T, H, W, C], image features; no gradient flows into them, as in the release.
         """
-        rows, given = jnp.arange(embeds.shape[0])[:, None], seg_positions >= 0
+        rows, given = _rows(embeds, seg_positions), seg_positions >= 0
         fused = self.initial_fusion(embeds[rows, jnp.maximum(seg_positions, 0)], jax.lax.stop_gradient(maps))
         outside = embeds.shape[1]  # nothing is written there
         return embeds.at[rows, jnp.where(given, seg_positions, outside)].set(fused.astype(embeds.dtype), mode="drop")
@@ -73,7 +75,12 @@ class Virst(nn.Module):
         return self.llm(embeds, mask, deterministic=deterministic)
 
     def hidden_after_prefix(
-        self, embeds: jax.Array, mask: jax.Array, prefix_len: int, deterministic: bool = True
+        self,
+        embeds: jax.Array,
+        mask: jax.Array,
+        prefix_len: int,
+        deterministic: bool = True,
+        places: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """As `hidden` for conversations with a common prefix, such as the video, which is read once.
 
@@ -81,12 +88,14 @@ class Virst(nn.Module):
           embeds: dtype[B, L, D]; the first `prefix_len` positions are the same in every row and none is padding.
           mask: bool[B, L].
           prefix_len: at least 1, less than L.
+          places: of packed conversations, for which B is 1 above; as in Qwen2.after_prefix.
 
         Returns:
           Hidden states of the prefix, dtype[1, prefix_len, D], and behind it, dtype[B, L - prefix_len, D].
         """
         prefix, rest = embeds[:1, :prefix_len], embeds[:, prefix_len:]
-        return self.llm.after_prefix(prefix, rest, mask[:, prefix_len:], deterministic)
+        valid = mask[:, prefix_len:] if places is None else places >= 0
+        return self.llm.after_prefix(prefix, rest, valid, deterministic, places)
 
     def hidden_layers(self, embeds: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As `hidden`, with every layer's input dtype[layers, B, L, D]."""
@@ -100,8 +109,11 @@ class Virst(nn.Module):
         self, hidden: jax.Array, seg_positions: jax.Array, maps: jax.Array, deterministic: bool = True
     ) -> tuple[jax.Array, jax.Array]:
         """Second fusion: hidden dtype[B, L, D], seg_positions int[B, N], maps dtype[B, T, H, W, C] ->
-        prompts dtype[B, N, T, C] and frame scores float32[B, T]."""
-        seg_hidden = hidden[jnp.arange(hidden.shape[0])[:, None], seg_positions]
+        prompts dtype[B, N, T, C] and frame scores float32[B, T].
+
+        hidden: of packed conversations, dtype[1, L, D].
+        """
+        seg_hidden = hidden[_rows(hidden, seg_positions), seg_positions]
         return self.second_fusion(seg_hidden, maps, deterministic)
 
     def __call__(self) -> None:
@@ -118,6 +130,12 @@ class Virst(nn.Module):
         prompts, _ = self.prompts(hidden, jnp.zeros((1, 1), int), maps)
         self.occ_predictor(prompts)
         self.logits(hidden)
+
+
+def _rows(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """The row of dtype[B, L, D], or of the one row of dtype[1, L, D], that each of int[B, N] means: int[B, 1]."""
+    count = positions.shape[0]
+    return (jnp.arange(count) if x.shape[0] == count else jnp.zeros(count, int))[:, None]
 
 
 @functools.lru_cache(maxsize=8)
