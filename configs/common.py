@@ -95,7 +95,8 @@ def mixed(groups: dict[str, float], **shape: Any) -> dict[str, Any]:
         if not names:
             continue
         sources = {name: {"weight": weights[name]} for name in names}
-        data[kind] = {"kind": kind, "weight": sum(weights[name] for name in names), "sources": sources, **shape}
+        weight = sum(weights[name] for name in names)
+        data[kind] = {"kind": kind, "weight": weight, "sources": sources, "packed_length": 0, **shape}
     if "image" in data:
         data["image"] |= {"seg_tokens": 1}  # as the release answers for images
     if "video_text" in data:

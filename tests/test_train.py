@@ -92,6 +92,15 @@ def test_words_come_before_masks(start, tmp_path, kind, share):
     assert float(found[6]) < share * float(found[1])
 
 
+def test_conversations_are_packed(start, tmp_path):
+    config = recipe(steps=2)
+    config.model.init, config.stage.data.shapes.packed_length = str(start), 100
+    train.train(config, tmp_path)
+    found = losses(tmp_path)
+    assert list(found) == [1, 2]
+    assert all(0 < float(loss) < 10 for loss in found.values())
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
 def test_a_stopped_run_goes_on_as_if_undisturbed(undisturbed, tmp_path, number):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}

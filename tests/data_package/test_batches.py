@@ -24,6 +24,7 @@ KINDS = {
     "video_text": BatchConfig(kind="video_text", batch_size=2, conversations=5, text_length=80),
     "image_text": BatchConfig(kind="image_text", batch_size=2, conversations=5, text_length=80),
 }
+PACKED = {name: dataclasses.replace(KINDS[name], packed_length=150) for name in ("video", "image", "image_text")}
 
 
 def make_examples(batch):
@@ -36,9 +37,8 @@ def source(batch, **arguments):
     return made(20, 3, expressions=4, is_image=task.is_image, **arguments)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_shapes_are_as_announced(name):
-    batch = KINDS[name]
+@pytest.mark.parametrize("batch", [*KINDS.values(), *PACKED.values()], ids=[*KINDS, *(f"packed {n}" for n in PACKED)])
+def test_shapes_are_as_announced(batch):
     maker = make_examples(batch)
     made = next(batches(source(batch), maker, seed=0, threads=1))
     assert made.pop(SKIPPED).tolist() == [0, 0]
@@ -65,6 +65,54 @@ def test_what_is_shared_is_the_same_and_the_rest_is_not(name):
         at_seg = np.take_along_axis(out["labels"][:4], out["seg_positions"][:4], 1)
         assert (at_seg == CFG.seg_token_id).all()
         assert out["conversation_valid"].tolist() == [True] * 4 + [False]
+
+
+def apart(packed, maker, row):
+    """The arrays of a packed conversation as they are without packing."""
+    length = maker.prefix_len
+    places = packed["places"][row]
+    given = places >= 0
+    assert (given[:-1] >= given[1:]).all()
+    padding = {"token_ids": 0, "visual_index": -1, "labels": IGNORE, "mask": False}
+    return {
+        key: np.concatenate([packed[key][0, :length], np.where(given, packed[key][0, length + places], value)])
+        for key, value in padding.items()
+    }
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("name", ["video", "tracked", "image", "video_text"])
+def test_packed_conversations_are_the_same(name, named):
+    """All four, and a subset that is taken where the row has no room for all."""
+    batch = dataclasses.replace(KINDS[name], name_targets=named)
+    plain = make_examples(batch)(source(batch)[1], np.random.default_rng(0))
+    taken = {}
+    for length in (400, 80):
+        maker = make_examples(dataclasses.replace(batch, packed_length=length))
+        out = maker(source(batch)[1], np.random.default_rng(0))
+        rows = np.flatnonzero((out["places"] >= 0).any(1))
+        assert rows.tolist() == list(range(len(rows)))
+        every = out["places"][out["places"] >= 0]
+        assert every.tolist() == list(range(len(every)))  # without gaps
+        assert not out["mask"][0, maker.prefix_len + len(every) :].any()
+        wanted = {row.tobytes(): i for i, row in enumerate(plain["token_ids"][:4])}
+        for row in rows:
+            found = apart(out, maker, row)
+            i = wanted[found["token_ids"].tobytes()]
+            taken.setdefault(length, []).append(i)
+            for key, value in found.items():
+                np.testing.assert_array_equal(value, plain[key][i], err_msg=key)
+            if "seg_positions" in out:
+                own = plain["seg_positions"][i] - maker.prefix_len
+                assert (out["seg_positions"][row] == maker.prefix_len + out["places"][row, own]).all()
+                assert (out["targets"][row] == plain["targets"][i]).all()
+        if "seg_positions" in out:
+            assert (out["seg_positions"][len(rows) :] == -1).all()
+            assert out["conversation_valid"].tolist() == [i < len(rows) for i in range(5)]
+        for key in {"clips", "frames", "anchors", "frames_used"} & out.keys():
+            np.testing.assert_array_equal(out[key], plain[key], err_msg=key)  # nothing else is drawn for it
+    assert taken[400] == [0, 1, 2, 3]
+    assert 0 < len(taken[80]) < 4
 
 
 @pytest.mark.parametrize("name", ["video", "tracked", "image"])
@@ -291,11 +339,23 @@ def test_samples_that_cannot_be_used(batch, sample, message):
         ({"kind": "audio"}, "unknown kind of batch 'audio'"),
         ({"vlm_frames": 6}, "multiple of 4"),
         ({"policy": "first"}, "unknown policy 'first'"),
+        (
+            {"packed_length": 79},
+            r"of 'video' batches must be 0, or from text_length \(80\).* to 400, .* is 79",
+        ),
+        ({"packed_length": 401}, "what 5 of them take at most; it is 401"),
+        ({"kind": "video_prompted", "packed_length": 80}, "'video_prompted' have no conversations to pack"),
     ],
 )
 def test_bad_settings(change, message):
     with pytest.raises(UserError, match=message):
         make_examples(dataclasses.replace(KINDS["video"], **change))
+
+
+def test_shapes_of_what_cannot_be_packed():
+    batch = BatchConfig(kind="image_prompted", packed_length=160)
+    with pytest.raises(UserError, match="'image_prompted' have no conversations to pack: leave packed_length at 0"):
+        get_task(batch.kind).shapes(CFG, batch, 0)
 
 
 class Long:

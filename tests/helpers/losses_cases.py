@@ -11,6 +11,7 @@ import numpy as np
 
 from helpers import network
 from virst_jax.config import IGNORE, VirstConfig, tiny
+from virst_jax.data.sequence import pack
 from virst_jax.training.losses import VideoBatch
 
 SHARED, TAIL, ROWS = 40, 20, 3  # 32 visual tokens stand in the prefix
@@ -75,6 +76,20 @@ def make_batch(cfg: VirstConfig, prefix_len: int, used: Sequence[int] = (0, 1, 2
         "conversation_valid": np.array([True, True, True]),
     }
     return VideoBatch(**arrays, prefix_len=prefix_len)
+
+
+def with_filler(batch: Any) -> Any:
+    """A VideoBatch with one conversation more, which repeats the first without labels."""
+    arrays = {name: getattr(batch, name) for name in ("token_ids", "visual_index", "labels", "mask", "seg_positions")}
+    arrays = {name: np.concatenate([x, x[:1]]) for name, x in (arrays | {"targets": batch.targets}).items()}
+    arrays["labels"][-1] = IGNORE
+    return batch.replace(**arrays, conversation_valid=np.append(np.asarray(batch.conversation_valid), False))
+
+
+def packed(batch: Any, count: int, length: int) -> Any:
+    """A VideoBatch with its first `count` conversations packed into so many positions behind the prefix."""
+    names = ("token_ids", "visual_index", "labels", "mask", "seg_positions")
+    return batch.replace(**pack({name: getattr(batch, name) for name in names}, count, SHARED, length))
 
 
 def assert_same(ours: Any, theirs: Any, tolerance: float = 2e-4) -> None:

@@ -44,13 +44,19 @@ def test_every_kind_is_in_the_table():
         register(dataclasses.replace(TASKS["image_cells"], count_flops=pretraining_tasks.patch_flops))
 
 
-@pytest.mark.parametrize("name", [*PATCHES, *NAMED, *READ])
-def test_shapes_are_as_announced(name):
-    batch = {**PATCHES, **NAMED, **READ}[name]
+PACKED = dataclasses.replace(READ["video_read"], packed_length=160)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [*PATCHES.values(), *NAMED.values(), *READ.values(), PACKED],
+    ids=lambda b: f"{b.kind}{'_packed' * bool(b.packed_length)}",
+)
+def test_shapes_are_as_announced(batch):
     maker = make_examples(batch)
     made = next(batches(source(batch), maker, seed=0, threads=1))
     del made[SKIPPED]
-    announced = get_task(name).shapes(CFG, batch, maker.prefix_len)
+    announced = get_task(batch.kind).shapes(CFG, batch, maker.prefix_len)
     assert {k: (v.shape, v.dtype) for k, v in made.items()} == {k: (s, np.dtype(d)) for k, (s, d) in announced.items()}
 
 
@@ -145,6 +151,13 @@ def test_a_video_too_short_to_be_named():
     batch = dataclasses.replace(NAMED["video_named"], seg_frames=17)
     with pytest.raises(UserError, match="16 frames, seg_frames is 17"):
         make_examples(batch)(source(batch)[0], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", [*PATCHES, *NAMED])
+def test_only_conversations_are_packed(name):
+    batch = dataclasses.replace({**PATCHES, **NAMED}[name], packed_length=160)
+    with pytest.raises(UserError, match=f"{name!r} have no conversations to pack: leave packed_length at 0"):
+        make_examples(batch)
 
 
 @pytest.mark.parametrize("kind", READ)

@@ -20,9 +20,9 @@ from virst_jax.models.virst import Virst
 from virst_jax.pretraining.losses import CellBatch, NamedBatch, PatchBatch, cell_loss, named_loss, patch_loss
 from virst_jax.pretraining.tasks import cell_flops, named_flops, patch_flops
 from virst_jax.profiling import flops
-from virst_jax.training.losses import VideoBatch, video_losses
+from virst_jax.training.losses import TextBatch, VideoBatch, text_loss, video_losses
 from virst_jax.training.prompted import PromptedBatch, prompted_loss
-from virst_jax.training.tasks import get_task, prompted_flops, video_shape
+from virst_jax.training.tasks import get_task, prompted_flops, text_shape, video_shape
 
 S = jax.ShapeDtypeStruct
 
@@ -219,6 +219,36 @@ def test_step_agrees_with_xla(trained):
     expected = get_task("video").count_flops(CFG, one, None if trained is None else paths)
     assert computed(expected) == pytest.approx(measured, rel=0.05)
     assert expected.forward < expected.model < computed(expected)
+
+
+def test_step_of_packed_conversations_agrees_with_xla():
+    """Two conversations of up to 100 positions in 130, whose answers are taken to fit one piece of the head."""
+    side, tokens = CFG.vision.image_size, S((1, 230), jnp.int32)
+    places = S((2, 100), jnp.int32)
+    text = TextBatch(
+        S((1, 4, side, side, 3), jnp.uint8), *(tokens,) * 3, S(tokens.shape, bool), prefix_len=100, places=places
+    )
+    params = all_shapes()
+    paths = [path for path in params if path.endswith(("lora_a", "lora_b"))]
+
+    def step(learning, frozen, text):
+        return jax.value_and_grad(lambda p: text_loss(CFG, unflatten_dict({**frozen, **p}, sep="/"), text)[0])(learning)
+
+    frozen = {path: leaf for path, leaf in params.items() if path not in paths}
+    measured = counted(step, {path: params[path] for path in paths}, frozen, text)
+    assert text_shape(one_of(text)) == flops.StepShape(1, 1, 4, 2, 200, 100, packed=130)
+    expected = get_task("video_text").count_flops(CFG, one_of(text), paths)
+    assert computed(expected) == pytest.approx(measured, rel=0.05)
+
+
+def test_packing_saves_products_with_weights():
+    plain = flops.StepShape(1, 1, 4, 3, 260, 100)
+    packed = dataclasses.replace(plain, packed=240)
+    assert (plain.positions, packed.positions) == (580, 340)
+    before, after = (flops.step_flops(CFG, shape).parts for shape in (plain, packed))
+    for name in ("language model", "its adapters"):
+        assert after[name].forward == pytest.approx(340 / 580 * before[name].forward)
+    assert after["its attention"] == before["its attention"]
 
 
 def test_step_of_patches_agrees_with_xla():

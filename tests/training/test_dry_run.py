@@ -49,7 +49,8 @@ def test_the_recipe_in_short():
 def test_all_data_sets_that_cannot_be_read_are_named():
     config = two_kinds()
     (line,) = checked(config)  # two kinds of batch make the same examples of it
-    assert line.startswith("stage, rare, synthetic: 50 samples, read in ")
+    filled = "of which one fills 22% of its 160 text positions (its longest conversation 22 of 80)"
+    assert line.startswith(f"stage, rare, synthetic: 50 samples, {filled}, read in ")
     with config.unlocked():
         config.stage.data.rare.sources = {"mevis": {"root": "nowhere"}, "revos": {"root": "elsewhere", "weight": 2.0}}
     with pytest.raises(UserError, match=r"^2 data sets cannot be read: stage, rare, mevis: .*stage, rare, revos: "):
@@ -58,6 +59,14 @@ def test_all_data_sets_that_cannot_be_read_are_named():
         del config.stage.data.rare.sources["revos"]
     with pytest.raises(UserError, match=r"^stage, rare, mevis: nowhere"):
         checked(config)
+
+
+def test_how_much_text_there_is_to_pack():
+    config = two_kinds()
+    for data in (config.stage.data.shapes, config.stage.data.rare):
+        data.packed_length = 100
+    (line,) = checked(config)
+    assert "fills 36% of its 100 text positions (its longest conversation 22 of 80)" in line
 
 
 def test_hours_follow_from_the_weights():

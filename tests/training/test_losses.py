@@ -1,9 +1,11 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers.losses_cases import CFG, SHARED, assert_same, make_batch, random_params
+from helpers.losses_cases import CFG, ROWS, SHARED, TAIL, assert_same, make_batch, packed, random_params, with_filler
 from virst_jax.ops import cross_entropy
 from virst_jax.training import losses
 from virst_jax.training.losses import TextBatch, text_loss, video_losses
@@ -40,6 +42,50 @@ def test_computing_the_prefix_once_changes_nothing(cfg, params, compiled):
     ours, theirs = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for g in (shared_gradients, gradients))
     assert float(jnp.linalg.norm(theirs)) > 1e-3
     assert float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)) < 1e-4
+
+
+def text_of(batch):
+    fields = ("clips", "token_ids", "visual_index", "labels", "mask")
+    return TextBatch(*(getattr(batch, name) for name in fields), prefix_len=SHARED, places=batch.places)
+
+
+def assert_near(gradients, expected):
+    """All in all, and with respect to each part of the network."""
+    for part, tree in expected.items():
+        ours, theirs = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(g)]) for g in (gradients[part], tree))
+        assert float(jnp.linalg.norm(ours - theirs)) <= 1e-4 * float(jnp.linalg.norm(theirs)), part
+
+
+def test_packing_changes_nothing_of_texts(cfg, params):
+    """Three conversations of different lengths in one row that is longer, and one that fills up."""
+    batch = with_filler(make_batch(cfg, SHARED))
+    row = packed(batch, ROWS, ROWS * TAIL - 4)
+    assert row.token_ids.shape == (1, SHARED + ROWS * TAIL - 4)
+    run = jax.jit(jax.value_and_grad(lambda p, b: text_loss(cfg, p, b)[0]))
+    (loss, gradients), (expected, others) = (run(params, text_of(x)) for x in (row, batch))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert_near(gradients, others)
+    assert float(jnp.linalg.norm(others["llm"]["layers"]["attn"]["q_proj"]["kernel"])) > 1e-3
+
+
+@pytest.mark.heavy  # gradients take a minute to compile, for each of two forms
+def test_packing_changes_nothing_of_segmentation(params):
+    """With the initial fusion, a conversation that fills up and one without [SEG]."""
+    cfg = dataclasses.replace(CFG, fusion=dataclasses.replace(CFG.fusion, initial=True))
+    batch = with_filler(make_batch(cfg, SHARED, used=ANCHORS, slots=2))
+    seg = batch.seg_positions.copy()
+    seg[1] = -1
+    batch = batch.replace(seg_positions=seg, conversation_valid=np.array([True, False, True, False]))
+    row = packed(batch, ROWS, ROWS * TAIL - 4)
+    assert (row.seg_positions[[1, 3]] == -1).all()
+    run = jax.jit(jax.value_and_grad(lambda p, b: video_losses(cfg, p, b), has_aux=True))
+    ((loss, parts), gradients), ((expected, others), plain) = (run(params, x) for x in (row, batch))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for name in parts.keys() - {"masks"}:
+        assert float(parts[name]) == pytest.approx(float(others[name]), rel=1e-4), name
+    np.testing.assert_allclose(parts["masks"][::2][:2], others["masks"][::2][:2], atol=1e-3)
+    assert_near(gradients, plain)
+    assert float(jnp.linalg.norm(plain["initial_fusion"]["gate"])) > 0
 
 
 @pytest.mark.heavy  # the tracker takes half a minute to compile

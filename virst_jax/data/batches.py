@@ -18,7 +18,7 @@ from virst_jax.data.datasets.mixtures import EXPLANATORY
 from virst_jax.data.frames import flex_frames, segmentation_frames, training_anchors, training_frames
 from virst_jax.data.prompts import Prompt, Tokenizer, build_prompt
 from virst_jax.data.samples import Question, Video
-from virst_jax.data.sequence import splice
+from virst_jax.data.sequence import pack, splice
 from virst_jax.data.transforms import masks_to_size, resize_frames
 from virst_jax.errors import UserError
 
@@ -37,6 +37,8 @@ class BatchConfig:
     conversations: int = 3  # O, expressions or questions of a sample
     seg_tokens: int = 0  # N; 0: as many as the network's evaluation uses
     text_length: int = 160  # positions after the video: the rest of the question, and the answer
+    # positions after the video that all conversations of a sample share, one behind the other; 0: text_length for each
+    packed_length: int = 0
     vlm_frames: int = 8  # that the language model sees; a multiple of a clip's
     policy: str = "uniform"  # how they are drawn: uniform (one of each interval), random or flex, as the release's
     seg_frames: int = 8  # T, at most vlm_frames
@@ -57,6 +59,15 @@ class BatchConfig:
     truth_share: float = 0.1  # of them lie on the object, whatever the mask looks like
     central_share: float = 0.0  # of them lie in the middle of what is wrong, the others anywhere in it
     absent_share: float = 0.0  # of the objects are nowhere: negative clicks say so, and the object score learns it
+
+    def __post_init__(self) -> None:
+        most = self.conversations * self.text_length
+        if self.packed_length and not self.text_length <= self.packed_length <= most:
+            raise UserError(
+                f"packed_length of {self.kind!r} batches must be 0, or from text_length ({self.text_length}), so that "
+                f"any conversation fits, to {most}, what {self.conversations} of them take at most; "
+                f"it is {self.packed_length}"
+            )
 
 
 @dataclass(frozen=True)
@@ -170,8 +181,21 @@ class ConversationMaker(ExampleMaker):
         begins_alike = _image_position(prompt) + visual == self.prefix_len
         return begins_alike and len(prompt.input_ids) - 1 + visual <= self.length
 
+    def has_room(self, taken: Sequence[Prompt], prompt: Prompt) -> bool:
+        """Whether a prompt fits, also beside those that were taken of a sample."""
+        if len(taken) == self.batch.conversations or not self.fits(prompt):
+            return False
+        visual = self.sizes.visual_tokens
+        needed = sum(len(p.input_ids) - 1 + visual - self.prefix_len for p in (*taken, prompt))
+        return not self.batch.packed_length or needed <= self.batch.packed_length
+
+    def packed(self, out: Arrays, count: int) -> Arrays:
+        """What `conversations` made of `count` prompts, packed if the batch is to be."""
+        length = self.batch.packed_length
+        return pack(out, count, self.prefix_len, length) if length else out
+
     def conversations(self, prompts: Sequence[Prompt], name: str, seg_positions: bool = False) -> Arrays:
-        """The arrays of up to O conversations, filled up to O.
+        """The arrays of up to O conversations, filled up to O; not packed yet.
 
         Args:
           name: the sample's, for the error.
@@ -228,13 +252,13 @@ class ExpressionMaker(ConversationMaker):
             explanation = given.explanation if explained else ""
             question, answer = rng.integers(12, size=2).tolist()
             prompt = self.prompt(given.text, question, answer, explanation, text_only)
-            if self.fits(prompt) and len(prompts) < self.batch.conversations:
+            if self.has_room(prompts, prompt):
                 chosen.append(int(i))
                 prompts.append(prompt)
         out = self.conversations(prompts, video.name, seg_positions=True)
         if name_targets:
             self.label_with_answers(out, [video.expressions[i].answer for i in chosen])
-        return out, chosen, text_only
+        return self.packed(out, len(chosen)), chosen, text_only
 
     def label_with_answers(self, out: Arrays, answers: Sequence[str]) -> None:
         """Makes the words of the answers the only labels: one after the first [SEG], one after the second, ..."""
@@ -292,9 +316,12 @@ class QuestionMaker(ConversationMaker):
 
     def make(self, sample: Video | Question, sampled: list[int], rng: np.random.Generator) -> Arrays:
         assert isinstance(sample, Question)
-        prompts = [self.prompt(*sample.turns[i]) for i in rng.permutation(len(sample.turns))]
-        fitting = [prompt for prompt in prompts if self.fits(prompt)]
-        out = self.conversations(fitting[: self.batch.conversations], sample.name)
+        prompts: list[Prompt] = []
+        for i in rng.permutation(len(sample.turns)):
+            prompt = self.prompt(*sample.turns[i])
+            if self.has_room(prompts, prompt):
+                prompts.append(prompt)
+        out = self.packed(self.conversations(prompts, sample.name), len(prompts))
         _, clips = self.read_clips(sample, sampled)
         return {"clips": clips, **out}
 
@@ -337,14 +364,16 @@ def segmentation_shapes(cfg: VirstConfig, batch: BatchConfig, prefix_len: int, i
 
 
 def conversation_shapes(batch: BatchConfig, prefix_len: int) -> Shapes:
-    """What ConversationMaker.conversations gives, with a leading axis B."""
-    positions = (batch.batch_size, batch.conversations, prefix_len + batch.text_length)
-    return {
+    """What ConversationMaker.packed gives, with a leading axis B."""
+    rows, packed = (batch.batch_size, batch.conversations), batch.packed_length
+    positions = (batch.batch_size, 1, prefix_len + packed) if packed else (*rows, prefix_len + batch.text_length)
+    shapes: Shapes = {
         "token_ids": (positions, np.int32),
         "visual_index": (positions, np.int32),
         "labels": (positions, np.int32),
         "mask": (positions, np.bool_),
     }
+    return shapes | ({"places": ((*rows, batch.text_length), np.int32)} if packed else {})
 
 
 def resized(frames: np.ndarray, size: int, resample: str) -> np.ndarray:

@@ -1,9 +1,11 @@
-"""Puts visual tokens into a prompt: index arrays of a fixed length that the model gathers by.
+"""Puts visual tokens into a prompt, and conversations into one row: arrays of a fixed length that the model gathers by.
 
-Axes: L positions of the sequence, N [SEG] tokens.
+Axes: L positions of the sequence, P of them that conversations share, R = L - P others, Q of all conversations in one
+row, O conversations, N [SEG] tokens.
 Source: model/videochat/modeling_videochat_flash.py, prepare_inputs_labels_for_multimodal.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Ints
 from dataclasses import dataclass
 
@@ -64,3 +66,42 @@ def splice(
         mask=np.arange(length) < count,
         seg_positions=np.flatnonzero(targets == seg_token_id).astype(np.int32),
     )
+
+
+def pack(arrays: Mapping[str, np.ndarray], count: int, prefix_len: int, length: int) -> dict[str, np.ndarray]:
+    """Conversations one behind the other in one row, which their common prefix begins.
+
+    Args:
+      arrays: "token_ids", "visual_index", "labels" int32[O, L] and "mask" bool[O, L]; may have "seg_positions"
+        int32[O, N], -1: nowhere.
+      count: so many first conversations are packed. The others fill up and are left out.
+      prefix_len: P.
+      length: Q; the conversations must fit.
+
+    Returns:
+      The same arrays of shapes [1, P + Q], and seg_positions in that row, -1 for conversations that are left out;
+      "places" int32[O, R], which of the Q positions each conversation's tokens take, -1: there is none.
+    """
+    own = arrays["mask"][:, prefix_len:].copy()
+    own[count:] = False
+    places = np.full(own.shape, -1, np.int32)
+    places[own] = np.arange(own.sum())
+
+    def row(name: str, padding: int) -> np.ndarray:
+        values = arrays[name]
+        tail = np.full(length, padding, values.dtype)
+        tail[: own.sum()] = values[:, prefix_len:][own]
+        return np.concatenate([values[0, :prefix_len], tail])[None]
+
+    packed = {
+        "token_ids": row("token_ids", 0),
+        "visual_index": row("visual_index", -1),
+        "labels": row("labels", IGNORE),
+        "mask": row("mask", False),
+        "places": places,
+    }
+    if "seg_positions" in arrays:
+        seg = arrays["seg_positions"]
+        found = np.take_along_axis(places, np.maximum(seg - prefix_len, 0), axis=1)
+        packed["seg_positions"] = np.where((seg >= 0) & (found >= 0), prefix_len + found, -1).astype(np.int32)
+    return packed

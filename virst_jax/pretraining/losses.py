@@ -67,6 +67,7 @@ class ReadBatch:
     labels: jax.Array
     mask: jax.Array
     prefix_len: int = flax.struct.field(pytree_node=False, default=0, kw_only=True)
+    places: jax.Array | None = flax.struct.field(default=None, kw_only=True)
 
 
 def patch_loss(cfg: VirstConfig, params: Params, batch: PatchBatch, dropout_rng: jax.Array | None = None) -> Losses:

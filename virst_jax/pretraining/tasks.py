@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from virst_jax.config import VirstConfig
 from virst_jax.pretraining import examples, losses
 from virst_jax.profiling.flops import StepCount, StepFlops, StepShape, image_encoder, lm_head
-from virst_jax.training.tasks import Task, for_both, register
+from virst_jax.training.tasks import Task, conversations_shape, for_both, register
 
 
 def patch_flops(cfg: VirstConfig, batch: losses.PatchBatch, trained: Iterable[str] | None = None) -> StepFlops:
@@ -51,9 +51,8 @@ def named_flops(cfg: VirstConfig, batch: losses.NamedBatch, trained: Iterable[st
 
 def read_flops(cfg: VirstConfig, batch: losses.ReadBatch, trained: Iterable[str] | None = None) -> StepFlops:
     """Operations of a step with a ReadBatch."""
-    videos, conversations, length = batch.token_ids.shape
-    count = StepCount(cfg, videos, trained)
-    shape = StepShape(videos, 0, 1, conversations, length, batch.prefix_len)
+    shape = conversations_shape(batch, 0, 1)
+    count = StepCount(cfg, shape.videos, trained)
     count.add_language_model(shape, embeds=count.trains("llm/embed_tokens"))
     return count.total()
 

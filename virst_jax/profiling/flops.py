@@ -214,6 +214,12 @@ class StepShape:
     used: int = 0
     anchors: int = 0
     seg_tokens: int = 0
+    packed: int = 0  # positions behind the prefix of all conversations together; 0: each has length - prefix_len
+
+    @property
+    def positions(self) -> int:
+        """What the language model's products with weights run over, of one video."""
+        return self.prefix_len + (self.packed or self.conversations * (self.length - self.prefix_len))
 
 
 @dataclass(frozen=True)
@@ -297,8 +303,8 @@ class StepCount:
         adapters = bool(llm.lora.rank) and self.trains("llm/layers/", last=("lora_a", "lora_b"))
         weights = self.trains("llm/layers/", last=("kernel",))
         through = embeds or adapters or weights or self.trains("llm/layers/")
-        tail = s.length - s.prefix_len  # positions that every conversation has for itself
-        tokens = s.prefix_len + s.conversations * tail
+        tail = s.length - s.prefix_len  # positions that every conversation has for itself in attention
+        tokens = s.positions
         attended = llm_attention(llm, s.prefix_len, s.prefix_len) + s.conversations * llm_attention(llm, tail, s.length)
         self.add("language model", tokens * llm_weights(llm), weights=weights, inputs=through, again=self.remat)
         # both factors of a product of activations have gradients

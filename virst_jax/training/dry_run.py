@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from virst_jax.config import VirstConfig
+from virst_jax.config import IGNORE, VirstConfig
+from virst_jax.data.batches import Arrays, ConversationMaker
 from virst_jax.data.pipeline import one_example
 from virst_jax.data.prompts import Tokenizer
 from virst_jax.errors import UserError
@@ -89,8 +90,9 @@ def check_data(
     def example(data: DataConfig, name: str) -> str:
         source = open_member(data, name, config.data_root)
         maker = get_task(data.batch.kind).make_examples(cfg, tokenizer, data.batch)
-        one_example(source, maker, int(config.seed))
-        return f"{len(source)} samples"
+        made = one_example(source, maker, int(config.seed))
+        filled = filled_text(made, maker) if isinstance(maker, ConversationMaker) else ""
+        return f"{len(source)} samples{filled}"
 
     for stage in stages:
         for data in used(stage):
@@ -113,6 +115,17 @@ def check_data(
         raise UserError(faults[0])
     if faults:
         raise UserError(f"{len(faults)} data sets cannot be read: " + "; ".join(faults))
+
+
+def filled_text(example: Arrays, maker: ConversationMaker) -> str:
+    """How much of its positions behind the video an example fills with text: what packing may gain."""
+    own, labelled = example["mask"][:, maker.prefix_len :], (example["labels"] != IGNORE).any(1)
+    lengths = (example["places"] >= 0).sum(1) if "places" in example else own.sum(1) * labelled  # others fill up
+    share, longest = lengths.sum() / own.size, lengths.max()
+    return (
+        f", of which one fills {share:.0%} of its {own.size} text positions "
+        f"(its longest conversation {longest} of {maker.batch.text_length})"
+    )
 
 
 # The report

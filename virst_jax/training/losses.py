@@ -1,8 +1,9 @@
 """Training losses, equal to the release's, and the batches that they take.
 
 Axes: O conversations of one video, V visual tokens, L positions of the sequence, P of them shared by all conversations,
-D width of the language model, T segmentation frames, U frames used, A anchors, N [SEG] tokens, S, R sides of the video
-encoder's and the tracker's image.
+E those of one conversation behind the video, Q those of packed conversations together, D width of the language model,
+T segmentation frames, U frames used, A anchors, N [SEG] tokens, S, R sides of the video encoder's and the tracker's
+image.
 Source: model/VIRST.py (dice_loss, sigmoid_ce_loss, VirstForCausalLM.forward).
 """
 
@@ -51,7 +52,9 @@ def bce_loss(logits: jax.Array, target: jax.Array) -> jax.Array:
 class TextBatch:
     """Conversations about one video or image; all arrays of fixed shape.
 
-    Conversations that fill up a batch repeat the first one, with labels of IGNORE.
+    Conversations that fill up a batch repeat the first one, with labels of IGNORE. Packed ones stand in one row, of
+    L = P + Q positions, one behind the other: O is then 1 in the shapes of token_ids, visual_index, labels and mask,
+    and conversations that fill up have no tokens.
     """
 
     clips: jax.Array  # float (normalised) or uint8 [clips, frames, S, S, 3], for the language model
@@ -61,13 +64,16 @@ class TextBatch:
     mask: jax.Array  # bool[O, L]
     # P: so many first positions are the same in every conversation and run through the language model once; 0: none
     prefix_len: int = flax.struct.field(pytree_node=False, default=0, kw_only=True)
+    # int32[O, E], which of the Q positions each conversation's tokens take, -1: there is none; None: not packed
+    places: jax.Array | None = flax.struct.field(default=None, kw_only=True)
 
 
 @flax.struct.dataclass
 class VideoBatch(TextBatch):
     """One video with conversations that segment it."""
 
-    seg_positions: jax.Array  # int32[O, N]; -1 in conversations without [SEG]
+    # int32[O, N]; -1 in conversations without [SEG], and in those that fill up packed ones
+    seg_positions: jax.Array
     frames: jax.Array  # float (normalised) or uint8 [T, R, R, 3], for the tracker
     targets: jax.Array  # bool[O, U, R, R], on the frames used
     anchors: jax.Array  # int32[A], rising, all different, among the T frames
@@ -90,6 +96,8 @@ class Conversations(Protocol):
     def mask(self) -> jax.Array: ...
     @property
     def prefix_len(self) -> int: ...
+    @property
+    def places(self) -> jax.Array | None: ...
 
 
 class Apply(Protocol):
@@ -320,7 +328,7 @@ def visual_tokens(cfg: VirstConfig, params: Params, apply: Apply, clips: jax.Arr
 
 
 def embed(apply: Apply, batch: Conversations, visual: jax.Array) -> jax.Array:
-    """Input embeddings dtype[O, L, D], with the visual tokens dtype[..., D] at their places."""
+    """Input embeddings dtype[O, L, D], or dtype[1, L, D], with the visual tokens dtype[..., D] at their places."""
     visual = visual.reshape(1, -1, visual.shape[-1])
     visual = jnp.broadcast_to(visual, (batch.token_ids.shape[0], *visual.shape[1:]))
     embedded: jax.Array = apply(Virst.embed, batch.token_ids, batch.visual_index, visual)
@@ -330,10 +338,12 @@ def embed(apply: Apply, batch: Conversations, visual: jax.Array) -> jax.Array:
 def hidden_states(
     apply: Apply, batch: Conversations, embeds: jax.Array, deterministic: bool
 ) -> tuple[jax.Array | None, jax.Array]:
-    """Hidden states of the prefix dtype[1, P, D], or None, and of the other positions dtype[O, L - P, D]."""
+    """Hidden states of the prefix dtype[1, P, D], or None, and of the other positions dtype[O, L - P, D]; O is 1 if the
+    conversations are packed, which need a prefix."""
     if batch.prefix_len:
+        given = (embeds, batch.mask, batch.prefix_len)
         both: tuple[jax.Array, jax.Array] = apply(
-            Virst.hidden_after_prefix, embeds, batch.mask, batch.prefix_len, deterministic=deterministic
+            Virst.hidden_after_prefix, *given, deterministic=deterministic, places=batch.places
         )
         return both
     return None, apply(Virst.hidden, embeds, batch.mask, deterministic=deterministic)
@@ -386,9 +396,13 @@ def answers_of(cfg: VirstConfig, hidden: tuple[jax.Array | None, jax.Array], bat
     else:
         length, rows = batch.prefix_len, rest.shape[0]
         before = jnp.concatenate([jnp.broadcast_to(prefix[:, -1:], (rows, 1, width)), rest[:, :-1]], axis=1)
+        real = (labels != IGNORE).any(1).sum()  # the prefix counts once for every conversation that is no filler
+        if batch.places is not None:  # the prefix comes before every conversation, not before the first alone
+            starts = batch.places[:, 0]
+            first = (jnp.arange(rest.shape[1])[:, None] == starts).any(1, keepdims=True)
+            before, real = jnp.where(first, prefix[:, -1:], before), (starts >= 0).sum()
         states = jnp.concatenate([prefix[:, :-1].reshape(-1, width), before.reshape(-1, width)])
         targets = jnp.concatenate([labels[0, 1:length], labels[:, length:].reshape(-1)])
-        real = (labels != IGNORE).any(1).sum()  # the prefix counts once for every conversation that is no filler
         times = jnp.where(jnp.arange(len(targets)) < length - 1, real.astype(jnp.float32), 1.0)
     counts = (targets != IGNORE) * times
     weight = cfg.loss.ce * counts / jnp.maximum(counts.sum(), 1)

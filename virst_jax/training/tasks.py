@@ -4,6 +4,7 @@ A kind is one entry of TASKS; everything that depends on it looks there. Another
 as virst_jax/pretraining/tasks.py does.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,13 +13,13 @@ import jax
 
 from virst_jax.config import TrackerConfig, VirstConfig
 from virst_jax.data import batches, prompted
-from virst_jax.data.batches import BatchConfig, ExampleMaker, Shapes
+from virst_jax.data.batches import BatchConfig, ConversationMaker, ExampleMaker, Shapes
 from virst_jax.data.prompts import Tokenizer
 from virst_jax.data.samples import Question
 from virst_jax.errors import UserError
 from virst_jax.profiling import flops
 from virst_jax.profiling.flops import StepFlops, StepShape
-from virst_jax.training.losses import Losses, TextBatch, VideoBatch, text_parts, video_parts
+from virst_jax.training.losses import Conversations, Losses, TextBatch, VideoBatch, text_parts, video_parts
 from virst_jax.training.prompted import PromptedBatch, prompted_loss
 from virst_jax.types import PyTree
 
@@ -66,12 +67,26 @@ class Task:
         return self.maker.sample_type is Question
 
     def make_examples(self, cfg: VirstConfig, tokenizer: Tokenizer, batch: BatchConfig) -> ExampleMaker:
-        """The maker of a batch's examples."""
+        """The maker of a batch's examples.
+
+        Raises:
+          UserError: settings that this kind does not take.
+        """
+        self._check(batch)
         return self.maker(cfg, tokenizer, batch, is_image=self.is_image)
 
     def shapes(self, cfg: VirstConfig, batch: BatchConfig, prefix_len: int) -> Shapes:
-        """Shape and dtype of a batch's arrays, without data or tokenizer."""
+        """Shape and dtype of a batch's arrays, without data or tokenizer.
+
+        Raises:
+          UserError: settings that this kind does not take.
+        """
+        self._check(batch)
         return self.array_shapes(cfg, batch, prefix_len, self.is_image)
+
+    def _check(self, batch: BatchConfig) -> None:
+        if batch.packed_length and not issubclass(self.maker, ConversationMaker):
+            raise UserError(f"batches of kind {self.name!r} have no conversations to pack: leave packed_length at 0")
 
 
 TASKS: dict[str, Task] = {}
@@ -122,18 +137,26 @@ def visual_tokens(cfg: VirstConfig, batch: BatchConfig) -> int:
 # The core's kinds: videos and images that are segmented, questions about both, and objects that are pointed at
 
 
+def conversations_shape(batch: Conversations, clips: int, clip_frames: int) -> StepShape:
+    """The sizes of conversations about so many clips, with leading axis B."""
+    videos, conversations, length = batch.token_ids.shape
+    packed = 0
+    if batch.places is not None:
+        packed = length - batch.prefix_len
+        conversations, own = batch.places.shape[1:]
+        length = batch.prefix_len + own
+    return StepShape(videos, clips, clip_frames, conversations, length, batch.prefix_len, packed=packed)
+
+
 def text_shape(batch: TextBatch) -> StepShape:
     """The sizes of a batch of conversations, with leading axis B."""
-    videos, clips, clip_frames = batch.clips.shape[:3]
-    _, conversations, length = batch.token_ids.shape
-    return StepShape(videos, clips, clip_frames, conversations, length, batch.prefix_len)
+    return conversations_shape(batch, *batch.clips.shape[1:3])
 
 
 def video_shape(batch: VideoBatch) -> StepShape:
     """The sizes of a batch that is segmented, with leading axis B."""
-    text = text_shape(batch)
-    return StepShape(
-        *(text.videos, text.clips, text.clip_frames, text.conversations, text.length, text.prefix_len),
+    return dataclasses.replace(
+        text_shape(batch),
         frames=batch.frames.shape[1],
         used=batch.frames_used.shape[1],
         anchors=batch.anchors.shape[1],
