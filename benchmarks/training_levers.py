@@ -11,6 +11,7 @@ figures.
 """
 
 import argparse
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from virst_jax.training.answers import Answers, answers_loss
 from virst_jax.training.compile_only import PREFIX_TOKENS
 from virst_jax.training.optim import join, make_optimizer
 from virst_jax.training.start import StateLayout
-from virst_jax.training.tasks import get_task, visual_tokens
+from virst_jax.training.tasks import visual_tokens
 
 STAGES = {"stage1": stage1, "stage2": stage2, "stage3": stage3}
 WINDOWS = "xla_jf_spmd_threshold_for_windowed_einsum_mib"  # products of smaller weights gather them in one piece
@@ -58,47 +59,52 @@ def main() -> None:
     parser.add_argument(
         "--weights", nargs="+", default=["float"], choices=recipe.FROZEN_WEIGHTS, help="that are frozen"
     )
+    parser.add_argument(
+        "--packed", type=int, nargs="+", default=[0], help="positions of a sample's conversations together; 0: apart"
+    )
     parser.add_argument("--gathers", nargs="+", default=list(GATHERS), choices=GATHERS)
     args = parser.parse_args()
     title = f"{args.part} of the language model, {args.stage}, batches of kind {args.kind}, {args.topology}"
     table = Table(title=title, title_justify="left")
-    for heading in ("samples a chip", "remat", "frozen", "weights", "gathers", *FIGURES):
+    for heading in ("samples a chip", "remat", "frozen", "weights", "packed", "gathers", *FIGURES):
         table.add_column(heading, justify="right")
-    levers = itertools.product(args.samples, args.remat, args.frozen, args.weights, args.gathers)
-    for samples, remat, kept, weights, gathers in levers:
-        stage = {"frozen": kept, "frozen_weights": weights}
-        found = row(args.part, args.topology, args.stage, args.kind, samples, remat, stage, GATHERS[gathers])
-        table.add_row(str(samples), remat, kept, weights, gathers, *found)
+    for given in itertools.product(args.samples, args.remat, args.frozen, args.weights, args.packed, args.gathers):
+        found = row(args.part, args.topology, args.stage, args.kind, Levers(*given))
+        table.add_row(*map(str, given), *found)
     Console().print(table)
 
 
-def row(
-    part: str,
-    topology: str,
-    name: str,
-    kind: str,
-    samples: int,
-    remat: str,
-    frozen: dict[str, str],
-    options: dict[str, str | bool],
-) -> list[str]:
+@dataclass(frozen=True)
+class Levers:
+    """What a row of the table changes."""
+
+    samples: int  # on each chip
+    remat: str
+    frozen: str
+    weights: str
+    packed: int
+    gathers: str
+
+
+def row(part: str, topology: str, name: str, kind: str, levers: Levers) -> list[str]:
     """Compiles a part; see `figures`."""
     config = STAGES[name].get_config()
-    config.model.overrides.compute.remat = remat
-    config[name].update(frozen)
+    config.model.overrides.compute.remat = levers.remat
+    config[name].update(frozen=levers.frozen, frozen_weights=levers.weights)
     cfg, stage = train.starting_point(config)[0], recipe.stages(config)[0]
     data = next((data for data in stage.data if data.name == kind), None)
     if data is None:
         raise UserError(f"{name} has no batches of kind {kind}; it has {', '.join(d.name for d in stage.data)}")
-    prefix = visual_tokens(cfg, data.batch) + PREFIX_TOKENS
-    _, conversations, length = get_task(data.batch.kind).shapes(cfg, data.batch, prefix)["token_ids"][0]
+    batch = dataclasses.replace(data.batch, packed_length=levers.packed)
+    prefix = visual_tokens(cfg, batch) + PREFIX_TOKENS
     devices = aot.topology_devices(topology)
     mesh = sharding.make_mesh(data=1, fsdp=len(devices), devices=devices)
-    sizes = Sizes(samples * mesh.size, conversations, length, prefix)
+    sizes = Sizes(levers.samples * mesh.size, batch.conversations, batch.text_length, prefix, batch.packed_length)
     step, arguments, results, flops = PARTS[part](cfg, stage, StateLayout.of(cfg, stage, mesh), mesh, sizes)
+    options = GATHERS[levers.gathers]
     with sharding.use_mesh(mesh):
         compiled = jax.jit(step, out_shardings=results).lower(*arguments).compile(compiler_options=options)
-    return figures(compiled, topology, samples * flops, mesh.size)
+    return figures(compiled, topology, levers.samples * flops, mesh.size)
 
 
 FIGURES = ("GiB", "ms", "products", "moves", "waiting", "MFU")
@@ -128,13 +134,14 @@ class Sizes:
 
     batch: int
     conversations: int
-    length: int
+    own: int  # positions of a conversation behind the prefix
     prefix: int
+    packed: int  # positions of all conversations together behind the prefix; 0: own for each
 
     @property
     def positions(self) -> int:
         """Of an example, whose conversations share their prefix."""
-        return self.prefix + self.conversations * (self.length - self.prefix)
+        return self.prefix + (self.packed or self.conversations * self.own)
 
 
 # A function to compile, its arguments, the shardings of its results, and FLOPs of a sample
@@ -146,26 +153,28 @@ def layers(cfg: VirstConfig, stage: recipe.Stage, layout: StateLayout, mesh: Mes
     trained = {"llm": {"layers": layout.abstract.params["llm"]["layers"]}}
     frozen = {"llm": {name: layout.abstract.frozen["llm"][name] for name in ("layers", "norm")}}
 
-    def loss(trained: Any, frozen: Any, embeds: jax.Array, mask: jax.Array, rngs: jax.Array) -> jax.Array:
+    def loss(trained: Any, frozen: Any, embeds: jax.Array, mask: Any, places: Any, rngs: jax.Array) -> jax.Array:
         params = join(trained, frozen)
 
-        def of_example(embeds: jax.Array, mask: jax.Array, rng: jax.Array) -> jax.Array:
+        def of_example(embeds: jax.Array, mask: jax.Array, places: jax.Array | None, rng: jax.Array) -> jax.Array:
             apply = losses.bind(cfg, params, rng)
-            both = apply(Virst.hidden_after_prefix, embeds, mask, sizes.prefix, deterministic=False)
+            both = apply(Virst.hidden_after_prefix, embeds, mask, sizes.prefix, deterministic=False, places=places)
             return sum((jnp.square(x.astype(jnp.float32)).sum() for x in both), jnp.zeros(()))
 
-        return jax.vmap(of_example, spmd_axis_name=sharding.BATCH_AXES)(embeds, mask, rngs).mean()
+        return jax.vmap(of_example, spmd_axis_name=sharding.BATCH_AXES)(embeds, mask, places, rngs).mean()
 
-    def step(trained: Any, frozen: Any, embeds: jax.Array, mask: jax.Array, key: jax.Array) -> Any:
+    def step(trained: Any, frozen: Any, embeds: jax.Array, mask: Any, places: Any, key: jax.Array) -> Any:
         rngs = jax.random.split(key, sizes.batch)
-        return jax.value_and_grad(loss, argnums=(0, 2))(trained, frozen, embeds, mask, rngs)
+        return jax.value_and_grad(loss, argnums=(0, 2))(trained, frozen, embeds, mask, places, rngs)
 
     rows = sharding.batch_sharding(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    tokens = (sizes.batch, sizes.conversations, sizes.length)
+    own = (sizes.batch, sizes.conversations, sizes.own)
+    tokens = (sizes.batch, 1, sizes.positions) if sizes.packed else (*own[:2], sizes.prefix + sizes.own)
     given = (
         jax.ShapeDtypeStruct((*tokens, cfg.llm.hidden_size), cfg.compute.dtype, sharding=rows),
         jax.ShapeDtypeStruct(tokens, bool, sharding=rows),
+        jax.ShapeDtypeStruct(own, jnp.int32, sharding=rows) if sizes.packed else None,
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh)),
     )
     split = jax.tree.map(lambda x: x.sharding, trained)
