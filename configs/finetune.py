@@ -21,11 +21,13 @@ def get_config() -> ConfigDict:
         "optim": common.OPTIM,
         "groups": common.GROUPS,
         "frozen": "split",
+        "frozen_weights": "float",
         "data": {
             "video": {
                 "kind": "video",
                 "batch_size": 8,
                 "conversations": 3,
+                "packed_length": 0,
                 "vlm_frames": 12,
                 "seg_frames": 12,
                 "propagate": True,
