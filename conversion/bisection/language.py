@@ -52,7 +52,7 @@ def language_operations(network: Network, meta: Mapping[str, Any], clips: int) -
 
     def layer(params: Any, x: jax.Array) -> tuple[jax.Array]:
         rotary = qwen2.rotary_table(jnp.arange(x.shape[1])[None], cfg.llm.head_dim, cfg.llm.rope_theta)
-        return apply(block, params, x.astype(dtype), None, None, rotary, None, True, True, False, 0)[:1]
+        return apply(block, params, x.astype(dtype), None, None, rotary, None, True, True, False, 0, None)[:1]
 
     run = compiled(layer)
     for i in range(cfg.llm.num_layers):
