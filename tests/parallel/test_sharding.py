@@ -268,6 +268,13 @@ def test_a_place_for_frozen_parameters_that_is_unknown():
         recipe.stages(config)
 
 
+def test_frozen_weights_that_are_unknown():
+    config = stage3.get_config()
+    config.stage3.frozen_weights = "int4"
+    with pytest.raises(UserError, match=r"stage3\.frozen_weights: must be float or int8, not 'int4'"):
+        recipe.stages(config)
+
+
 def test_constraints_do_nothing_without_a_mesh():
     x = jnp.ones((4, 6))
     assert constrain(x, None, "width") is x

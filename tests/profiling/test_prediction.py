@@ -133,7 +133,7 @@ def test_a_schedule_is_played_through(schedule):
     attention = 2 * 2 * 8 * 4096 * 4096 * 128 / (KERNEL_SHARE * 197e12)
     assert spent.category(KERNELS) == pytest.approx(attention + 1e-3)  # its cost estimate is bound by bytes: 1 ms
     assert spent.category(NETWORK) == pytest.approx(4 * 781250 / 3.125e9)
-    assert list(spent.unknown_kernels) == ["jit(step)/other/pallas_call"]
+    assert list(spent.without_estimate) == ["jit(step)/other/pallas_call"]
     # the gather runs beside the loop, and is waited for where its last piece stands
     reduced = 2 * GATHER
     assert spent.category(ICI) == pytest.approx(GATHER - loop + reduced)
@@ -166,6 +166,20 @@ ENTRY %main (x: f32[1,1024,1024], stack: f32[28,1024,1024], i: s32[]) -> f32[1,1
     assert spent.category(MEMORY) == 0
 
 
+def test_an_array_of_one_axis_goes_to_the_host():
+    text = """HloModule step
+
+ENTRY %main (x: f32[1048576]) -> f32[1048576] {
+  %x = f32[1048576]{0} parameter(0)
+  %put = (f32[1048576]{0:S(5)}, f32[1048576]{0}, u32[]{:S(2)}) copy-start(%x)
+  ROOT %there = f32[1048576]{0:S(5)} copy-done(%put)
+}
+"""
+    assert Schedule(text, PEAKS["v5e"], Fabric.of("v5e:4x1")).estimated().category(HOST) == pytest.approx(
+        4 * MIB / 16e9
+    )
+
+
 def test_moves_may_be_as_fast_as_memory(schedule):
     fast = schedule.at_bandwidth()
     assert fast.category(MOVES) == pytest.approx(2 * 2 * MIB / 819e9)  # read and written
@@ -182,7 +196,7 @@ def test_an_operation_that_the_compiler_has_no_estimate_for():
     text = PROGRAM.replace('"estimated_cycles":"15000"', f'"estimated_cycles":"{2**63 - 1}"')
     spent = Schedule(text, PEAKS["v5e"], Fabric.of("v5e:4x1")).estimated()
     assert spent.category(PRODUCTS) == pytest.approx(4 * 3000 / CLOCK + 3 * 2 * MIB / 819e9)
-    assert len(spent.unknown_kernels) == 2  # and the kernel
+    assert len(spent.without_estimate) == 2  # and the kernel
 
 
 def test_loops_that_count_by_more_than_one():
@@ -225,7 +239,7 @@ def test_a_program_of_libtpu():
     assert step.slow.started_early == 60
     assert step.slow.at_once == 1  # the loss
     assert step.slow.hidden[ICI] > 10 * step.slow.category(ICI)
-    assert (step.slow.unread_loops, dict(step.slow.unknown_kernels)) == (0, {})
+    assert (step.slow.unread_loops, dict(step.slow.without_estimate)) == (0, {})
 
 
 @pytest.mark.parametrize(
@@ -311,7 +325,7 @@ ENTRY %main (q: bf16[3,1,4096,256], k: bf16[3,1,8320,256], v: bf16[3,1,8320,64])
 }
 """  # noqa: E501
     spent = predict(text.replace("KERNEL", kernel), "v5e:1x1").slow
-    assert not spent.unknown_kernels
+    assert not spent.without_estimate
     flops = 2 * 3 * 4096 * 8320 * width
     assert spent.category(KERNELS) == pytest.approx(flops / (KERNEL_SHARE * 197e12))
 

@@ -62,7 +62,8 @@ def test_steps_are_those_of_the_rounded_kernels() -> None:
     assert float(found[0][0]) == pytest.approx(float(found[1][0]), rel=1e-5)
     for path, leaf in found[1][1].items():
         scale = float(jnp.abs(leaf).max())
-        np.testing.assert_allclose(found[0][1][path], leaf, rtol=0, atol=1e-3 * scale, err_msg=path)
+        # Adam divides the rounding of small gradients by their size: 1e-5
+        np.testing.assert_allclose(found[0][1][path], leaf, rtol=0, atol=1e-4 * scale, err_msg=path)
     assert any((leaf != flatten(held.params)[path]).any() for path, leaf in found[1][1].items())
 
 

@@ -275,7 +275,7 @@ def _print_predictions(
             f"{args.frames} frames in {fast:.2f} to {slow:.2f} s: {args.frames / slow:.1f} to {args.frames / fast:.1f} "
             "frames/s, decoding and copies to the host aside"
         )
-    unknown = sorted({name for _, step in steps for name in step.slow.unknown_kernels})
+    unknown = sorted({name for _, step in steps for name in step.slow.without_estimate})
     if unknown:
         console.print(f"operations without an estimate are not counted in full: {', '.join(unknown)[:300]}")
 

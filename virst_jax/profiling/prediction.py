@@ -197,10 +197,10 @@ def print_prediction(prediction: Prediction, samples: int, console: Console | No
             table.add_row(f"{category.removeprefix('waiting for ')} behind operations", f"{1e3 * hidden:.1f}")
     console.print(table)
     console.print(f"most of the time goes to {prediction.bound}")
-    if slow.unread_loops or slow.unknown_kernels:
+    if slow.unread_loops or slow.without_estimate:
         console.print(
             f"not counted in full: {slow.unread_loops} loops of unknown length (once), "
-            f"{sum(slow.unknown_kernels.values())} runs of operations without an estimate"
+            f"{sum(slow.without_estimate.values())} runs of operations without an estimate"
         )
     where = Table(title=f"by part of the network, {headings[0]}", title_justify="left")
     where.add_column("")

@@ -53,7 +53,7 @@ class Spent:
     at_once: int = 0  # collectives that nothing runs beside
     unread_loops: int = 0
     operations: int = 0  # that were counted, turns of loops included
-    unknown_kernels: Counter[str] = field(default_factory=Counter)  # runs of operations without an estimate
+    without_estimate: Counter[str] = field(default_factory=Counter)  # runs of operations, by op_name
 
     def add(self, key: Key, seconds: float) -> None:
         self.seconds += seconds
@@ -69,8 +69,8 @@ class Spent:
         self.at_once += times * other.at_once
         self.unread_loops += other.unread_loops
         self.operations += times * other.operations
-        for name, count in other.unknown_kernels.items():
-            self.unknown_kernels[name] += times * count
+        for name, count in other.without_estimate.items():
+            self.without_estimate[name] += times * count
 
     def category(self, name: str) -> float:
         return sum(seconds for (_, category), seconds in self.by.items() if category == name)
@@ -287,7 +287,7 @@ class _Run:
             self.spent.operations += 1
             self.spent.add((one.op_name or one.name, taken[0]), taken[1])
         if _has_no_estimate(one, known=taken is not None):
-            self.spent.unknown_kernels[one.op_name or one.name] += 1
+            self.spent.without_estimate[one.op_name or one.name] += 1
 
     def _of_collective(self, line: str, found: tuple[str, int, int]) -> float:
         kind, payload, _ = found
@@ -305,8 +305,8 @@ class _Run:
             link = pairs[1] if pairs else "ici"  # permutes of other pairs take other links, or other directions
             self._fly(one.name, one.op_name, ICI, link, self._of_collective(one.line, found))
         elif any(array.on_host for array in one.result):
-            # a slice of what lies there; both directions at once
-            size = min(array.size for array in one.result if len(array.dims) > 1)
+            # a slice of what lies there, beside scalars that say where; both directions at once
+            size = min(array.size for array in one.result if array.dims)
             link = "from host" if one.opcode.startswith("dynamic-slice") else "to host"
             self._fly(one.name, one.op_name, HOST, link, size / schedule.fabric.chip.host)
         else:  # between HBM and fast memory: the source or the target counts, whichever is in HBM
