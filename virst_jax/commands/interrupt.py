@@ -1,7 +1,12 @@
-"""Ctrl-C and SIGTERM that are not lost: code of libraries may swallow the exception that they raise."""
+"""Ctrl-C and SIGTERM that are not lost: code of libraries may swallow the exception that they raise.
+
+Python runs handlers in the main thread alone. The system may give a signal to any thread; a main thread that waits for
+a lock does not learn of that one before it has the lock. `watched` wakes it.
+"""
 
 import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 
@@ -42,10 +47,49 @@ def watched() -> Iterator[None]:
     for number in ours:
         signal.signal(number, catch)
     try:
-        yield
+        with _main_thread_woken():
+            yield
     finally:
         for number, old in ours.items():
             signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def _main_thread_woken() -> Iterator[None]:
+    """Inside, a signal that another thread has received wakes the main thread, which then runs its handler."""
+    seen, told = socket.socketpair()
+    with seen, told:
+        told.setblocking(False)
+        before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        if before != -1 or not hasattr(signal, "pthread_kill"):  # an event loop of this thread is told of signals
+            signal.set_wakeup_fd(before)
+            yield
+            return
+        ended = threading.Event()
+        thread = threading.Thread(
+            target=_wake, args=(seen, threading.get_ident(), ended), daemon=True, name="wake for signals"
+        )
+        # of no meaning by itself, and ignored by default
+        urgent = signal.signal(signal.SIGURG, lambda number, frame: None)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            ended.set()
+            told.shutdown(socket.SHUT_RDWR)  # ends what the thread reads, also where a forked process holds a copy
+            thread.join()
+            signal.signal(signal.SIGURG, urgent)
+
+
+def _wake(seen: socket.socket, main: int, ended: threading.Event) -> None:
+    """Sends SIGURG to a thread for every other signal whose number comes, until the socket or the work has ended."""
+    while number := seen.recv(1):
+        if number[0] == signal.SIGURG:
+            continue
+        for seconds in (0, 0.1, 1):  # more than once: the thread may be about to wait
+            if not ended.wait(seconds):
+                signal.pthread_kill(main, signal.SIGURG)
 
 
 @contextlib.contextmanager
