@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.kernels import equations
-from virst_jax.ops.dropout import drop, hardware_key, keep_mask
+from virst_jax.ops.dropout import drop, drop_relu, hardware_key, keep_mask
 
 SHAPES = [(7,), (3, 5, 40), (2, 4099), (64, 1)]
 
@@ -78,3 +78,32 @@ def test_a_pass_of_the_generator_decides_four_numbers() -> None:
     program = jax.make_jaxpr(lambda key: keep_mask(key, 0.1, (8, 400)))(jax.random.key(0)).jaxpr
     passes: list[Any] = [e for e in equations(program) if e.primitive.name == "threefry2x32"]
     assert [e.outvars[0].aval.size for e in passes] == [800]
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.checkpoint, jax.jit])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.9, 1.0])
+def test_relu_and_dropout_are_those_of_one_after_the_other(rate: float, dtype: Any, transform: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.normal(size=(3, 40, 50)), dtype) for _ in range(2))
+    x = x.at[0, :5].set(0)
+    key = jax.random.key(1)
+
+    def apart(x: jax.Array) -> jax.Array:
+        return drop(jax.nn.relu(x), rate, key)
+
+    def together(x: jax.Array) -> jax.Array:
+        return drop_relu(x, rate, key if rate else None)
+
+    np.testing.assert_array_equal(together(x), apart(x))
+    found, expected = (
+        jax.grad(lambda x, f=f: (f(x) * weights).astype(jnp.float32).sum())(x)
+        for f in map(transform, (together, apart))
+    )
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_the_gradient_of_relu_and_dropout_keeps_no_mask() -> None:
+    kept = jax.eval_shape(lambda x: jax.vjp(lambda x: drop_relu(x, 0.1, jax.random.key(0)), x)[1], jnp.ones((4, 8)))
+    assert {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(kept)} == {((4, 8), "float32")}

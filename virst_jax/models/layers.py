@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from virst_jax.config import FLOAT, Compute
-from virst_jax.ops.dropout import drop
+from virst_jax.ops.dropout import drop, drop_relu
 from virst_jax.ops.platform import target_platform
 from virst_jax.ops.quantized import DTYPES, SCALE, Quantized, stored_shapes
 from virst_jax.ops.strided import folded_convolution, strided_convolution
@@ -280,9 +280,11 @@ class Dropout(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """dtype[...] -> dtype[...]"""
-        return x if deterministic or self.rate == 0 else drop(x, self.rate, self.make_rng("dropout"))
+    def __call__(self, x: jax.Array, deterministic: bool, relu: bool = False) -> jax.Array:
+        """dtype[...] -> dtype[...]; relu: of what is positive in `x`."""
+        if deterministic or self.rate == 0:
+            return drop_relu(x, 0.0, None) if relu else x
+        return (drop_relu if relu else drop)(x, self.rate, self.make_rng("dropout"))
 
 
 def remat(module: type[nn.Module], policy: str, names: tuple[str, ...] = (), **kwargs: Any) -> type[nn.Module]:

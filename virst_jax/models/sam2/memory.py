@@ -117,7 +117,7 @@ class Layer(nn.Module):
         y = norm[1](x)
         cross = RotaryAttention(cfg, compute, name="cross_attn")
         x = x + drop(cross(y, memory + memory_pos, memory, key_mask, self.pointer_tokens))
-        y = drop(nn.relu(dense(compute, cfg.memory_mlp_dim, ("embed", "mlp"), name="linear1")(norm[2](x))))
+        y = drop(dense(compute, cfg.memory_mlp_dim, ("embed", "mlp"), name="linear1")(norm[2](x)), relu=True)
         return x + drop(dense(compute, cfg.hidden_size, ("mlp", "embed"), name="linear2")(y)), None
 
 
