@@ -61,9 +61,10 @@ def _main_thread_woken() -> Iterator[None]:
     with seen, told:
         told.setblocking(False)
         before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-        if before != -1 or not hasattr(signal, "pthread_kill"):  # an event loop of this thread is told of signals
+        told_already = before != -1  # an event loop of this thread
+        if told_already or not hasattr(signal, "pthread_kill") or signal.getsignal(signal.SIGURG) is None:
             signal.set_wakeup_fd(before)
-            yield
+            yield  # with None, a library needs SIGURG for itself, as those in Go do
             return
         ended = threading.Event()
         thread = threading.Thread(
