@@ -5,8 +5,8 @@ a lock does not learn of that one before it has the lock. `watched` wakes it.
 """
 
 import contextlib
+import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 
@@ -57,35 +57,38 @@ def watched() -> Iterator[None]:
 @contextlib.contextmanager
 def _main_thread_woken() -> Iterator[None]:
     """Inside, a signal that another thread has received wakes the main thread, which then runs its handler."""
-    seen, told = socket.socketpair()
-    with seen, told:
-        told.setblocking(False)
-        before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-        told_already = before != -1  # an event loop of this thread
-        if told_already or not hasattr(signal, "pthread_kill") or signal.getsignal(signal.SIGURG) is None:
-            signal.set_wakeup_fd(before)
-            yield  # with None, a library needs SIGURG for itself, as those in Go do
-            return
-        ended = threading.Event()
-        thread = threading.Thread(
-            target=_wake, args=(seen, threading.get_ident(), ended), daemon=True, name="wake for signals"
-        )
-        # of no meaning by itself, and ignored by default
-        urgent = signal.signal(signal.SIGURG, lambda number, frame: None)
-        thread.start()
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(before)
-            ended.set()
-            told.shutdown(socket.SHUT_RDWR)  # ends what the thread reads, also where a forked process holds a copy
-            thread.join()
-            signal.signal(signal.SIGURG, urgent)
+    before = signal.set_wakeup_fd(-1)
+    told_already = before != -1  # an event loop of this thread
+    if told_already or not hasattr(signal, "pthread_kill") or signal.getsignal(signal.SIGURG) is None:
+        signal.set_wakeup_fd(before)
+        yield  # with None, a library needs SIGURG for itself, as those in Go do
+        return
+    seen, told = os.pipe()
+    os.set_blocking(told, False)
+    ended = threading.Event()
+    thread = threading.Thread(
+        target=_wake, args=(seen, threading.get_ident(), ended), daemon=True, name="wake for signals"
+    )
+    # of no meaning by itself, and ignored by default
+    urgent = signal.signal(signal.SIGURG, lambda number, frame: None)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        ended.set()
+        with contextlib.suppress(BlockingIOError):  # with a full pipe, the thread has something to read, too
+            os.write(told, b"\0")
+        thread.join()
+        signal.signal(signal.SIGURG, urgent)
+        os.close(told)
+        os.close(seen)
 
 
-def _wake(seen: socket.socket, main: int, ended: threading.Event) -> None:
-    """Sends SIGURG to a thread for every other signal whose number comes, until the socket or the work has ended."""
-    while number := seen.recv(1):
+def _wake(seen: int, main: int, ended: threading.Event) -> None:
+    """Sends SIGURG to a thread for every other signal whose number is read from a pipe, until the work has ended."""
+    while (number := os.read(seen, 1)) and not ended.is_set():
         if number[0] == signal.SIGURG:
             continue
         for seconds in (0, 0.1, 1):  # more than once: the thread may be about to wait
