@@ -65,7 +65,7 @@ def drop_relu(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
     """`drop` of what is positive in `x`, whose gradient is read from its result alone.
 
     What is left is where the result is not zero. The gradients of the two, one by one, take a mask each. A TPU's
-    compiler packs these masks into bits, and by its estimates that takes longer than the products beside it.
+    compiler packs these masks into bytes, and by its estimates that takes longer than the products beside it.
 
     Args:
       x: dtype[...].
